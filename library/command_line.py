@@ -1,0 +1,75 @@
+"""Settings dataclasses to argparse and back: shared by the programs of this project."""
+
+from __future__ import annotations
+
+import argparse
+from collections.abc import Iterable, Mapping, Sequence
+from pathlib import Path
+from typing import Any, NoReturn
+
+from library.errors import SettingsError, nearest
+from library.settings import FlagSpec
+
+_METAVARS: dict[type, str] = {int: "N", float: "X", Path: "PATH", str: "TEXT"}
+
+
+class _Parser(argparse.ArgumentParser):
+    def error(self, message: str) -> NoReturn:
+        raise SettingsError(message)
+
+
+def build_parser(
+    description: str,
+    groups: Iterable[tuple[str, Iterable[FlagSpec]]],
+    hidden: Iterable[FlagSpec] = (),
+    epilog: str = "",
+) -> argparse.ArgumentParser:
+    """Returns a parser that knows all flags and leaves every value a text.
+
+    Args:
+        description: first paragraph of ``--help``.
+        groups: (title, flags) in the order of ``--help``.
+        hidden: flags that are accepted but not listed.
+        epilog: last paragraph of ``--help``.
+    """
+    parser = _Parser(description=description, epilog=epilog, usage="%(prog)s --flag value ...")
+    for title, specs in groups:
+        group = parser.add_argument_group(title)
+        for spec in specs:
+            _add_flag(group, spec, spec.help + _default_of(spec))
+    for spec in hidden:
+        _add_flag(parser, spec, argparse.SUPPRESS)
+    return parser
+
+
+def _default_of(spec: FlagSpec) -> str:
+    return "" if spec.default in (None, (), "", False) else f" (default: {spec.default})"
+
+
+def _add_flag(parser: argparse._ActionsContainer, spec: FlagSpec, help_text: str) -> None:
+    keywords: dict[str, Any] = {"dest": spec.name, "default": argparse.SUPPRESS, "metavar": _METAVARS.get(spec.kind)}
+    keywords["help"] = help_text if help_text == argparse.SUPPRESS else help_text.replace("%", "%%")
+    if spec.choices:
+        keywords["metavar"] = "{" + ",".join(spec.choices) + "}"
+    if spec.kind is bool:
+        keywords.update(nargs="?", const="true", metavar="BOOL")
+    elif spec.many:
+        keywords["nargs"] = "*"
+    parser.add_argument(*(f"--{name}" for name in (spec.name, *spec.aliases)), **keywords)
+
+
+def read_command_line(
+    parser: argparse.ArgumentParser, specs: Mapping[str, FlagSpec], argv: Sequence[str] | None
+) -> dict[str, Any]:
+    """Returns the flags that were given, with their values converted.
+
+    Raises:
+        SettingsError: a flag is unknown or has a wrong value.
+    """
+    namespace, unknown = parser.parse_known_args(argv)
+    if unknown:
+        name = next((word for word in unknown if word.startswith("-")), unknown[0]).split("=")[0]
+        if not name.startswith("-"):
+            raise SettingsError(f"{name!r} belongs to no flag; put values with spaces in quotes")
+        raise SettingsError(f"{name} is no flag of this program{nearest(name, [f'--{known}' for known in specs])}")
+    return {name: specs[name].convert(value, f"--{name}") for name, value in vars(namespace).items()}

@@ -1,0 +1,102 @@
+"""What a person sees while the program runs: log lines between progress bars, and nothing of other packages' noise."""
+
+from __future__ import annotations
+
+import logging
+import os
+import sys
+import warnings
+from collections.abc import Callable
+from pathlib import Path
+
+from library.errors import UserError
+
+_NOISY = (
+    "accelerate",
+    "bitsandbytes",
+    "diffusers",
+    "filelock",
+    "fsspec",
+    "huggingface_hub",
+    "torch",
+    "transformers",
+    "PIL",
+    "urllib3",
+)
+
+
+class _BetweenBars(logging.Handler):
+    """Writes records to standard error without tearing a progress bar apart."""
+
+    def emit(self, record: logging.LogRecord) -> None:
+        from tqdm import tqdm
+
+        try:
+            tqdm.write(self.format(record), file=sys.stderr)
+        except (OSError, ValueError):  # the stream is gone, as at the end of a killed terminal
+            self.handleError(record)
+
+
+class _Format(logging.Formatter):
+    """``12:34:56 text``, with the level's name where it is not INFO."""
+
+    def __init__(self, with_time: bool) -> None:
+        super().__init__(datefmt="%H:%M:%S")
+        self._with_time = with_time
+
+    def formatMessage(self, record: logging.LogRecord) -> str:
+        level = "" if record.levelno == logging.INFO else f"{record.levelname}: "
+        time = f"{self.formatTime(record, self.datefmt)} " if self._with_time else ""
+        return f"{time}{level}{record.message}"
+
+
+def process_rank() -> int:
+    """Returns this process's number among all of the run, as the launcher says; 0 without a launcher."""
+    return int(os.environ.get("RANK", "0"))
+
+
+def set_up_logging(level: str | None = None, file: Path | None = None, simple: bool = False) -> None:
+    """Sends this program's log to the screen or ``file``, and quiets other packages unless ``level`` is DEBUG.
+
+    Args:
+        level: least level shown; INFO when None.
+        file: written anew instead of the screen.
+        simple: leave the time out.
+    """
+    level = level or "INFO"
+    handler: logging.Handler
+    if file is None:
+        handler = _BetweenBars()
+    else:
+        file.parent.mkdir(parents=True, exist_ok=True)
+        handler = logging.FileHandler(file, mode="w", encoding="utf-8")
+    handler.setFormatter(_Format(with_time=not simple))
+    root = logging.getLogger()
+    root.handlers[:] = [handler]
+    # Processes other than the first say only what went wrong; the first one speaks for all.
+    root.setLevel(level if process_rank() == 0 else max(logging.ERROR, logging.getLevelName(level)))
+    if level != "DEBUG":
+        for name in _NOISY:
+            logging.getLogger(name).setLevel(logging.ERROR)
+        warnings.filterwarnings("ignore")
+        os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
+        os.environ.setdefault("DIFFUSERS_VERBOSITY", "error")
+        os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")
+        os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+        os.environ.setdefault("BITSANDBYTES_NOWELCOME", "1")
+        os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "3")
+
+
+def run_program(main: Callable[[], None]) -> None:
+    """Runs an entry script: a user's error becomes one message and exit code 2, Ctrl+C exit code 130."""
+    set_up_logging()
+    try:
+        main()
+    except UserError as error:
+        # Every process finds the same error; one of them says it.
+        if process_rank() == 0:
+            logging.getLogger(__name__).error("%s", error)
+        sys.exit(2)
+    except KeyboardInterrupt:
+        logging.getLogger(__name__).warning("Stopped by Ctrl+C")
+        sys.exit(130)

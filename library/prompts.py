@@ -1,0 +1,209 @@
+"""Prompt files and prompt lines: what to draw, at which size, from which seed.
+
+One parser for the previews' prompt files (.txt, .toml, .json) and for the interactive lines of
+``lumina_minimal_inference.py``.
+"""
+
+from __future__ import annotations
+
+import json
+import logging
+import re
+import tomllib
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+from library.errors import UserError, nearest
+
+logger = logging.getLogger(__name__)
+
+SIZE_STEP_PX = 16  # two latent cells a token, eight pixels a cell
+_MIN_SIZE_PX = 64
+
+
+class PromptError(UserError):
+    """A prompt line or file is wrong."""
+
+
+@dataclass(frozen=True)
+class Prompt:
+    """One picture to draw."""
+
+    prompt: str = ""
+    negative_prompt: str = ""
+    width: int = 1024
+    height: int = 1024
+    seed: int | None = None
+    sample_steps: int = 36
+    scale: float = 3.5
+    cfg_trunc_ratio: float = 0.25
+    renorm_cfg: float = 1.0
+    multipliers: tuple[float, ...] = ()
+
+    def rounded(self) -> Prompt:
+        """Returns the prompt with sizes the model can draw: multiples of 16 px, at least 64, with a notice."""
+        width, height = (max(_MIN_SIZE_PX, side // SIZE_STEP_PX * SIZE_STEP_PX) for side in (self.width, self.height))
+        if (width, height) != (self.width, self.height):
+            logger.warning(
+                "Prompt size %dx%d becomes %dx%d: sides are multiples of %d px, at least %d",
+                self.width,
+                self.height,
+                width,
+                height,
+                SIZE_STEP_PX,
+                _MIN_SIZE_PX,
+            )
+        return replace(self, width=width, height=height)
+
+
+def _multipliers(text: str) -> tuple[float, ...]:
+    return tuple(float(part) for part in text.split(","))
+
+
+def _steps(text: str) -> int:
+    steps = int(text)
+    if not 1 <= steps <= 1000:
+        raise ValueError("1 to 1000 steps are possible")
+    return steps
+
+
+def _size(text: str) -> int:
+    size = int(text)
+    if size <= 0:
+        raise ValueError("a size is above 0")
+    return size
+
+
+_OPTIONS: dict[str, tuple[str, Callable[[str], Any]]] = {
+    "n": ("negative_prompt", str),
+    "w": ("width", _size),
+    "h": ("height", _size),
+    "d": ("seed", int),
+    "s": ("sample_steps", _steps),
+    "l": ("scale", float),
+    "g": ("scale", float),
+    "ctr": ("cfg_trunc_ratio", float),
+    "rcfg": ("renorm_cfg", float),
+    "m": ("multipliers", _multipliers),
+}
+"""Option of a prompt line -> (field, conversion)."""
+
+_FILE_OPTIONS = frozenset(_OPTIONS) - {"g", "m"}  # in prompt files --g is another model's distilled guidance
+_FOREIGN = ("g", "ss", "fs", "cn", "am", "of")
+_FOREIGN_KEYS = ("guidance_scale", "sample_sampler", "flow_shift", "controlnet_image", "enum")
+
+
+def parse_line(line: str, defaults: Prompt, origin: str, interactive: bool = False) -> Prompt:
+    """Returns the prompt of a line such as ``a cat --w 512 --h 512 --d 1 --s 20``.
+
+    Args:
+        line: text, then options, each behind `` --``.
+        defaults: what options that are left out are.
+        origin: file and line, or how the line came, for messages.
+        interactive: ``--g`` (scale) and ``--m`` (LoRA multipliers) are options too, as in interactive inference.
+
+    Raises:
+        PromptError: an option has a wrong value.
+    """
+    text, *options = re.split(r"(?:^|\s)--(?=[A-Za-z])", line.strip())
+    known = frozenset(_OPTIONS) if interactive else _FILE_OPTIONS
+    values: dict[str, Any] = {"prompt": text.strip()}
+    for option in options:
+        name, _, value = option.strip().partition(" ")
+        name, value = name.lower(), value.strip()
+        if name not in known:
+            ignored = name in _FOREIGN
+            logger.warning(
+                "%s: --%s %s%s",
+                origin,
+                name,
+                "has no effect for this model" if ignored else "is no option and is left out",
+                "" if ignored else nearest(name, known),
+            )
+            continue
+        field, convert = _OPTIONS[name]
+        if field == "negative_prompt" and value == "-":
+            value = ""
+        try:
+            values[field] = convert(value)
+        except ValueError as error:
+            raise PromptError(f"{origin}: --{name} {value!r} is not valid: {error}") from error
+    return replace(defaults, **values)
+
+
+def _from_table(table: Mapping[str, Any], defaults: Prompt, origin: str) -> Prompt:
+    fields = {field: convert for field, convert in _OPTIONS.values() if field != "multipliers"} | {"prompt": str}
+    values = {}
+    for key, value in table.items():
+        if key in _FOREIGN_KEYS:
+            logger.warning("%s: %s has no effect for this model", origin, key)
+        elif key not in fields:
+            raise PromptError(f"{origin}: {key!r} is no key of a prompt{nearest(key, fields)}; mend or remove it")
+        else:
+            try:
+                values[key] = fields[key](str(value))
+            except ValueError as error:
+                raise PromptError(f"{origin}: {key} = {value!r} is not valid: {error}") from error
+    return replace(defaults, **values)
+
+
+def read_prompt_file(path: Path, defaults: Prompt | None = None) -> list[Prompt]:
+    """Returns the prompts of a .txt, .toml or .json file, sizes rounded to what the model can draw.
+
+    A .txt file has one prompt a line, ``#`` begins a comment line. A .toml file has common keys in ``[prompt]`` and
+    prompts in ``[[prompt.subset]]``. A .json file has a list of texts (like .txt lines) or objects.
+
+    Raises:
+        PromptError: the file has another ending, is broken, holds a wrong value, or holds no prompt.
+    """
+    defaults = defaults or Prompt()
+    try:
+        text = path.read_text(encoding="utf-8-sig")
+        prompts = _READERS[path.suffix.lower()](text, defaults, path)
+    except KeyError as error:
+        raise PromptError(f"--sample_prompts: {path} is neither .txt, .toml nor .json; rename or convert it") from error
+    except UnicodeDecodeError as error:
+        raise PromptError(f"--sample_prompts: {path} is not UTF-8 text: {error}; save it as UTF-8") from error
+    except (tomllib.TOMLDecodeError, json.JSONDecodeError) as error:
+        raise PromptError(f"--sample_prompts: {path} cannot be read: {error}") from error
+    if not prompts:
+        raise PromptError(f"--sample_prompts: {path} holds no prompt; add one, or leave --sample_prompts out")
+    return [prompt.rounded() for prompt in prompts]
+
+
+def _read_txt(text: str, defaults: Prompt, path: Path) -> list[Prompt]:
+    lines = enumerate(text.splitlines(), start=1)
+    return [
+        parse_line(line, defaults, f"{path}, line {number}")
+        for number, line in lines
+        if line.strip() and not line.startswith("#")
+    ]
+
+
+def _read_toml(text: str, defaults: Prompt, path: Path) -> list[Prompt]:
+    content = tomllib.loads(text).get("prompt", {})
+    subsets = content.pop("subset", [])
+    common = _from_table(content, defaults, f"{path}: [prompt]")
+    origins = [f"{path}: prompt.subset[{index}]" for index in range(len(subsets))]
+    return [_from_table(table, common, origin) for table, origin in zip(subsets, origins, strict=True)]
+
+
+def _read_json(text: str, defaults: Prompt, path: Path) -> list[Prompt]:
+    content = json.loads(text)
+    if not isinstance(content, list):
+        raise PromptError(f"--sample_prompts: {path} holds no list; write [{{...}}, ...]")
+    return [
+        parse_line(entry, defaults, f"{path}: [{index}]")
+        if isinstance(entry, str)
+        else _from_table(entry, defaults, f"{path}: [{index}]")
+        for index, entry in enumerate(content)
+    ]
+
+
+_READERS: dict[str, Callable[[str, Prompt, Path], list[Prompt]]] = {
+    ".txt": _read_txt,
+    ".toml": _read_toml,
+    ".json": _read_json,
+}

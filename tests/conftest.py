@@ -1,0 +1,12 @@
+"""Makes the project and the tests' shared helpers importable, and keeps tests small on the machine they run on."""
+
+import os
+import sys
+from pathlib import Path
+
+os.environ.setdefault("HF_HUB_OFFLINE", "1")
+
+TESTS = Path(__file__).resolve().parent
+for folder in (TESTS.parent, TESTS):
+    if str(folder) not in sys.path:
+        sys.path.insert(0, str(folder))

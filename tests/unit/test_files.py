@@ -1,0 +1,53 @@
+"""Atomic writing and hashes."""
+
+import hashlib
+import json
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import load_file
+
+from library import files
+
+
+def test_a_failed_write_leaves_the_old_file_and_nothing_else(tmp_path: Path) -> None:
+    path = tmp_path / "a.txt"
+    files.write_text(path, "old")
+
+    def fail(temporary: Path) -> None:
+        temporary.write_text("half")
+        raise RuntimeError("power cut")
+
+    with pytest.raises(RuntimeError):
+        files.write_with(path, fail)
+    assert path.read_text() == "old"
+    assert [entry.name for entry in tmp_path.iterdir()] == ["a.txt"]
+
+
+def test_text_and_json_are_utf8_with_unix_line_ends(tmp_path: Path) -> None:
+    files.write_text(tmp_path / "a.txt", "猫\nx")
+    assert (tmp_path / "a.txt").read_bytes() == "猫\nx".encode()
+    files.write_json(tmp_path / "sub" / "a.json", {"猫": 1})
+    assert json.loads((tmp_path / "sub" / "a.json").read_text(encoding="utf-8")) == {"猫": 1}
+
+
+def test_safetensors_of_views_and_metadata(tmp_path: Path) -> None:
+    whole = torch.arange(12.0).reshape(3, 4)
+    files.write_safetensors(tmp_path / "a.safetensors", {"t": whole.T}, {"k": "v"})
+    assert torch.equal(load_file(tmp_path / "a.safetensors")["t"], whole.T)
+    header, start = files.read_safetensors_header(tmp_path / "a.safetensors")
+    assert header["__metadata__"] == {"k": "v"}
+    assert (tmp_path / "a.safetensors").stat().st_size == start + 48
+
+
+@pytest.mark.parametrize("content", [b"", b"123", b"\xff" * 64, (10).to_bytes(8, "little") + b"not json !"])
+def test_what_is_no_safetensors_file_is_refused(tmp_path: Path, content: bytes) -> None:
+    (tmp_path / "a.safetensors").write_bytes(content)
+    with pytest.raises(ValueError, match="header"):
+        files.read_safetensors_header(tmp_path / "a.safetensors")
+
+
+def test_sha256(tmp_path: Path) -> None:
+    (tmp_path / "a").write_bytes(b"abc")
+    assert files.sha256_of_file(tmp_path / "a") == hashlib.sha256(b"abc").hexdigest()
