@@ -1,0 +1,340 @@
+"""Pictures as latents and captions as text features, encoded once, in memory or on disk.
+
+Nothing here knows a model: encoders come in as callables with a fingerprint, a text that differs whenever the encoder
+would give other numbers. Work is split over processes; ``gather`` exchanges a list with all of them and is also what
+they wait for each other with. Every process asks for the same things in the same order.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from tqdm import tqdm
+
+from library import files
+from library.data import images
+from library.data.cache_places import CachePlaces
+from library.data.config import SubsetConfig
+from library.data.items import Item
+from library.data.picture_index import PictureRow
+from library.data.prefetch import prefetch
+from library.data.stores import Digest, DiskStore, MemoryStore, Store, digest_of
+from library.errors import DatasetError
+
+# Part of every digest: raise it when entries are made differently.
+_VERSION = 1
+
+Gather = Callable[[list], list[list]]
+EncodePixels = Callable[[torch.Tensor], torch.Tensor]
+EncodeCaptions = Callable[[list[str]], Sequence[torch.Tensor]]
+Job = tuple[int, tuple[bool, ...]]
+Unreadable = dict[int, str]
+
+
+@dataclass(frozen=True)
+class Processes:
+    """This process among all, and how a list is exchanged: ``gather(mine)`` returns the lists of all, by rank."""
+
+    rank: int = 0
+    count: int = 1
+    gather: Gather = lambda mine: [mine]
+    show_progress: bool = False
+
+    def union(self, mine: Iterable) -> list:
+        """Returns the sorted union of all processes' elements, the same on each of them."""
+        return sorted({element for part in self.gather(list(mine)) for element in part})
+
+    def share(self, everything: Sequence) -> Sequence:
+        """Returns this process's part of a list that all have."""
+        return everything[self.rank :: self.count]
+
+
+class LatentCache:
+    """Latents of pictures, bfloat16 (C, h, w), upright and, with flip_aug, mirrored.
+
+    Args:
+        places: where entries and content hashes are kept on disk; ``None`` keeps latents in memory.
+        image_dirs: the picture folders.
+        num_workers: threads that read pictures ahead of the encoder.
+    """
+
+    def __init__(self, places: CachePlaces | None, image_dirs: Iterable[Path], num_workers: int) -> None:
+        self._places = places
+        self._num_workers = num_workers
+        self._fingerprint = ""
+        self._disk = DiskStore("latents", [places.folder(folder) for folder in image_dirs]) if places else None
+        self._store: Store = self._disk or MemoryStore()
+
+    def missing(self, items: Sequence[Item], fingerprint: str, processes: Processes) -> tuple[list[Job], Unreadable]:
+        """Returns what is to be encoded, as (item index, flips), and the pictures that cannot be read, with the reason.
+
+        Content is hashed where a picture is new or its byte count or mtime changed. No encoder is needed.
+        """
+        self._fingerprint = fingerprint
+        self._store.refresh()
+        unreadable = self._hash_contents(items, processes) if self._places else {}
+        jobs = []
+        for item in items:
+            if item.index not in unreadable:
+                flips = tuple(flip for flip in _flips(item.subset) if self._digest(item, flip) not in self._store)
+                if flips:
+                    jobs.append((item.index, flips))
+        return processes.union(jobs), unreadable
+
+    def fill(
+        self,
+        items: Sequence[Item],
+        encode: EncodePixels,
+        fingerprint: str,
+        batch_size: int,
+        processes: Processes,
+    ) -> Unreadable:
+        """Encodes what is missing and returns the pictures that could not be read, with the reason.
+
+        Args:
+            items: all pictures, the same on every process.
+            encode: pixels (B, 3, H, W) float32 in [-1, 1] on the CPU -> latents (B, C, h, w) on any device.
+            fingerprint: of the encoder.
+            batch_size: pictures of one bucket that are encoded at a time.
+            processes: who shares the work.
+
+        Raises:
+            DatasetError: the cache folder cannot be written to, or a latent is not finite.
+        """
+        jobs, unreadable = self.missing(items, fingerprint, processes)
+        by_index = {item.index: item for item in items}
+        if self._disk and self._places and jobs:
+            for image_dir in {by_index[index].subset.image_dir for index, _ in jobs}:
+                self._disk.check_writable(self._places.folder(image_dir))
+        chunks = _chunks_of_one_bucket(jobs, by_index, batch_size)
+        mine = processes.share(chunks)
+        made: list[Digest] = []
+        failed: Unreadable = {}
+        total = sum(len(chunk) for chunk in mine)
+        with tqdm(
+            total=total, desc="Caching latents", unit="picture", disable=not (processes.show_progress and jobs)
+        ) as bar:
+            for chunk in prefetch(mine, lambda chunk: _decode(chunk, by_index), self._num_workers):
+                failed |= {index: result for index, _, result in chunk if isinstance(result, str)}
+                pixels = [
+                    (by_index[index], flip, result.flip(-1) if flip else result)
+                    for index, flips, result in chunk
+                    if not isinstance(result, str)
+                    for flip in flips
+                ]
+                for start in range(0, len(pixels), batch_size):
+                    made += self._encode(pixels[start : start + batch_size], encode)
+                bar.update(len(chunk))
+        _exchange(self._store, made, processes)
+        unreadable |= dict(processes.union(failed.items()))
+        for index, flips in jobs:
+            if index not in unreadable and any(
+                self._digest(by_index[index], flip) not in self._store for flip in flips
+            ):
+                raise _not_shared()
+        return unreadable
+
+    def get(self, item: Item, flip: bool) -> torch.Tensor:
+        """Returns the latent (C, h, w) bfloat16 of a picture; ``fill`` or ``missing`` came before."""
+        return self._store.get(self._digest(item, flip))
+
+    def _encode(self, pixels: list[tuple[Item, bool, torch.Tensor]], encode: EncodePixels) -> list[Digest]:
+        with torch.no_grad():
+            latents = encode(torch.stack([tensor for _, _, tensor in pixels]))
+        # One transfer and one test for the whole batch.
+        latents = latents.detach().cpu()
+        finite = torch.isfinite(latents).flatten(1).all(dim=1).tolist()
+        made = []
+        for (item, flip, _), latent, good in zip(pixels, latents, finite, strict=True):
+            if not good:
+                raise DatasetError(
+                    f"Encoding {item.path} gave numbers that are not finite; run the autoencoder in float32 "
+                    "(--no_half_vae), or leave the picture out."
+                )
+            digest = self._digest(item, flip)
+            self._store.put(digest, latent, self._places.folder(item.subset.image_dir) if self._places else None)
+            made.append(digest)
+        return made
+
+    def _digest(self, item: Item, flip: bool) -> Digest:
+        if self._places is None:
+            return digest_of("latents in memory", item.index, flip, self._fingerprint)
+        content = self._places.index(item.subset.image_dir).hash_of(item.name)
+        method = images.resize_method(item.subset.resize_interpolation, item.size_px, item.resized_px)
+        pixels = (
+            images.PIXELS_VERSION,
+            content.hex() if content else "",
+            item.resized_px,
+            item.bucket_px,
+            method,
+            flip,
+        )
+        return digest_of("latents", _VERSION, pixels, self._fingerprint)
+
+    def _hash_contents(self, items: Sequence[Item], processes: Processes) -> Unreadable:
+        """Brings the content hashes up to date, on every process, and returns the pictures that cannot be read."""
+        if self._places is None:
+            return {}
+        by_index = {item.index: item for item in items}
+        todo = processes.union(item.index for item in items if self._known_row(item) is None)
+        mine = processes.share(todo)
+        rows: list[tuple[int, PictureRow | str]] = []
+        hidden = not (processes.show_progress and todo)
+        with tqdm(total=len(mine), desc="Hashing pictures", unit="picture", disable=hidden) as bar:
+            for index, row in prefetch(mine, lambda index: (index, _hash(by_index[index])), self._num_workers):
+                rows.append((index, row))
+                bar.update()
+        unreadable = {}
+        for index, row in (pair for part in processes.gather(rows) for pair in part):
+            if isinstance(row, str):
+                unreadable[index] = row
+            else:
+                self._places.index(by_index[index].subset.image_dir).put(by_index[index].name, row)
+        if processes.rank == 0:
+            self._places.save_indexes()
+        return unreadable
+
+    def _known_row(self, item: Item) -> PictureRow | None:
+        if self._places is None:
+            return None
+        try:
+            row = self._places.index(item.subset.image_dir).get(item.name, item.path.stat())
+        except OSError:
+            return None  # hashing will say what is wrong with it
+        return row if row is not None and row.sha256 is not None else None
+
+
+class TextCache:
+    """Text features of final captions, bfloat16 (L, D), of real tokens only.
+
+    Args:
+        folders: cache folders on disk; ``None`` keeps features in memory.
+    """
+
+    def __init__(self, folders: Sequence[Path] | None) -> None:
+        self._fingerprint = ""
+        self._disk = DiskStore("text", folders) if folders else None
+        self._store: Store = self._disk or MemoryStore()
+
+    def missing(self, captions: Iterable[str], fingerprint: str, processes: Processes) -> list[str]:
+        """Returns the captions that are not encoded yet, sorted; no encoder is needed."""
+        self._fingerprint = fingerprint
+        self._store.refresh()
+        return processes.union(caption for caption in set(captions) if self._digest(caption) not in self._store)
+
+    def fill(
+        self,
+        captions: Mapping[str, Path | None],
+        encode: EncodeCaptions,
+        fingerprint: str,
+        batch_size: int,
+        processes: Processes,
+    ) -> None:
+        """Encodes the captions that are missing.
+
+        Args:
+            captions: each with the cache folder that it goes to (``None``: the first), the same on every process.
+            encode: texts -> one (L_i, D) tensor each, on any device.
+            fingerprint: of the encoder, with everything that it adds to a caption.
+            batch_size: captions that are encoded at a time.
+            processes: who shares the work.
+
+        Raises:
+            DatasetError: the cache folder cannot be written to, or a feature is not finite.
+        """
+        missing = self.missing(captions, fingerprint, processes)
+        if self._disk and missing:
+            for folder in {captions[caption] for caption in missing}:
+                self._disk.check_writable(folder)
+        # Of like length, so that little is padded; the longest first, so that too little memory shows at once.
+        ordered = sorted(missing, key=lambda caption: (-len(caption), caption))
+        mine = processes.share([ordered[start : start + batch_size] for start in range(0, len(ordered), batch_size)])
+        made = []
+        total = sum(len(chunk) for chunk in mine)
+        hidden = not (processes.show_progress and missing)
+        with tqdm(total=total, desc="Caching text features", unit="caption", disable=hidden) as bar:
+            for chunk in mine:
+                with torch.no_grad():
+                    features = encode(chunk)
+                for caption, feature in zip(chunk, features, strict=True):
+                    if not bool(torch.isfinite(feature).all()):
+                        raise DatasetError(f"Encoding the caption {caption!r} gave numbers that are not finite.")
+                    digest = self._digest(caption)
+                    self._store.put(digest, feature, captions[caption])
+                    made.append(digest)
+                bar.update(len(chunk))
+        _exchange(self._store, made, processes)
+        if any(self._digest(caption) not in self._store for caption in missing):
+            raise _not_shared()
+
+    def get(self, caption: str) -> torch.Tensor:
+        """Returns the features (L, D) bfloat16 of a caption; ``fill`` or ``missing`` came before."""
+        return self._store.get(self._digest(caption))
+
+    def _digest(self, caption: str) -> Digest:
+        return digest_of("text", _VERSION, caption, self._fingerprint)
+
+
+def _flips(subset: SubsetConfig) -> tuple[bool, ...]:
+    return (False, True) if subset.flip_aug else (False,)
+
+
+def _chunks_of_one_bucket(jobs: list[Job], by_index: Mapping[int, Item], size: int) -> list[list[Job]]:
+    """Returns the jobs in lists of up to ``size`` pictures of one bucket; large ones first: memory shows at once."""
+
+    def order(job: Job) -> tuple[int, tuple[int, int], int]:
+        width, height = by_index[job[0]].bucket_px
+        return -width * height, (width, height), job[0]
+
+    chunks: list[list[Job]] = []
+    for job in sorted(jobs, key=order):
+        fits = chunks and len(chunks[-1]) < size
+        if fits and by_index[chunks[-1][0][0]].bucket_px == by_index[job[0]].bucket_px:
+            chunks[-1].append(job)
+        else:
+            chunks.append([job])
+    return chunks
+
+
+def _decode(chunk: list[Job], by_index: Mapping[int, Item]) -> list[tuple[int, tuple[bool, ...], torch.Tensor | str]]:
+    """Returns each job with its pixels (3, H, W), or with what is wrong with the file."""
+    decoded: list[tuple[int, tuple[bool, ...], torch.Tensor | str]] = []
+    for index, flips in chunk:
+        item = by_index[index]
+        try:
+            pixels = images.load_pixels(item.path, item.placement, item.subset.resize_interpolation)
+            decoded.append((index, flips, pixels))
+        except images.BROKEN_PICTURE as error:
+            decoded.append((index, flips, images.reason(error)))
+    return decoded
+
+
+def _hash(item: Item) -> PictureRow | str:
+    """Returns the row of a picture file with its content hash, or what is wrong with the file."""
+    try:
+        # The state before reading: should the file change meanwhile, the next start sees a different one.
+        stat = item.path.stat()
+        content = bytes.fromhex(files.sha256_of_file(item.path))
+    except OSError as error:
+        return images.reason(error)
+    return PictureRow(stat.st_size, stat.st_mtime_ns, *item.size_px, content)
+
+
+def _exchange(store: Store, made: list[Digest], processes: Processes) -> None:
+    """Gives every process the entries of all others; on disk this only waits until all are written."""
+    parts = processes.gather(store.export(made))
+    for rank, part in enumerate(parts):
+        if rank != processes.rank:
+            for digest, tensor in part:
+                store.put(digest, tensor, None)
+    store.refresh()
+
+
+def _not_shared() -> DatasetError:
+    return DatasetError(
+        "What one process cached on disk is not seen by another; all processes need the same folder: give one that "
+        "they share with --cache_dir, or cache in memory."
+    )

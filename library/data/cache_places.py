@@ -1,0 +1,47 @@
+"""Where on disk the cached things of a picture folder go."""
+
+from __future__ import annotations
+
+import logging
+from pathlib import Path
+
+from library.data.folders import CACHE_FOLDER
+from library.data.picture_index import PictureIndex
+from library.data.stores import digest_of
+
+logger = logging.getLogger(__name__)
+
+
+class CachePlaces:
+    """Which folder on disk belongs to which picture folder, and the picture indexes in them."""
+
+    def __init__(self, cache_dir: Path | None) -> None:
+        self._cache_dir = cache_dir.expanduser() if cache_dir else None
+        self._indexes: dict[Path, PictureIndex] = {}
+
+    def folder(self, image_dir: Path) -> Path:
+        """Returns the cache folder for the pictures of ``image_dir``."""
+        return self._cache_dir or image_dir / CACHE_FOLDER
+
+    def index(self, image_dir: Path) -> PictureIndex:
+        """Returns the index of ``image_dir``, read from disk the first time."""
+        if image_dir not in self._indexes:
+            name = "pictures.json"
+            if self._cache_dir:
+                # One folder for several picture folders: each has an index of its own.
+                name = f"pictures-{digest_of(str(image_dir.resolve())).hex()[:12]}.json"
+            self._indexes[image_dir] = PictureIndex.load(self.folder(image_dir) / name)
+        return self._indexes[image_dir]
+
+    def save_indexes(self) -> None:
+        """Writes the indexes that changed; a folder that cannot be written to is only warned about."""
+        for index in self._indexes.values():
+            try:
+                index.save()
+            except OSError as error:
+                logger.warning(
+                    "%s cannot be written (%s), so changed pictures are looked at again at the next start; "
+                    "--cache_dir gives another folder.",
+                    index.path,
+                    error.strerror or error,
+                )

@@ -1,0 +1,324 @@
+"""Pictures, captions and caches -> batches: what the trainer holds of the data."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Generator, Iterable, Iterator, Sequence
+from pathlib import Path
+
+import torch
+
+from library import keyed_random
+from library.data import captions as caption_rules
+from library.data import images
+from library.data.building import build_items, undecodable, warn_unreadable
+from library.data.cache import EncodeCaptions, EncodePixels, Gather, LatentCache, Processes, TextCache
+from library.data.cache_places import CachePlaces
+from library.data.config import DatasetConfig, load_dataset_config
+from library.data.epoch_plan import EpochPlan, GlobalBatch, Group, count_batches, make_plan
+from library.data.items import Batch, Draw, Item
+from library.data.prefetch import prefetch
+from library.data.settings import DataSettings
+from library.errors import DatasetError
+
+__all__ = ["Batch", "Draw", "EpochPlan", "GlobalBatch", "Item", "TrainingData"]
+
+logger = logging.getLogger(__name__)
+
+# Decoded pictures that may wait for the trainer; without the limit large batches would fill the memory.
+_WAITING_PIXELS_BYTES = 512 * 2**20
+
+
+def _alone(mine: list) -> list[list]:
+    return [mine]
+
+
+class TrainingData:
+    """All datasets of a run.
+
+    Attributes:
+        datasets: their settings.
+        items: the pictures that are trained on; pictures that turn out to be unreadable while caching disappear.
+        latents: the latent cache, or ``None`` where pictures are read anew for each batch.
+        text: the text cache, or ``None`` where captions are encoded for each batch.
+    """
+
+    def __init__(
+        self,
+        settings: DataSettings,
+        seed: int,
+        datasets: Sequence[DatasetConfig],
+        items: Sequence[Item],
+        places: CachePlaces,
+    ) -> None:
+        self.datasets = tuple(datasets)
+        self._settings = settings
+        self._seed = seed
+        self._places = places
+        self._all = tuple(items)
+        self._dropped: set[int] = set()
+        self._set_items()
+        image_dirs = [subset.image_dir for config in datasets for subset in config.subsets]
+        self.latents: LatentCache | None = None
+        self.text: TextCache | None = None
+        workers = settings.max_data_loader_n_workers
+        if settings.cache_latents:
+            self.latents = LatentCache(places if settings.cache_latents_to_disk else None, image_dirs, workers)
+        if settings.cache_text_encoder_outputs:
+            folders = [places.folder(folder) for folder in image_dirs]
+            self.text = TextCache(folders if settings.cache_text_encoder_outputs_to_disk else None)
+
+    @classmethod
+    def build(
+        cls,
+        settings: DataSettings,
+        seed: int,
+        datasets: Sequence[DatasetConfig] | None = None,
+        show_progress: bool = True,
+    ) -> TrainingData:
+        """Returns the datasets that the settings describe; pictures are measured, captions read.
+
+        Without cached latents every picture is also decoded once, so that a broken one shows now.
+
+        Args:
+            settings: which folders, and how.
+            seed: of every random draw.
+            datasets: from :func:`load_dataset_config`, where they were read already.
+            show_progress: with progress bars.
+
+        Raises:
+            DatasetError: a file or folder is missing or broken, or no picture is left.
+        """
+        datasets = load_dataset_config(settings) if datasets is None else datasets
+        places = CachePlaces(settings.cache_dir)
+        workers = settings.max_data_loader_n_workers
+        items = build_items(datasets, places if settings.cache_latents_to_disk else None, workers, show_progress)
+        data = cls(settings, seed, datasets, items, places)
+        if not settings.cache_latents:
+            data._drop(undecodable(items, workers, show_progress))
+        return data
+
+    # Which pictures, in which order, with which captions
+
+    @property
+    def num_draws(self) -> int:
+        """Showings in an epoch: pictures times repeats."""
+        return sum(item.num_repeats for item in self.items)
+
+    def num_batches(self, num_processes: int) -> int:
+        """Returns the number of steps of an epoch, that is of global batches."""
+        return count_batches(self._groups, num_processes)
+
+    def plan_epoch(self, epoch: int, num_processes: int) -> EpochPlan:
+        """Returns the global batches of an epoch (counted from 1); a pure function of the seed and the epoch."""
+        return make_plan(self._groups, self._seed, epoch, num_processes, self.draw)
+
+    def draw(self, index: int, epoch: int, repeat: int) -> Draw:
+        """Returns one showing of the picture with this index."""
+        item = self._all[index]
+        key = self._draw_key(index, epoch, repeat)
+        flip = item.subset.flip_aug and bool(keyed_random.key("flip", key) & 1)
+        caption = caption_rules.final_caption(item.subset, item.caption, epoch, key)
+        return Draw(item, epoch, repeat, caption, flip, key)
+
+    def captions(self, epochs: Iterable[int]) -> set[str]:
+        """Returns every final caption that these epochs use, and ``""`` where captions can be dropped."""
+        return set(self.caption_folders(epochs))
+
+    def caption_folders(self, epochs: Iterable[int]) -> dict[str, Path]:
+        """Returns every final caption that these epochs use with the cache folder of the first picture that uses it."""
+        epochs = sorted(set(epochs))
+        folders: dict[str, Path] = {}
+        for item in self.items:
+            folder = self._places.folder(item.subset.image_dir)
+            for caption in self._captions_of(item, epochs):
+                folders.setdefault(caption, folder)
+        return folders
+
+    def _captions_of(self, item: Item, epochs: list[int]) -> Iterator[str]:
+        subset, raw = item.subset, item.caption
+        if caption_rules.may_be_empty(subset):
+            yield ""
+        for epoch in epochs:
+            if not caption_rules.text_varies(subset, raw):
+                caption = caption_rules.undropped_caption(subset, raw, epoch)
+                if caption is not None:
+                    yield caption
+                    return
+                continue
+            for repeat in range(item.num_repeats):
+                key = self._draw_key(item.index, epoch, repeat)
+                yield caption_rules.final_caption(subset, raw, epoch, key)
+
+    def _draw_key(self, index: int, epoch: int, repeat: int) -> int:
+        return keyed_random.key("draw", self._seed, epoch, index, repeat)
+
+    def _set_items(self) -> None:
+        self.items = tuple(item for item in self._all if item.index not in self._dropped)
+        members: dict[tuple[int, tuple[int, int]], list[tuple[int, int]]] = {}
+        for item in self.items:
+            members.setdefault((item.dataset_index, item.bucket_px), []).append((item.index, item.num_repeats))
+        self._groups = [
+            Group(dataset, bucket, self.datasets[dataset].batch_size, slots)
+            for (dataset, bucket), slots in members.items()
+        ]
+
+    def _drop(self, unreadable: dict[int, str]) -> None:
+        """Leaves pictures out of the run and says so once."""
+        new = sorted(index for index in unreadable if index not in self._dropped)
+        if not new:
+            return
+        warn_unreadable([(self._all[index].path, unreadable[index]) for index in new])
+        self._dropped.update(new)
+        self._set_items()
+        if not self.items:
+            first = self._all[new[0]].path
+            raise DatasetError(
+                f"No picture is left to train on: none can be read, for example {first} ({unreadable[new[0]]})."
+            )
+
+    # Caches
+
+    def missing_latents(
+        self,
+        fingerprint: str,
+        rank: int = 0,
+        num_processes: int = 1,
+        gather: Gather = _alone,
+        show_progress: bool = False,
+    ) -> int:
+        """Returns how many pictures are to be encoded; 0: no autoencoder is needed. All processes call it."""
+        if self.latents is None:
+            return 0
+        processes = Processes(rank, num_processes, gather, show_progress)
+        jobs, unreadable = self.latents.missing(self.items, fingerprint, processes)
+        self._drop(unreadable)
+        return len(jobs)
+
+    def fill_latents(
+        self,
+        encode: EncodePixels,
+        fingerprint: str,
+        rank: int = 0,
+        num_processes: int = 1,
+        gather: Gather = _alone,
+        show_progress: bool = False,
+    ) -> None:
+        """Encodes the pictures that are missing; ones that cannot be read are left out. All processes call it.
+
+        Args:
+            encode: pixels (B, 3, H, W) float32 in [-1, 1] on the CPU -> latents (B, C, h, w).
+            fingerprint: of the autoencoder.
+            rank: this process.
+            num_processes: how many share the work.
+            gather: exchanges a list of picklable objects: ``gather(mine)`` returns those of all, by rank.
+            show_progress: with a progress bar.
+
+        Raises:
+            DatasetError: nothing can be written, a latent is not finite, or no picture is left.
+        """
+        if self.latents is not None:
+            processes = Processes(rank, num_processes, gather, show_progress)
+            batch_size = self._settings.vae_batch_size
+            self._drop(self.latents.fill(self.items, encode, fingerprint, batch_size, processes))
+
+    def missing_text(
+        self, captions: Iterable[str], fingerprint: str, rank: int = 0, num_processes: int = 1, gather: Gather = _alone
+    ) -> int:
+        """Returns how many captions are to be encoded; 0: no text encoder is needed. All processes call it."""
+        if self.text is None:
+            return 0
+        return len(self.text.missing(captions, fingerprint, Processes(rank, num_processes, gather)))
+
+    def fill_text(
+        self,
+        captions: dict[str, Path] | Iterable[str],
+        encode: EncodeCaptions,
+        fingerprint: str,
+        rank: int = 0,
+        num_processes: int = 1,
+        gather: Gather = _alone,
+        show_progress: bool = False,
+    ) -> None:
+        """Encodes the captions that are missing. All processes call it.
+
+        Args:
+            captions: from :meth:`caption_folders`, or any texts (which go to the first cache folder).
+            encode: texts -> one (L_i, D) tensor each.
+            fingerprint: of the text encoder with its system prompt and token limit.
+            rank: this process.
+            num_processes: how many share the work.
+            gather: exchanges a list of picklable objects: ``gather(mine)`` returns those of all, by rank.
+            show_progress: with a progress bar.
+
+        Raises:
+            DatasetError: nothing can be written, or a feature is not finite.
+        """
+        if self.text is None:
+            return
+        folders = dict(captions) if isinstance(captions, dict) else dict.fromkeys(captions)
+        batch_size = self._settings.text_encoder_batch_size or max(config.batch_size for config in self.datasets)
+        self.text.fill(folders, encode, fingerprint, batch_size, Processes(rank, num_processes, gather, show_progress))
+
+    # Batches
+
+    def load(self, draws: Sequence[Draw], num_global: int | None = None) -> Batch:
+        """Returns the batch of these showings, all of one bucket; may be called from any thread.
+
+        Args:
+            draws: may be empty.
+            num_global: samples of the step over all processes (default: those given here).
+
+        Raises:
+            DatasetError: a picture or a cache file cannot be read.
+        """
+        latents = pixels = text = None
+        if draws and self.latents is not None:
+            latents = torch.stack([self.latents.get(draw.item, draw.flip) for draw in draws])
+        elif draws:
+            pixels = torch.stack([_pixels(draw) for draw in draws])
+        if self.text is not None:
+            text = tuple(self.text.get(draw.caption) for draw in draws)
+        weights = torch.ones(len(draws), dtype=torch.float32)
+        return Batch(tuple(draws), latents, pixels, text, weights, len(draws) if num_global is None else num_global)
+
+    def batches(
+        self, plan: EpochPlan, rank: int = 0, num_processes: int = 1, start: int = 0, num_workers: int | None = None
+    ) -> Generator[Batch]:
+        """Yields this process's part of each global batch of a plan, read ahead by threads.
+
+        The threads end when the generator is exhausted, closed or dropped; what goes wrong in them is raised here.
+
+        Args:
+            plan: the epoch.
+            rank: this process.
+            num_processes: over how many processes each global batch is split.
+            start: first global batch, for a run that is resumed inside an epoch.
+            num_workers: threads (default: ``--max_data_loader_n_workers``; 0 reads without threads).
+        """
+
+        def read(number: int) -> Batch:
+            batch = plan.batch(number)
+            return self.load(batch.split(rank, num_processes), len(batch))
+
+        workers = self._settings.max_data_loader_n_workers if num_workers is None else num_workers
+        depth = max(1, min(2 * workers, self._max_waiting()))
+        return prefetch(range(start, len(plan)), read, min(workers, depth), depth)
+
+    def _max_waiting(self) -> int:
+        """Returns how many batches may wait so that decoded pictures stay within their share of the memory."""
+        if self.latents is not None:
+            return 64
+        largest = max(group.batch_size * 12 * group.bucket_px[0] * group.bucket_px[1] for group in self._groups)
+        return max(2, _WAITING_PIXELS_BYTES // largest)
+
+
+def _pixels(draw: Draw) -> torch.Tensor:
+    item = draw.item
+    try:
+        pixels = images.load_pixels(item.path, item.placement, item.subset.resize_interpolation)
+    except images.BROKEN_PICTURE as error:
+        raise DatasetError(
+            f"The picture {item.path} can no longer be read ({images.reason(error)}); it was fine when the run started."
+        ) from error
+    return pixels.flip(-1) if draw.flip else pixels

@@ -1,0 +1,98 @@
+"""The records that pass through the data rooms: a picture, one showing of it, and a batch of showings."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+
+from library.data.buckets import Placement, Size
+from library.data.config import SubsetConfig
+
+
+@dataclass(frozen=True, slots=True)
+class Item:
+    """A picture with its caption, as one dataset uses it.
+
+    Kept small, because a folder may hold 100,000 pictures: the folder's path and all settings are in the shared subset.
+
+    Attributes:
+        index: place among all pictures of the run, the identity that random draws are keyed by.
+        name: file name inside ``subset.image_dir``.
+        size_px: (width, height) of the upright picture.
+        placement: what it is resized to and which bucket is cut out.
+        caption: text of the caption file, else the class tokens, else empty; not yet the final caption.
+        subset: the folder's settings.
+        dataset_index: which dataset it belongs to.
+    """
+
+    index: int
+    name: str
+    size_px: Size
+    placement: Placement
+    caption: str
+    subset: SubsetConfig
+    dataset_index: int
+
+    @property
+    def path(self) -> Path:
+        return self.subset.image_dir / self.name
+
+    @property
+    def bucket_px(self) -> Size:
+        return self.placement.bucket_px
+
+    @property
+    def resized_px(self) -> Size:
+        return self.placement.resized_px
+
+    @property
+    def num_repeats(self) -> int:
+        return self.subset.num_repeats
+
+
+@dataclass(frozen=True, slots=True)
+class Draw:
+    """One showing of a picture.
+
+    Attributes:
+        item: the picture.
+        epoch: counted from 1.
+        repeat: which showing of this picture in the epoch, from 0.
+        caption: the final text, without a system prompt; ``""`` where it was dropped.
+        flip: mirrored left to right.
+        key: identity of this showing, for draws of noise, sigma and dropout.
+    """
+
+    item: Item
+    epoch: int
+    repeat: int
+    caption: str
+    flip: bool
+    key: int
+
+
+@dataclass
+class Batch:
+    """What one process trains on in one step; empty (no draws) where the epoch's last batch is too small for all.
+
+    Attributes:
+        draws: the showings, B of them.
+        latents: (B, C, h, w) bfloat16 from the cache, or ``None``.
+        pixels: (B, 3, H, W) float32 in [-1, 1], or ``None`` where latents are given.
+        text: per sample (L_i, D) bfloat16 from the cache, or ``None`` where captions are to be encoded.
+        loss_weights: (B,) float32.
+        num_global: samples of this step over all processes; what the loss is divided by.
+    """
+
+    draws: tuple[Draw, ...]
+    latents: torch.Tensor | None
+    pixels: torch.Tensor | None
+    text: tuple[torch.Tensor, ...] | None
+    loss_weights: torch.Tensor
+    num_global: int
+
+    @property
+    def captions(self) -> list[str]:
+        return [draw.caption for draw in self.draws]

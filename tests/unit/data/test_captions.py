@@ -1,0 +1,157 @@
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from library.data.captions import caption_varies, final_caption, read_caption
+from library.data.config import SubsetConfig
+from library.errors import DatasetError
+
+
+def _subset(**changes: Any) -> SubsetConfig:
+    return SubsetConfig(image_dir=Path("pictures"), **changes)
+
+
+def _draws(subset: SubsetConfig, raw: str, count: int = 200, epoch: int = 1) -> list[str]:
+    return [final_caption(subset, raw, epoch, key) for key in range(count)]
+
+
+def test_without_rules_the_text_stays_as_it_is() -> None:
+    assert final_caption(_subset(), "a  cat ,dog,, {x|y}", 1, 5) == "a  cat ,dog,, {x|y}"
+
+
+def test_prefix_and_suffix_are_joined_by_one_space() -> None:
+    subset = _subset(caption_prefix="photo,", caption_suffix=", 4k")
+    assert final_caption(subset, "cat", 1, 0) == "photo, cat , 4k"
+    assert final_caption(subset, "", 1, 0) == "photo, , 4k"
+
+
+def test_equal_keys_give_equal_captions_and_other_keys_others() -> None:
+    subset = _subset(shuffle_caption=True)
+    raw = "a, b, c, d, e, f"
+    assert _draws(subset, raw) == _draws(subset, raw)
+    assert len(set(_draws(subset, raw))) > 100
+
+
+def test_shuffle_keeps_the_first_tags_and_joins_with_comma_and_space() -> None:
+    subset = _subset(shuffle_caption=True, keep_tokens=2, caption_separator=";")
+    captions = _draws(subset, "one;  two ; three;four;;")
+    assert all(caption.startswith("one, two, ") for caption in captions)
+    assert {tuple(sorted(caption.split(", "))) for caption in captions} == {("four", "one", "three", "two")}
+    assert len(set(captions)) == 2
+
+
+def test_keep_tokens_separator_fixes_head_and_tail() -> None:
+    subset = _subset(shuffle_caption=True, keep_tokens_separator="|||", keep_tokens=1)
+    captions = set(_draws(subset, "h1, h2 ||| x, y ||| t1, t2"))
+    assert captions == {"h1, h2, x, y, t1, t2", "h1, h2, y, x, t1, t2"}
+
+
+@pytest.mark.parametrize(
+    ("raw", "expected"),
+    [
+        ("head ||| rest, more", "head, rest, more"),
+        ("head,|||rest ||| tail", "head, rest, tail"),
+        ("|||rest", "rest"),
+        ("a ||| b ||| c ||| d", "a, b, c, d"),
+        ("a natural sentence; with marks|||x", "a natural sentence; with marks, x"),
+    ],
+)
+def test_keep_tokens_separator_never_stays_in_the_text(raw: str, expected: str) -> None:
+    assert final_caption(_subset(keep_tokens_separator="|||"), raw, 1, 0) == expected
+    assert all(
+        "|||" not in caption for caption in _draws(_subset(keep_tokens_separator="|||", shuffle_caption=True), raw)
+    )
+
+
+def test_dropout_rate_drops_about_that_share_of_captions() -> None:
+    dropped = sum(not caption for caption in _draws(_subset(caption_dropout_rate=0.3), "cat", count=2000))
+    # Standard deviation of 2000 draws at 0.3 is 20.5; five of them.
+    assert abs(dropped - 600) < 103
+    assert set(_draws(_subset(caption_dropout_rate=1.0), "cat")) == {""}
+
+
+def test_every_nth_epoch_is_dropped_counting_from_one() -> None:
+    subset = _subset(caption_dropout_every_n_epochs=3)
+    assert [final_caption(subset, "cat", epoch, 0) for epoch in range(1, 8)] == [
+        "cat",
+        "cat",
+        "",
+        "cat",
+        "cat",
+        "",
+        "cat",
+    ]
+    shuffled = _subset(caption_dropout_every_n_epochs=2, shuffle_caption=True)
+    assert final_caption(shuffled, "a, b", 2, 0) == ""
+
+
+def test_tag_dropout_spares_the_kept_tags() -> None:
+    subset = _subset(caption_tag_dropout_rate=0.5, keep_tokens=1)
+    captions = _draws(subset, "keep, a, b")
+    assert set(captions) == {"keep, a, b", "keep, a", "keep, b", "keep"}
+    assert set(_draws(_subset(caption_tag_dropout_rate=1.0, keep_tokens=1), "keep, a")) == {"keep"}
+
+
+def test_wildcards_choose_and_doubled_braces_stay() -> None:
+    subset = _subset(enable_wildcard=True)
+    assert set(_draws(subset, "a {red|green|} {cat|dog}")) == {
+        f"a {colour} {animal}" for colour in ("red", "green", "") for animal in ("cat", "dog")
+    }
+    assert set(_draws(subset, "{{a|b}} c")) == {"{a|b} c"}
+
+
+def test_wildcard_takes_a_random_line_and_the_prefix_goes_to_each() -> None:
+    subset = _subset(enable_wildcard=True, caption_prefix="my")
+    assert set(_draws(subset, "first\nsecond\nthird")) == {"my first", "my second", "my third"}
+
+
+def test_secondary_separator_is_replaced_last() -> None:
+    subset = _subset(shuffle_caption=True, secondary_separator=";;;")
+    assert set(_draws(subset, "sky;;;cloud, tree")) == {"sky,cloud, tree", "tree, sky,cloud"}
+    assert final_caption(_subset(secondary_separator=";;;"), "a;;;b", 1, 0) == "a,b"
+
+
+def test_caption_varies_is_true_exactly_where_draws_differ() -> None:
+    cases = [
+        (_subset(), "a, b", False),
+        (_subset(enable_wildcard=True), "a, b", False),
+        (_subset(enable_wildcard=True), "{a|b}", True),
+        (_subset(enable_wildcard=True), "a\nb", True),
+        (_subset(enable_wildcard=True, caption_prefix="{x|y}"), "a", True),
+        (_subset(shuffle_caption=True), "a, b", True),
+        (_subset(caption_tag_dropout_rate=0.5), "a, b", True),
+        (_subset(caption_dropout_rate=0.5), "a, b", True),
+        (_subset(caption_dropout_every_n_epochs=2), "a, b", False),
+    ]
+    for subset, raw, varies in cases:
+        assert caption_varies(subset, raw) is varies
+        assert (len(set(_draws(subset, raw))) > 1) is varies
+
+
+@pytest.mark.parametrize(
+    ("content", "first", "every"),
+    [
+        (b"\xef\xbb\xbf a cat \r\n\r\n a dog\r\n", "a cat", "a cat\na dog"),
+        (b"\n\n  second line is first\n", "second line is first", "second line is first"),
+        ("猫、かわいい".encode(), "猫、かわいい", "猫、かわいい"),
+        (b"", None, None),
+        (b" \n\t\n", None, None),
+    ],
+)
+def test_read_caption(tmp_path: Path, content: bytes, first: str | None, every: str | None) -> None:
+    (tmp_path / "a.b.txt").write_bytes(content)
+    assert read_caption(tmp_path / "a.b.png", ".txt", all_lines=False) == first
+    assert read_caption(tmp_path / "a.b.png", ".txt", all_lines=True) == every
+
+
+def test_a_face_suffix_of_the_picture_is_left_out_of_the_caption_name(tmp_path: Path) -> None:
+    (tmp_path / "me.txt").write_text("someone", encoding="utf-8")
+    assert read_caption(tmp_path / "me_0010_0020_0100_0100.png", ".txt", all_lines=False) == "someone"
+    assert read_caption(tmp_path / "me_0010_0020.png", ".txt", all_lines=False) is None
+
+
+def test_a_caption_that_is_not_utf8_is_named(tmp_path: Path) -> None:
+    (tmp_path / "a.txt").write_bytes("Grüße".encode("latin-1"))
+    with pytest.raises(DatasetError, match=r"a\.txt is not UTF-8 text \(byte 2\)"):
+        read_caption(tmp_path / "a.png", ".txt", all_lines=False)

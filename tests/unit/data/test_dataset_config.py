@@ -1,0 +1,258 @@
+import json
+import logging
+from pathlib import Path
+from typing import Any
+
+import pytest
+from data_helpers import make_pictures
+
+from library.data.config import DatasetConfig, load_dataset_config
+from library.data.settings import DataSettings
+from library.errors import DatasetError
+
+ONE = {"a.png": (64, 64)}
+
+
+def _load(tmp_path: Path, toml: str, **flags: Any) -> tuple[DatasetConfig, ...]:
+    """Reads a dataset file; ``$P`` in it is a folder with one picture."""
+    folder = make_pictures(tmp_path / "pictures", ONE)
+    path = tmp_path / "data.toml"
+    path.write_text(toml.replace("$P", folder.as_posix()), encoding="utf-8")
+    return load_dataset_config(DataSettings(dataset_config=path, **{"resolution": (64, 64), **flags}))
+
+
+def test_precedence_is_subset_dataset_general_command_line(tmp_path: Path) -> None:
+    for name in "bcd":
+        make_pictures(tmp_path / name, ONE)
+    toml = f"""
+        [general]
+        num_repeats = 3
+        flip_aug = false
+        batch_size = 5
+        caption_dropout_rate = 1
+        [[datasets]]
+        num_repeats = 4
+        class_tokens = "dataset"
+        resolution = [128, 64]
+        [[datasets.subsets]]
+        image_dir = "$P"
+        num_repeats = 5
+        class_tokens = "subset"
+        [[datasets.subsets]]
+        image_dir = "{(tmp_path / "b").as_posix()}"
+        [[datasets]]
+        batch_size = 7
+        [[datasets.subsets]]
+        image_dir = "{(tmp_path / "c").as_posix()}"
+        caption_extension = "cap"
+    """
+    first, second = _load(tmp_path, toml, flip_aug=True, dataset_repeats=2, train_batch_size=9, keep_tokens=6)
+    assert [subset.num_repeats for subset in (*first.subsets, *second.subsets)] == [5, 4, 3]
+    assert [subset.class_tokens for subset in (*first.subsets, *second.subsets)] == ["subset", "dataset", None]
+    assert (first.batch_size, second.batch_size) == (5, 7)
+    assert (first.resolution, second.resolution) == ((128, 64), (64, 64))
+    for subset in (*first.subsets, *second.subsets):
+        assert not subset.flip_aug  # false in the file goes before the flag
+        assert subset.keep_tokens == 6
+        assert subset.caption_dropout_rate == 1.0
+    assert second.subsets[0].caption_extension == ".cap"
+
+
+@pytest.mark.parametrize(
+    ("body", "message"),
+    [
+        ("num_repeat = 5", r"datasets\[0\]\.subsets\[1\]: unknown key num_repeat = 5 \(did you mean 'num_repeats'\?\)"),
+        ("num_repeats = 'x'", r"subsets\[1\]: num_repeats = 'x' is not valid: expected a whole number"),
+        ("num_repeats = 1.5", "num_repeats = 1.5 is not valid: expected a whole number"),
+        ("keep_tokens = true", "keep_tokens = True is not valid: expected a whole number, at least 0"),
+        ("flip_aug = 1", "flip_aug = 1 is not valid: expected true or false"),
+        ("class_tokens = 3", "class_tokens = 3 is not valid: expected a text in quotes"),
+        ("caption_dropout_rate = 2", "caption_dropout_rate = 2 is not valid: expected a number from 0 to 1"),
+        ("resize_interpolation = 'sinc'", "resize_interpolation = 'sinc' is not valid: expected one of lanczos"),
+        ("resolution = 512", r"resolution = 512 has no place here; it belongs into \[general\] or \[\[datasets\]\]"),
+        ("is_reg = true", "is_reg = True is not available yet in this trainer"),
+        ("alpha_mask = true", "alpha_mask = True is not available yet"),
+        ("metadata_file = 'm.json'", "metadata_file = 'm.json' is not available yet"),
+        ("conditioning_data_dir = 'm'", "conditioning_data_dir = 'm' is not available yet"),
+        ("validation_split = 0.1", "validation_split = 0.1 is not available yet"),
+        ("color_aug = true", "color_aug = True is not available yet"),
+        ("random_crop = true", "random_crop = True is not available yet"),
+        ("face_crop_aug_range = [1.0, 2.0]", "face_crop_aug_range = .* is not available yet"),
+        ("token_warmup_step = 10", "token_warmup_step = 10 is not available yet"),
+        ("cache_info = true", "cache_info = True is not available yet"),
+        ("custom_attributes = {diff_output_preservation = true}", "custom_attributes = .* is not available yet"),
+    ],
+)
+def test_wrong_keys_and_values_name_file_table_key_and_value(tmp_path: Path, body: str, message: str) -> None:
+    toml = f"[[datasets]]\n[[datasets.subsets]]\nimage_dir='$P'\n[[datasets.subsets]]\nimage_dir='$P'\n{body}\n"
+    with pytest.raises(DatasetError, match=r"^--dataset_config: .*data\.toml: .*" + message):
+        _load(tmp_path, toml)
+
+
+def test_harmless_values_of_later_features_pass(tmp_path: Path) -> None:
+    body = (
+        "is_reg=false\nalpha_mask=false\nvalidation_split=0.0\nvalidation_seed=4\ncolor_aug=false\nrandom_crop=false\n"
+        "token_warmup_min=3\ntoken_warmup_step=0\ncache_info=false\ncustom_attributes={}\n"
+    )
+    (dataset,) = _load(tmp_path, f"[[datasets]]\n[[datasets.subsets]]\nimage_dir='$P'\n{body}")
+    assert len(dataset.subsets) == 1
+
+
+@pytest.mark.parametrize(
+    ("toml", "message"),
+    [
+        ("[genral]\n", r"unknown table genral = \{\} \(did you mean 'general'\?\)"),
+        ("", r"there is no \[\[datasets\]\], so there is nothing to train on"),
+        ("[datasets]\nresolution=64", r"datasets is not a list of tables: write \[\[datasets\]\] with double brackets"),
+        ("[[datasets]]\nresolution=64", r"datasets\[0\]: there is no \[\[datasets.subsets\]\]"),
+        ("[[datasets]]\n[[datasets.subsets]]\nnum_repeats=1", r"subsets\[0\]: image_dir, .* is missing"),
+        (
+            "[[datasets]]\n[[datasets.subsets]]\nimage_dir='no/such'",
+            r"image_dir = 'no/such' does not exist \(looked in",
+        ),
+        ("[[datasets]]\n[[datasets.subsets]]\nimage_dir='$P/a.png'", r"image_dir = '.*a.png' is not a folder"),
+        (
+            "[[datasets]]\n[[datasets.subsets]]\nimage_dir='$P/..'",
+            r"holds no pictures \(sub-folders are not searched\)",
+        ),
+        ("[[datasets]]\n[[datasets.subsets]]\nimage_dir='$P'\nnum_repeats=0", r"datasets\[0\]: no subset is left"),
+        ("[[datasets]]\nbatch_size = \n", r"--dataset_config: .*data\.toml: Invalid value \(at line 2"),
+        (
+            '[[datasets]]\n[[datasets.subsets]]\nimage_dir = "C:\\pictures"\n',
+            "at line 3.*forward slashes or in single quotes",
+        ),
+    ],
+)
+def test_broken_files(tmp_path: Path, toml: str, message: str) -> None:
+    with pytest.raises(DatasetError, match=message):
+        _load(tmp_path, toml)
+
+
+@pytest.mark.parametrize(
+    ("head", "flags", "message"),
+    [
+        ("", {"resolution": None}, "no training size is set; give resolution in the dataset file, or --resolution"),
+        ("resolution=100", {}, r"datasets\[0\]: resolution 100,100 cannot be trained on without buckets"),
+        ("resolution=128\nenable_bucket=true", {}, "min_bucket_reso is 256; set min_bucket_reso to at most 128"),
+        ("resolution=2048\nenable_bucket=true", {}, "max_bucket_reso is 1024; set max_bucket_reso to at least 2048"),
+        ("resolution=48\nenable_bucket=true", {}, "resolution 48,48 is smaller than bucket_reso_steps 64"),
+        ("bucket_reso_steps=40", {}, "bucket_reso_steps = 40 is not valid: .*multiple of 16"),
+    ],
+)
+def test_sizes_that_cannot_work(tmp_path: Path, head: str, flags: dict[str, Any], message: str) -> None:
+    with pytest.raises(DatasetError, match=message):
+        _load(tmp_path, f"[[datasets]]\n{head}\n[[datasets.subsets]]\nimage_dir='$P'\n", **flags)
+
+
+def test_bucket_limits_do_not_matter_without_upscaling(tmp_path: Path) -> None:
+    toml = (
+        "[[datasets]]\nresolution=128\nenable_bucket=true\nbucket_no_upscale=true\n[[datasets.subsets]]\nimage_dir='$P'"
+    )
+    assert _load(tmp_path, toml)[0].resolution == (128, 128)
+
+
+def test_warnings(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    toml = (
+        "[general]\nnetwork_multiplier=0.5\n[[datasets]]\nnetwork_multiplier=1.0\nenable_bucket=true\nresolution=512\n"
+        "min_bucket_reso=100\n[[datasets.subsets]]\nimage_dir='$P'\nnum_repeats=2\n[[datasets.subsets]]\nimage_dir='$P/'\n"
+    )
+    with caplog.at_level(logging.WARNING):
+        (dataset,) = _load(tmp_path, toml, train_data_dir="elsewhere")
+    assert [subset.num_repeats for subset in dataset.subsets] == [2]
+    messages = [record.getMessage() for record in caplog.records]
+    for text in (
+        "--train_data_dir has no effect",
+        "network_multiplier has no effect",
+        "is already in this dataset; this subset is ignored",
+        "min_bucket_reso 100 becomes 64",
+    ):
+        assert sum(text in message for message in messages) == 1, text
+
+
+def test_relative_folders_from_here_then_from_the_files_folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    toml = "[[datasets]]\n[[datasets.subsets]]\nimage_dir='pictures'\n"
+    here = tmp_path / "here"
+    here.mkdir()
+    monkeypatch.chdir(here)
+    assert _load(tmp_path, toml)[0].subsets[0].image_dir.resolve() == (tmp_path / "pictures").resolve()
+    make_pictures(here / "pictures", ONE)
+    assert _load(tmp_path, toml)[0].subsets[0].image_dir.resolve() == (here / "pictures").resolve()
+
+
+def test_json_is_read_too_and_its_errors_have_a_line(tmp_path: Path) -> None:
+    folder = make_pictures(tmp_path / "pictures", ONE)
+    path = tmp_path / "data.json"
+    content = {"general": {"num_repeats": None}, "datasets": [{"subsets": [{"image_dir": str(folder)}]}]}
+    path.write_text(json.dumps(content), encoding="utf-8")
+    settings = DataSettings(dataset_config=path, resolution=(64, 64), dataset_repeats=8)
+    assert load_dataset_config(settings)[0].subsets[0].num_repeats == 8
+    path.write_text('{\n"datasets": [,]}', encoding="utf-8")
+    with pytest.raises(DatasetError, match=r"data\.json: line 2: "):
+        load_dataset_config(settings)
+
+
+@pytest.mark.parametrize(
+    ("name", "content", "message"),
+    [
+        ("gone.toml", None, "gone.toml does not exist or is not a file"),
+        ("data.yaml", b"", "ends in neither .toml nor .json"),
+        ("data.toml", b"\xff\xfe", "is not UTF-8 text"),
+        ("list.json", b"[]", "holds no table"),
+    ],
+)
+def test_files_that_cannot_be_read(tmp_path: Path, name: str, content: bytes | None, message: str) -> None:
+    if content is not None:
+        (tmp_path / name).write_bytes(content)
+    with pytest.raises(DatasetError, match=message):
+        load_dataset_config(DataSettings(dataset_config=tmp_path / name))
+
+
+def test_a_byte_order_mark_does_not_matter(tmp_path: Path) -> None:
+    folder = make_pictures(tmp_path / "pictures", ONE)
+    path = tmp_path / "data.toml"
+    path.write_text(f"[[datasets]]\n[[datasets.subsets]]\nimage_dir='{folder.as_posix()}'", encoding="utf-8-sig")
+    assert load_dataset_config(DataSettings(dataset_config=path, resolution=(64, 64)))
+
+
+# Without a file
+
+
+def _load_folder(folder: Path, **flags: Any) -> DatasetConfig:
+    (dataset,) = load_dataset_config(DataSettings(train_data_dir=str(folder), resolution=(64, 64), **flags))
+    return dataset
+
+
+def test_named_sub_folders(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    for name in ("10_my cat_x", "2_dog [1]", "3", "notes", "0_none"):
+        make_pictures(tmp_path / name, ONE)
+    (tmp_path / "4_empty").mkdir()
+    (tmp_path / "lumina_cache").mkdir()
+    make_pictures(tmp_path, {"loose.png": (64, 64)})
+    with caplog.at_level(logging.WARNING):
+        dataset = _load_folder(tmp_path)
+    found = [(subset.image_dir.name, subset.num_repeats, subset.class_tokens) for subset in dataset.subsets]
+    assert found == [("10_my cat_x", 10, "my cat_x"), ("2_dog [1]", 2, "dog [1]"), ("3", 3, None)]
+    messages = "\n".join(record.getMessage() for record in caplog.records)
+    assert "not used: notes" in messages
+    assert "0_none is not used: its repeat count is 0" in messages
+    assert "4_empty is not used: it holds no pictures" in messages
+    assert "pictures beside the sub-folders are not used, for example loose.png" in messages
+    assert "lumina_cache" not in messages
+
+
+def test_flat_folder(tmp_path: Path) -> None:
+    make_pictures(tmp_path, ONE)
+    dataset = _load_folder(tmp_path, dataset_repeats=7, train_batch_size=3)
+    assert [(subset.image_dir, subset.num_repeats, subset.class_tokens) for subset in dataset.subsets] == [
+        (tmp_path, 7, None)
+    ]
+    assert dataset.batch_size == 3
+
+
+def test_folders_without_pictures(tmp_path: Path) -> None:
+    with pytest.raises(DatasetError, match="holds no pictures, and no sub-folder named N_name"):
+        _load_folder(tmp_path)
+    with pytest.raises(DatasetError, match="gone is not a folder"):
+        _load_folder(tmp_path / "gone")
+    with pytest.raises(DatasetError, match="give --dataset_config"):
+        load_dataset_config(DataSettings())
