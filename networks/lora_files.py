@@ -1,0 +1,319 @@
+"""LoRA files: reading them, bringing the key forms of other programs into one, and the hashes that identify them.
+
+Known forms, by example of one module:
+
+* ``lora_unet_layers_0_attention_qkv.lora_down.weight`` with ``.alpha``: kohya's, and the form that is written here;
+* ``diffusion_model.layers.0.attention.qkv.lora_A.weight``: ComfyUI, ai-toolkit, diffusion-pipe;
+* ``transformer.layers.0.attn.to_q.lora_A.weight``: diffusers and PEFT, with q, k and v apart;
+
+each with ``lora_A/lora_B``, ``lora_down/lora_up`` or ``lora.down/lora.up``. A missing alpha means alpha = rank, as in
+the programs that leave it out. Separate q, k and v are joined into one LoRA of the fused Linear, exactly.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import logging
+import pickle
+import re
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from library.errors import NetworkError
+
+logger = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True)
+class Factors:
+    """One module's LoRA as files hold it: ``down`` (r,in), ``up`` (out,r), strength alpha / r."""
+
+    down: Tensor
+    up: Tensor
+    alpha: float
+
+
+# What other programs call the same Linears, as regular expressions on the dotted path, tried in order.
+_RENAMES: tuple[tuple[str, str], ...] = (
+    (r"\.attn\.", ".attention."),
+    (r"\.attention\.to_out\.0$", ".attention.out"),
+    (r"\.feed_forward\.linear_([123])$", r".feed_forward.w\1"),
+    (r"\.norm1\.linear$", ".adaLN_modulation.1"),
+    (r"^norm_out\.linear_1$", "final_layer.adaLN_modulation.1"),
+    (r"^norm_out\.linear_2$", "final_layer.linear"),
+    (r"^time_caption_embed\.timestep_embedder\.linear_1$", "t_embedder.mlp.0"),
+    (r"^time_caption_embed\.timestep_embedder\.linear_2$", "t_embedder.mlp.2"),
+    (r"^time_caption_embed\.caption_embedder\.1$", "cap_embedder.1"),
+)
+_PREFIXES: tuple[tuple[str, str], ...] = (
+    ("text_encoders.gemma2_2b.transformer.model.", "lora_te"),
+    ("model.diffusion_model.", "lora_unet"),
+    ("diffusion_model.", "lora_unet"),
+    ("base_model.model.", "lora_unet"),
+    ("transformer.", "lora_unet"),
+)
+_KEY = re.compile(
+    r"(?P<module>.+?)\.(?:"
+    r"lora_(?P<ab>[AB])(?:\.default)?(?:\.weight)?|lora_(?P<kohya>down|up)\.weight|"
+    r"lora(?:_linear_layer)?\.(?P<dotted>down|up)\.weight|(?P<alpha>alpha))"
+)
+# What torch.load raises on bytes that are no pickle, or half of one.
+_UNPICKLING_ERRORS = (
+    OSError,
+    RuntimeError,
+    EOFError,
+    ValueError,
+    LookupError,
+    TypeError,
+    AttributeError,
+    pickle.UnpicklingError,
+)
+_SPLIT = re.compile(r"(?P<block>.+\.attention)\.to_(?P<part>[qkv])")
+
+
+def read_lora_file(file: Path) -> dict[str, Tensor]:
+    """Returns the tensors of a ``.safetensors``, ``.ckpt`` or ``.pt`` LoRA file, on the CPU.
+
+    A diffusers file's ``lora_adapter_metadata`` becomes ``<module>.alpha`` entries, because its keys do not hold alpha.
+
+    Raises:
+        NetworkError: the file is missing, damaged, or of another kind.
+    """
+    if not file.is_file():
+        raise NetworkError(f"LoRA file {file} does not exist; check the path")
+    if file.suffix.lower() == ".safetensors":
+        return _read_safetensors(file)
+    try:
+        tensors = torch.load(file, map_location="cpu", weights_only=True)
+    except _UNPICKLING_ERRORS as error:
+        raise NetworkError(f"LoRA file {file} cannot be read: {_first_line(error)}; is it complete?") from error
+    if isinstance(tensors, dict) and isinstance(tensors.get("state_dict"), dict):
+        tensors = tensors["state_dict"]
+    if not isinstance(tensors, dict) or not all(isinstance(value, Tensor) for value in tensors.values()):
+        raise NetworkError(f"LoRA file {file} does not hold a table of tensors; it is not a LoRA file")
+    return tensors
+
+
+def _read_safetensors(file: Path) -> dict[str, Tensor]:
+    from safetensors import SafetensorError, safe_open
+
+    try:
+        with safe_open(file, framework="pt") as opened:
+            tensors = {name: opened.get_tensor(name) for name in opened.keys()}  # noqa: SIM118 - not a mapping
+            metadata = opened.metadata() or {}
+    except (OSError, SafetensorError) as error:
+        raise NetworkError(f"LoRA file {file} cannot be read: {_first_line(error)}; is it complete?") from error
+    if "lora_adapter_metadata" in metadata:
+        tensors |= _alphas_from_adapter_metadata(metadata["lora_adapter_metadata"], tensors, file)
+    return tensors
+
+
+def _alphas_from_adapter_metadata(text: str, tensors: Mapping[str, Tensor], file: Path) -> dict[str, Tensor]:
+    settings = json.loads(text)
+    alpha = settings.get("transformer.lora_alpha")
+    for special in ("alpha_pattern", "use_rslora", "use_dora"):
+        if settings.get(f"transformer.{special}"):
+            raise NetworkError(f"LoRA file {file} uses PEFT's '{special}', which cannot be converted here")
+    if alpha is None:
+        return {}
+    modules = {match["module"] for name in tensors if (match := _KEY.fullmatch(name)) and match["ab"]}
+    return {f"{module}.alpha": torch.tensor(float(alpha)) for module in modules if f"{module}.alpha" not in tensors}
+
+
+def _first_line(error: Exception) -> str:
+    return (str(error).strip() or type(error).__name__).splitlines()[0]
+
+
+def to_factors(tensors: Mapping[str, Tensor], qkv_rows: Sequence[int] | None, source: str) -> dict[str, Factors]:
+    """Returns the LoRA of each module under kohya's names, whatever the form of the keys.
+
+    Args:
+        tensors: a LoRA file's tensors.
+        qkv_rows: how many rows of the model's fused Linear are q, k and v; None if the model has none.
+        source: the file, for messages.
+
+    Raises:
+        NetworkError: keys that belong to no LoRA, or incomplete or misshaped modules.
+    """
+    modules: dict[str, dict[str, Tensor]] = {}
+    foreign = []
+    for key, tensor in tensors.items():
+        match = _KEY.fullmatch(key)
+        if match is None:
+            foreign.append(key)
+            continue
+        kind = {"A": "down", "B": "up"}.get(match["ab"] or "") or match["kohya"] or match["dotted"] or "alpha"
+        modules.setdefault(_module_name(match["module"]), {})[kind] = tensor
+    if foreign:
+        raise NetworkError(
+            f"{source}: {len(foreign)} of {len(tensors)} keys are no LoRA keys ({some(foreign)}){guess(tensors)}"
+        )
+    factors = {name: _one(name, parts, source) for name, parts in modules.items()}
+    return _join_qkv(factors, qkv_rows, source)
+
+
+def _module_name(name: str) -> str:
+    """Returns kohya's name of a module; separate q, k, v keep their dots (``lora_unet.layers.0.attention.to_q``)."""
+    if "." not in name and name.startswith("lora_"):
+        return name
+    start, path = next(
+        ((start, name.removeprefix(prefix)) for prefix, start in _PREFIXES if name.startswith(prefix)),
+        ("lora_unet", name),
+    )
+    for pattern, replacement in _RENAMES:
+        path = re.sub(pattern, replacement, path)
+    if _SPLIT.fullmatch(path):
+        return f"{start}.{path}"
+    return f"{start}_{path.replace('.', '_')}"
+
+
+def _one(name: str, parts: Mapping[str, Tensor], source: str) -> Factors:
+    missing = [kind for kind in ("down", "up") if kind not in parts]
+    if missing:
+        raise NetworkError(f"{source}: the LoRA of {name} has no lora_{missing[0]}; the file is incomplete")
+    down, up = parts["down"], parts["up"]
+    if down.dim() != 2 or up.dim() != 2 or down.shape[0] != up.shape[1]:
+        raise NetworkError(
+            f"{source}: the LoRA of {name} has the shapes {tuple(down.shape)} and {tuple(up.shape)}, which do not"
+            " multiply as (rank, in) and (out, rank)"
+        )
+    alpha = float(parts["alpha"]) if "alpha" in parts else float(down.shape[0])
+    return Factors(down, up, alpha)
+
+
+def _join_qkv(factors: Mapping[str, Factors], qkv_rows: Sequence[int] | None, source: str) -> dict[str, Factors]:
+    joined: dict[str, Factors] = {}
+    groups: dict[str, dict[str, Factors]] = {}
+    for name, one in factors.items():
+        start, dot, path = name.partition(".")
+        match = _SPLIT.fullmatch(path) if dot else None
+        if match is None:
+            joined[name] = one
+            continue
+        target = f"{start}_{match['block'].replace('.', '_')}_qkv"
+        groups.setdefault(target, {})[match["part"]] = one
+    for name, parts in groups.items():
+        if name in joined or qkv_rows is None:
+            raise NetworkError(f"{source}: {name} cannot be joined from separate q, k and v")
+        joined[name] = _fuse(name, parts, qkv_rows, source)
+    return joined
+
+
+def _fuse(name: str, parts: Mapping[str, Factors], qkv_rows: Sequence[int], source: str) -> Factors:
+    """Returns one LoRA that equals those of q, k and v (some may be missing) on the fused Linear."""
+    for part, rows in zip("qkv", qkv_rows, strict=True):
+        if part in parts and parts[part].up.shape[0] != rows:
+            raise NetworkError(
+                f"{source}: to_{part} of {name} has {parts[part].up.shape[0]} rows, this model has {rows}{_OTHER_MODEL}"
+            )
+    ordered = [parts[part] for part in "qkv" if part in parts]
+    first = ordered[0]
+    if len({one.down.shape[1] for one in ordered}) > 1:
+        raise NetworkError(f"{source}: the LoRAs that make up {name} have inputs of different widths")
+    same = all(one.alpha == first.alpha and torch.equal(one.down, first.down) for one in ordered)
+    if same:
+        # All three share one down factor, as after diffusers' own conversion: stacking the rows undoes it.
+        blocks = [
+            parts[part].up if part in parts else first.up.new_zeros(rows, first.up.shape[1])
+            for part, rows in zip("qkv", qkv_rows, strict=True)
+        ]
+        return Factors(first.down, torch.cat(blocks), first.alpha)
+    scales = [one.alpha / one.down.shape[0] for one in ordered]
+    down = torch.cat([one.down for one in ordered])
+    rank = down.shape[0]
+    equal = len(set(scales)) == 1
+    ups = [
+        one.up if equal else (one.up.float() * scale).to(one.up.dtype)
+        for one, scale in zip(ordered, scales, strict=True)
+    ]
+    up = torch.zeros(sum(qkv_rows), rank, dtype=first.up.dtype)
+    row = column = 0
+    used = iter(ups)
+    for part, rows in zip("qkv", qkv_rows, strict=True):
+        if part in parts:
+            block = next(used)
+            up[row : row + rows, column : column + block.shape[1]] = block
+            column += block.shape[1]
+        row += rows
+    return Factors(down, up, scales[0] * rank if equal else float(rank))
+
+
+def some(names: Iterable[str], limit: int = 3) -> str:
+    """Returns the first names and how many more there are, for messages."""
+    listed = list(names)
+    more = f" and {len(listed) - limit} more" if len(listed) > limit else ""
+    return ", ".join(listed[:limit]) + more
+
+
+_OTHER_MODEL = "; the LoRA is for another model"
+
+# What a file's keys give away about the model it is for: the first pattern that is found in a key names it.
+_SIGNS: tuple[tuple[str, str], ...] = (
+    (
+        r"hada_w1|lokr_w1|oft_blocks|dora_scale|lora_magnitude_vector",
+        "a LoHa, LoKr, OFT or DoRA file, which needs --network_module lycoris.kohya",
+    ),
+    (r"lora_te2_|input_blocks|down_blocks_\d_attentions_\d_transformer_blocks_[1-9]", "an SDXL LoRA"),
+    (r"lora_unet_(down|up|mid)_block|lora_te_text_model", "a Stable Diffusion 1 or 2 LoRA"),
+    (r"double_blocks|single_blocks|single_transformer_blocks", "a FLUX LoRA"),
+    (r"joint_blocks", "a Stable Diffusion 3 LoRA"),
+    (r"transformer_blocks", "a LoRA for another diffusers transformer"),
+    (r"cap_embedder|noise_refiner", "a whole Lumina checkpoint"),
+    (r"model\.layers\.\d+|self_attn|embed_tokens", "a language model's file"),
+    (r"encoder\.down|decoder\.up", "an autoencoder's file"),
+)
+
+
+# Z-Image's Linears go by Lumina's names and are 3840 wide where Lumina's are 2304.
+_Z_IMAGE_KEY = re.compile(r"attention.*(lora_down|lora_A)")
+
+
+def guess(tensors: Mapping[str, Tensor]) -> str:
+    """Returns ``"; it looks like ..."`` for a file that is not a LoRA for this model, or ``""``."""
+    lora = any(_KEY.fullmatch(key) for key in tensors)
+    for pattern, what in _SIGNS:
+        if lora and what.endswith(("checkpoint", "file")):
+            continue
+        if any(re.search(pattern, key) for key in tensors):
+            return f"; it looks like {what}"
+    inputs = {tensor.shape[1] for key, tensor in tensors.items() if tensor.dim() == 2 and _Z_IMAGE_KEY.search(key)}
+    return "; it looks like a Z-Image LoRA" if 3840 in inputs else ""
+
+
+def drop_unused_layers(factors: Mapping[str, Factors], prefix: str, num_layers: int, source: str) -> dict[str, Factors]:
+    """Returns the factors without those of the text encoder's last layer, and names these once in the log.
+
+    The transformer reads the text encoder's next-to-last layer, so the last one is not built here and a LoRA on it
+    never had any effect; other programs save it all the same.
+    """
+    unused = [name for name in factors if num_layers and name.startswith(f"{prefix}_layers_{num_layers}_")]
+    if unused:
+        logger.info(
+            "%s: %d modules of the text encoder's last layer are not used, because its output is never read: %s",
+            source,
+            len(unused),
+            ", ".join(unused),
+        )
+    return {name: one for name, one in factors.items() if name not in unused}
+
+
+def content_hashes(state: Mapping[str, Tensor], metadata: Mapping[str, str]) -> dict[str, str]:
+    """Returns the two hashes by which other programs recognise a LoRA file, as sd-scripts computes them.
+
+    Both are taken from a serialisation with the ``ss_`` entries of the metadata alone: ``sshs_model_hash`` is the
+    SHA-256 of everything behind its header, ``sshs_legacy_hash`` the first 8 digits of that of the 64 KiB at 1 MiB.
+    """
+    from safetensors.torch import save
+
+    data = save(dict(state), {name: text for name, text in metadata.items() if name.startswith("ss_")})
+    header_end = 8 + int.from_bytes(data[:8], "little")
+    with memoryview(data) as view:
+        return {
+            "sshs_model_hash": hashlib.sha256(view[header_end:]).hexdigest(),
+            "sshs_legacy_hash": hashlib.sha256(view[0x100000:0x110000]).hexdigest()[:8],
+        }
