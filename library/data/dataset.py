@@ -65,8 +65,7 @@ class TrainingData:
         if settings.cache_latents:
             self.latents = LatentCache(places if settings.cache_latents_to_disk else None, image_dirs, workers)
         if settings.cache_text_encoder_outputs:
-            folders = [places.folder(folder) for folder in image_dirs]
-            self.text = TextCache(folders if settings.cache_text_encoder_outputs_to_disk else None)
+            self.text = self._new_text_cache()
 
     @classmethod
     def build(
@@ -259,6 +258,40 @@ class TrainingData:
         folders = dict(captions) if isinstance(captions, dict) else dict.fromkeys(captions)
         batch_size = self._settings.text_encoder_batch_size or max(config.batch_size for config in self.datasets)
         self.text.fill(folders, encode, fingerprint, batch_size, Processes(rank, num_processes, gather, show_progress))
+
+    def extra_text(
+        self,
+        texts: Sequence[str],
+        encode: EncodeCaptions,
+        fingerprint: str,
+        rank: int = 0,
+        num_processes: int = 1,
+        gather: Gather = _alone,
+        show_progress: bool = False,
+    ) -> list[torch.Tensor]:
+        """Returns the features (L_i, D) of texts that belong to no picture, such as sample prompts.
+
+        They are kept where captions' features are, under their own fingerprint. All processes call it.
+
+        Args:
+            texts: what to encode.
+            encode: texts -> one (L_i, D) tensor each.
+            fingerprint: of the text encoder with what it adds to these texts.
+            rank: this process.
+            num_processes: how many share the work.
+            gather: exchanges a list of picklable objects: ``gather(mine)`` returns those of all, by rank.
+            show_progress: with a progress bar.
+        """
+        cache = self._new_text_cache()
+        processes = Processes(rank, num_processes, gather, show_progress)
+        cache.fill(dict.fromkeys(texts), encode, fingerprint, max(1, len(texts)), processes)
+        return [cache.get(text) for text in texts]
+
+    def _new_text_cache(self) -> TextCache:
+        if not self._settings.cache_text_encoder_outputs_to_disk:
+            return TextCache(None)
+        subsets = (subset for config in self.datasets for subset in config.subsets)
+        return TextCache([self._places.folder(subset.image_dir) for subset in subsets])
 
     # Batches
 

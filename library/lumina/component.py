@@ -1,0 +1,305 @@
+"""One model's tensors in one checkpoint: checked strictly against what the model needs, read only when asked for."""
+
+from __future__ import annotations
+
+import dataclasses
+import hashlib
+import json
+import math
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from functools import cached_property
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Generic, TypeVar
+
+from tqdm import tqdm
+
+from library.errors import ModelFileError
+from library.lumina.checkpoint_files import Checkpoint, TensorEntry
+from library.lumina.key_maps import Found, Layout, find_layout, is_harmless
+from library.lumina.model_guess import guess_model
+
+if TYPE_CHECKING:
+    import torch
+
+Shape = tuple[int, ...]
+ConfigT = TypeVar("ConfigT")
+
+_FLOAT_DTYPES = {"F64", "F32", "BF16", "F16", "F8_E4M3", "F8_E5M2"}
+_FP8_DTYPES = {"F8_E4M3", "F8_E5M2"}
+_SCALE_SUFFIXES = ("scale_weight", "weight_scale")
+_FINGERPRINT_BYTES = 4096
+_NAMES_SHOWN = 5
+
+
+@dataclass(frozen=True)
+class TensorSource:
+    """Where one of our tensors comes from: entries joined along axis 0, each with its fp8 scale; none means ones."""
+
+    shape: Shape
+    entries: tuple[TensorEntry, ...]
+    scales: tuple[TensorEntry | None, ...]
+
+
+@dataclass(frozen=True)
+class ComponentFile(Generic[ConfigT]):
+    """A model's file or folder after its header was checked.
+
+    Attributes:
+        path: what the user gave (for an all-in-one file or a pipeline's root, the same for several components).
+        single_file: the one safetensors file the tensors lie in; None for a sharded folder.
+        config: the model's sizes.
+        sources: our tensor name -> where it lies.
+        mmap: tensors are mapped into memory and used in place, instead of being read.
+        flag: the flag the path was given with.
+    """
+
+    path: Path
+    single_file: Path | None
+    config: ConfigT
+    sources: Mapping[str, TensorSource]
+    mmap: bool
+    flag: str
+
+    @cached_property
+    def fingerprint(self) -> str:
+        """A hash over each tensor's name, dtype, shape and first 4 KiB: cheap, and different for other weights."""
+        digest = hashlib.blake2b(digest_size=16)
+        digest.update(json.dumps(dataclasses.asdict(self.config), sort_keys=True).encode())  # type: ignore[call-overload]
+        with _OpenFiles() as files:
+            for name in sorted(self.sources):
+                source = self.sources[name]
+                for entry in (*source.entries, *filter(None, source.scales)):
+                    digest.update(f"{name} {entry.dtype} {list(source.shape)}".encode())
+                    digest.update(files.read(entry, limit=_FINGERPRINT_BYTES))
+        return digest.hexdigest()
+
+    @property
+    def num_parameters(self) -> int:
+        """How many numbers the model has."""
+        return sum(math.prod(source.shape) for source in self.sources.values())
+
+    def tensors(self, dtype: torch.dtype, show_progress: bool = True) -> dict[str, torch.Tensor]:
+        """Returns all tensors on the CPU in ``dtype``, under our names.
+
+        A tensor that has this dtype already is mapped from the file and not copied (with ``mmap``).
+        """
+        names = tqdm(self.sources, desc=f"Loading {self.path.name}", delay=2, leave=False, disable=not show_progress)
+        with _TensorReader(self.mmap) as reader:
+            return {name: reader.source(self.sources[name], dtype) for name in names}
+
+
+class _OpenFiles:
+    """Files that stay open while a model is read."""
+
+    def __init__(self) -> None:
+        self._files: dict[Path, Any] = {}
+
+    def __enter__(self) -> _OpenFiles:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        for file in self._files.values():
+            file.close()
+
+    def read(self, entry: TensorEntry, limit: int | None = None) -> bytearray:
+        """Returns the entry's bytes, at most ``limit``."""
+        if entry.file not in self._files:
+            self._files[entry.file] = entry.file.open("rb")
+        file = self._files[entry.file]
+        size = entry.end - entry.start
+        data = bytearray(size if limit is None else min(limit, size))
+        file.seek(entry.start)
+        if file.readinto(data) != len(data):
+            raise ModelFileError(f"{entry.file} became shorter while it was read. Start again when it is complete.")
+        return data
+
+
+class _TensorReader:
+    """Reads tensors, mapped or copied."""
+
+    def __init__(self, mmap: bool) -> None:
+        self._mmap = mmap
+        self._files = _OpenFiles()
+        self._mapped: dict[Path, Any] = {}
+
+    def __enter__(self) -> _TensorReader:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._files.__exit__()
+        self._mapped.clear()
+
+    def source(self, source: TensorSource, dtype: torch.dtype) -> torch.Tensor:
+        import torch
+
+        if not source.entries:
+            return torch.ones(source.shape, dtype=dtype)
+        parts = [self._scaled(entry, scale, dtype) for entry, scale in zip(source.entries, source.scales, strict=True)]
+        joined = parts[0] if len(parts) == 1 else torch.cat(parts)
+        return joined.reshape(source.shape)
+
+    def _scaled(self, entry: TensorEntry, scale: TensorEntry | None, dtype: torch.dtype) -> torch.Tensor:
+        tensor = self._entry(entry)
+        if scale is None:
+            return tensor.to(dtype)
+        factor = self._entry(scale).float()
+        if factor.numel() > 1:
+            factor = factor.reshape(-1, *[1] * (tensor.dim() - 1))  # one scale per output channel
+        return (tensor.float() * factor).to(dtype)
+
+    def _entry(self, entry: TensorEntry) -> torch.Tensor:
+        import torch
+        from safetensors import safe_open
+
+        if self._mmap:
+            if entry.file not in self._mapped:
+                self._mapped[entry.file] = safe_open(entry.file, framework="pt")
+            return self._mapped[entry.file].get_tensor(entry.name)
+        dtypes = {
+            "F64": torch.float64,
+            "F32": torch.float32,
+            "BF16": torch.bfloat16,
+            "F16": torch.float16,
+            "F8_E4M3": torch.float8_e4m3fn,
+            "F8_E5M2": torch.float8_e5m2,
+        }
+        return torch.frombuffer(self._files.read(entry), dtype=dtypes[entry.dtype]).reshape(entry.shape)
+
+
+def layout_of(checkpoint: Checkpoint, layouts: Sequence[Layout]) -> Found | None:
+    """Returns the naming and prefix under which a checkpoint holds a model, or None where it does not."""
+    return find_layout(checkpoint.entries, layouts)
+
+
+class SourceShapes(Mapping[str, Shape]):
+    """The shapes of a component under our names, whatever the file calls its tensors.
+
+    Iterating gives the file's names without prefix (block numbers are the same in every layout).
+    """
+
+    def __init__(self, checkpoint: Checkpoint, found: Found) -> None:
+        self._entries = checkpoint.entries
+        self._found = found
+        self._scope = found.scope(checkpoint.entries)
+
+    def __getitem__(self, name: str) -> Shape:
+        sources = self._found.layout.source_names(name)
+        missing = next((source for source in sources if source not in self._scope), None)
+        if missing is not None or not sources:
+            raise KeyError(missing or name)
+        shapes = [self._entries[self._found.prefix + source].shape for source in sources]
+        return (sum(shape[0] for shape in shapes), *shapes[0][1:])
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self._scope)
+
+    def __len__(self) -> int:
+        return len(self._scope)
+
+
+def bind(
+    checkpoint: Checkpoint,
+    found: Found,
+    needed: Mapping[str, Shape],
+    allowed: Iterable[str],
+    describe: Callable[[str], str],
+    optional: frozenset[str] = frozenset(),
+) -> dict[str, TensorSource]:
+    """Returns where each needed tensor lies.
+
+    Args:
+        checkpoint: the file or folder.
+        found: how it names the component's tensors.
+        needed: our name -> shape.
+        allowed: our names that may be there besides, and are never read.
+        describe: makes the error's text out of a report on the tensors.
+        optional: names of ``needed`` that become ones where the file lacks them.
+
+    Raises:
+        ModelFileError: tensors are missing, unexpected, have another shape, or are quantised in an unknown way.
+    """
+    scope = found.scope(checkpoint.entries)
+    missing: list[str] = []
+    misshaped: list[str] = []
+    quantised: list[str] = []
+    used: set[str] = set()
+    sources: dict[str, TensorSource] = {}
+    for name, shape in needed.items():
+        names = found.layout.source_names(name)
+        absent = [source for source in names if source not in scope]
+        if absent:
+            if name in optional:
+                sources[name] = TensorSource(shape, (), ())
+            else:
+                missing += [found.prefix + source for source in absent]
+            continue
+        used |= set(names)
+        entries = tuple(checkpoint.entries[found.prefix + source] for source in names)
+        quantised += [entry.name for entry in entries if entry.dtype not in _FLOAT_DTYPES]
+        if not entries or _fits(entries, shape):
+            sources[name] = TensorSource(shape, entries, tuple(_scale_of(checkpoint, entry) for entry in entries))
+        else:
+            is_now = " + ".join(str(list(entry.shape)) for entry in entries)
+            misshaped.append(f"{entries[0].name} is {is_now}, not {list(shape)}")
+    ignored = {source for name in allowed for source in found.layout.source_names(name)}
+    unexpected = sorted(found.prefix + name for name in scope - used - ignored if not is_harmless(name))
+    _report(missing, unexpected, misshaped, quantised, describe)
+    return sources
+
+
+def _fits(entries: Sequence[TensorEntry], shape: Shape) -> bool:
+    """Whether the entries, joined, have this shape; 1x1 convolutions count as matrices."""
+    shapes = [entry.shape[:2] if entry.shape[2:] == (1, 1) and len(shape) == 2 else entry.shape for entry in entries]
+    if any(part[1:] != shape[1:] or not part for part in shapes):
+        return False
+    return sum(part[0] for part in shapes) == shape[0]
+
+
+def _scale_of(checkpoint: Checkpoint, entry: TensorEntry) -> TensorEntry | None:
+    """Returns the scale that belongs to an fp8 weight in ComfyUI's files, or None."""
+    if entry.dtype not in _FP8_DTYPES:
+        return None
+    module = entry.name.removesuffix("weight")
+    return next((checkpoint.entries[module + s] for s in _SCALE_SUFFIXES if module + s in checkpoint.entries), None)
+
+
+def _report(
+    missing: list[str],
+    unexpected: list[str],
+    misshaped: list[str],
+    quantised: list[str],
+    describe: Callable[[str], str],
+) -> None:
+    parts = []
+    if missing:
+        parts.append(f"{_count(missing)} missing ({_some(missing)})")
+    if unexpected:
+        parts.append(f"{_count(unexpected)} unexpected ({_some(unexpected)})")
+    if misshaped:
+        parts.append(f"{_count(misshaped)} of another shape ({_some(misshaped)})")
+    if quantised:
+        parts.append(f"{_count(quantised)} in a quantised format that cannot be read ({_some(quantised)})")
+    if parts:
+        raise ModelFileError(describe("; ".join(parts)))
+
+
+def _count(names: Sequence[str]) -> str:
+    return f"{len(names)} tensor{'s are' if len(names) > 1 else ' is'}"
+
+
+def _some(names: Sequence[str]) -> str:
+    return ", ".join(names[:_NAMES_SHOWN]) + (", ..." if len(names) > _NAMES_SHOWN else "")
+
+
+def not_this_model(flag: str, path: Path, wanted: str, shapes: Mapping[str, Shape], report: str = "") -> str:
+    """Returns the message for a file that is not the model that a flag wants, with a guess at what it is."""
+    guess = guess_model(shapes)
+    if guess == wanted:
+        return f"{flag}: {path} is {wanted}, but not a whole or unchanged one: {report}. Download it again."
+    text = f"{flag}: {path} is not {wanted}"
+    if report:
+        text += f": {report}"
+    if guess:
+        text += f". It looks like {guess}"
+    return f"{text}. Give the file of {wanted}."

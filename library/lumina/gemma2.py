@@ -1,0 +1,144 @@
+"""Captions -> text features: the input of Gemma-2-2B's last layer, for real tokens only.
+
+Lumina Image 2.0 was trained on ``hidden_states[-2]``, so the last layer and the final norm are never needed: the model
+is built without that layer, and its norm passes everything through. Attention is transformers' eager one, which honours
+the model's soft-capping; the model is causal, so padding behind a caption cannot reach its tokens and needs no mask.
+
+Shapes: B captions, L tokens of the longest, L_i real tokens of caption i, D width (2304).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from library.lumina.configs import Gemma2TextConfig
+from library.lumina.quiet import quiet_libraries
+from library.lumina.tokenizer import GemmaTokenizer
+
+__all__ = ["Gemma2Encoder", "GemmaTokenizer", "build_gemma2", "pad_features", "prompt_text"]
+
+
+def prompt_text(system_prompt: str, caption: str) -> str:
+    """Returns the text that is encoded for a caption.
+
+    The official rule: ``"{system} <Prompt Start> {caption}"``; an empty caption (dropped, or an empty negative prompt)
+    has no system prompt.
+    """
+    return f"{system_prompt} <Prompt Start> {caption}" if system_prompt and caption else caption
+
+
+def build_gemma2(config: Gemma2TextConfig, tensors: Mapping[str, Tensor]) -> nn.Module:
+    """Returns transformers' ``Gemma2Model`` without its last layer and final norm, frozen, in evaluation mode.
+
+    Args:
+        config: of the whole checkpoint.
+        tensors: what ``config.tensor_shapes`` names; used in place.
+    """
+    with quiet_libraries():
+        from transformers import Gemma2Config, Gemma2Model
+
+        settings = Gemma2Config(
+            vocab_size=config.vocab_size,
+            hidden_size=config.hidden_size,
+            intermediate_size=config.intermediate_size,
+            num_hidden_layers=config.num_layers_used,
+            num_attention_heads=config.num_attention_heads,
+            num_key_value_heads=config.num_key_value_heads,
+            head_dim=config.head_dim,
+            max_position_embeddings=config.max_position_embeddings,
+            rms_norm_eps=config.rms_norm_eps,
+            rope_parameters={"rope_type": "default", "rope_theta": config.rope_theta},
+            hidden_activation=config.hidden_activation,
+            query_pre_attn_scalar=config.query_pre_attn_scalar,
+            attn_logit_softcapping=config.attn_logit_softcapping,
+            sliding_window=config.sliding_window,
+            use_cache=False,
+            attn_implementation="eager",
+        )
+        with torch.device("meta"):
+            model: Any = Gemma2Model(settings)
+        model.norm = nn.Identity()
+        model.load_state_dict(tensors, strict=True, assign=True)
+        # These are not in the checkpoint, so they were left without values: the rotary frequencies and sqrt(width).
+        model.rotary_emb = type(model.rotary_emb)(settings)
+        if isinstance(getattr(model.embed_tokens, "embed_scale", None), Tensor):
+            model.embed_tokens.embed_scale = torch.tensor(config.hidden_size**0.5)
+    empty = [name for name, tensor in (*model.named_parameters(), *model.named_buffers()) if tensor.is_meta]
+    if empty:
+        raise RuntimeError(f"this version of transformers has tensors of Gemma2 that are not filled: {empty}")
+    return model.requires_grad_(False).eval()
+
+
+class Gemma2Encoder:
+    """The text encoder with its tokenizer and system prompt.
+
+    Attributes:
+        model: transformers' ``Gemma2Model`` (25 layers, no final norm). Move it with ``.model.to(device)``; its dtype
+            is chosen when it is loaded (converting it later would round the rotary frequencies too).
+        tokenizer: text -> tokens.
+        system_prompt: put in front of every caption that is not empty.
+        fingerprint: hash of all that a feature depends on besides its caption: weights, dtype, system prompt, token
+            limit and tokenizer.
+    """
+
+    def __init__(self, model: nn.Module, tokenizer: GemmaTokenizer, system_prompt: str, fingerprint: str) -> None:
+        self.model: Any = model
+        self.tokenizer = tokenizer
+        self.system_prompt = system_prompt
+        self.fingerprint = fingerprint
+
+    @property
+    def device(self) -> torch.device:
+        """Where the weights are."""
+        return self.model.embed_tokens.weight.device
+
+    @property
+    def dtype(self) -> torch.dtype:
+        """The dtype of the weights and of the features."""
+        return self.model.embed_tokens.weight.dtype
+
+    def encode(self, captions: Sequence[str], system_prompt: str | None = None) -> list[Tensor]:
+        """Returns one feature tensor (L_i,D) for each caption, on the model's device, in its dtype.
+
+        All captions are one batch, so captions of like length cost least. Gradients flow to what the caller made
+        trainable, unless the caller turned them off.
+
+        Args:
+            captions: texts without the system prompt.
+            system_prompt: instead of the encoder's own; "" = none.
+        """
+        if not captions:
+            return []
+        system_prompt = self.system_prompt if system_prompt is None else system_prompt
+        tokens = [self.tokenizer.encode(prompt_text(system_prompt, caption)) for caption in captions]
+        longest = max(map(len, tokens))
+        padded = [ids + [self.tokenizer.pad_id] * (longest - len(ids)) for ids in tokens]
+        input_ids = torch.tensor(padded, device=self.device)  # (B,L)
+        hidden = self.model(input_ids=input_ids, use_cache=False).last_hidden_state  # (B,L,D)
+        # Cloned: a view would keep the whole padded batch in memory.
+        return [hidden[index, : len(ids)].clone() for index, ids in enumerate(tokens)]
+
+
+def pad_features(features: Sequence[Tensor], multiple_of: int = 1) -> tuple[Tensor, Tensor | None]:
+    """Returns features of different lengths as one batch, and which of its tokens are real.
+
+    Args:
+        features: (L_i,D) each.
+        multiple_of: the common length is rounded up to a multiple of this (few different shapes to compile for).
+
+    Returns:
+        (B,L,D) with zeros behind each caption, and (B,L) bool, or None where nothing was padded.
+    """
+    lengths = [feature.shape[0] for feature in features]
+    longest = -(-max(lengths) // multiple_of) * multiple_of
+    batch = torch.stack([F.pad(feature, (0, 0, 0, longest - feature.shape[0])) for feature in features])
+    if min(lengths) == longest:
+        return batch, None
+    index = torch.arange(longest)
+    mask = index[None, :] < torch.tensor(lengths)[:, None]
+    return batch, mask.to(batch.device)

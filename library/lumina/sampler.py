@@ -1,0 +1,112 @@
+"""From noise and text to latents: Euler steps over the flow, with guidance as the model was tuned for.
+
+One sampler for training previews and for ``lumina_minimal_inference.py``. The schedule is the model's official one:
+sigmas linear from 1 to 1/n, then shifted (6 by default), then 0, as in diffusers' Lumina2Pipeline. Two details follow
+the official code and not diffusers: guidance is truncated by model time (``lumina_time < cfg_trunc_ratio``), and the
+guided prediction's norm is clamped over the whole latent, only where it exceeds ``renorm_cfg`` times the conditional one.
+
+B batch, C latent channels, H W latent height and width, L caption tokens, D caption width.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from library.lumina import flow
+
+Predict = Callable[[Tensor, Tensor, Tensor, Tensor | None], Tensor]
+"""(latents (B,C,H,W), lumina_time (B,), caption features (B,L,D), caption mask (B,L) or None) -> velocity (B,C,H,W)."""
+
+
+@dataclass(frozen=True)
+class Conditioning:
+    """Caption features of a batch: features (B,L,D) and, where captions differ in length, mask (B,L) bool."""
+
+    features: Tensor
+    mask: Tensor | None = None
+
+
+@dataclass(frozen=True)
+class SamplingOptions:
+    """How a picture is drawn."""
+
+    steps: int = 36
+    guidance_scale: float = 3.5
+    shift: float = 6.0
+    cfg_trunc_ratio: float = 0.25
+    renorm_cfg: float = 1.0
+
+
+def sigma_schedule(steps: int, shift: float) -> Tensor:
+    """Returns the steps + 1 noise levels of a picture, float32 on the CPU, from 1 down to 0."""
+    linear = torch.linspace(1.0, 1.0 / steps, steps, dtype=torch.float64)
+    return torch.cat([flow.shift_sigma(linear, shift), torch.zeros(1, dtype=torch.float64)]).float()
+
+
+def guided_steps(sigmas: Tensor, options: SamplingOptions) -> list[bool]:
+    """Returns for each step whether the negative prompt takes part: lumina_time < cfg_trunc_ratio, and a scale that acts."""
+    acts = options.guidance_scale != 1.0
+    return [acts and bool(flow.lumina_time(sigma) < options.cfg_trunc_ratio) for sigma in sigmas[:-1]]
+
+
+def guide(conditional: Tensor, negative: Tensor, guidance_scale: float, renorm_cfg: float) -> Tensor:
+    """Returns the guided velocity, its norm over all of C, H, W clamped to ``renorm_cfg`` times the conditional's.
+
+    Args:
+        conditional: (B,C,H,W) float32, predicted with the prompt.
+        negative: (B,C,H,W) float32, predicted with the negative prompt.
+        guidance_scale: 1 gives the conditional prediction.
+        renorm_cfg: 0 leaves the norm alone.
+    """
+    guided = negative + guidance_scale * (conditional - negative)
+    if renorm_cfg > 0:
+        limit = torch.linalg.vector_norm(conditional, dim=(1, 2, 3), keepdim=True) * renorm_cfg
+        norm = torch.linalg.vector_norm(guided, dim=(1, 2, 3), keepdim=True)
+        guided = guided * (limit / norm.clamp_min(torch.finfo(norm.dtype).tiny)).clamp(max=1.0)
+    return guided
+
+
+@torch.no_grad()
+def sample(
+    predict: Predict,
+    noise: Tensor,
+    prompt: Conditioning,
+    negative: Conditioning,
+    options: SamplingOptions,
+    on_step: Callable[[], object] = lambda: None,
+) -> Tensor:
+    """Returns latents (B,C,H,W) float32 drawn from ``noise``.
+
+    Args:
+        predict: the model.
+        noise: (B,C,H,W) float32 on the model's device.
+        prompt: what to draw.
+        negative: what to stay away from; not used in steps without guidance.
+        options: steps and guidance.
+        on_step: called after every step, for a progress bar.
+    """
+    sigmas = sigma_schedule(options.steps, options.shift)
+    guided = guided_steps(sigmas, options)
+    latents = noise.float()
+    # Only values that the host knows decide what runs, so that no step waits for the device.
+    times = flow.lumina_time(sigmas).tolist()
+    drops = (sigmas[:-1] - sigmas[1:]).tolist()
+    for step in range(options.steps):
+        time = torch.full((latents.shape[0],), times[step], dtype=torch.float32, device=latents.device)
+        velocity = predict(latents, time, prompt.features, prompt.mask).float()
+        if guided[step]:
+            against = predict(latents, time, negative.features, negative.mask).float()
+            velocity = guide(velocity, against, options.guidance_scale, options.renorm_cfg)
+        latents = latents + drops[step] * velocity
+        on_step()
+    return latents
+
+
+def initial_noise(seed: int, channels: int, width_px: int, height_px: int) -> Tensor:
+    """Returns noise (1,C,H,W) float32, drawn on the CPU so that every device draws the same picture."""
+    shape = (1, channels, height_px // 8, width_px // 8)
+    return torch.randn(shape, generator=torch.Generator().manual_seed(seed), dtype=torch.float32)

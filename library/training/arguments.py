@@ -1,0 +1,213 @@
+"""The command line and ``--config_file``: both become the frozen settings of a run here, and end here.
+
+Nothing downstream sees an argparse Namespace. The flags come from the settings dataclasses; this module adds only
+``--config_file`` and ``--output_config`` themselves, and the table of sd-scripts flags that are ignored or refused.
+"""
+
+from __future__ import annotations
+
+import argparse
+import dataclasses
+import logging
+import tomllib
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from library.command_line import build_parser, read_command_line
+from library.data.settings import DataSettings
+from library.errors import SettingsError, nearest
+from library.files import write_text
+from library.lumina.settings import FlowSettings, ModelSettings
+from library.memory.settings import MemorySettings
+from library.settings import FlagSpec, flag, from_given, specs_of
+from library.training.legacy_flags import IGNORED, REFUSED
+from library.training.settings import (
+    LogSettings,
+    NetworkSettings,
+    OptimizerSettings,
+    OutputSettings,
+    SampleSettings,
+    ScheduleSettings,
+)
+
+logger = logging.getLogger(__name__)
+
+
+@dataclasses.dataclass(frozen=True)
+class ConfigFileSettings:
+    """Flags kept in a file."""
+
+    config_file: Path | None = flag(None, "TOML file with flags; those on the command line win")
+    output_config: bool = flag(False, "write the given flags to --config_file and end")
+
+
+GROUPS: dict[str, tuple[str, type]] = {
+    "model": ("models", ModelSettings),
+    "data": ("pictures and captions", DataSettings),
+    "network": ("network", NetworkSettings),
+    "flow": ("noise levels and loss", FlowSettings),
+    "optimizer": ("optimizer", OptimizerSettings),
+    "schedule": ("length and seed", ScheduleSettings),
+    "memory": ("precision and memory", MemorySettings),
+    "output": ("saving", OutputSettings),
+    "samples": ("previews", SampleSettings),
+    "log": ("logging", LogSettings),
+}
+"""Field of :class:`TrainConfig` -> (title in ``--help``, settings class)."""
+
+
+@dataclasses.dataclass(frozen=True)
+class TrainConfig:
+    """All settings of a training run."""
+
+    model: ModelSettings
+    data: DataSettings
+    network: NetworkSettings
+    flow: FlowSettings
+    optimizer: OptimizerSettings
+    schedule: ScheduleSettings
+    memory: MemorySettings
+    output: OutputSettings
+    samples: SampleSettings
+    log: LogSettings
+    given: Mapping[str, Any] = dataclasses.field(default_factory=dict)
+
+    def __post_init__(self) -> None:
+        if self.model.pretrained_model_name_or_path is None:
+            raise SettingsError(
+                "--pretrained_model_name_or_path is missing: there is no model to train; give the Lumina Image 2.0 file"
+                " or folder"
+            )
+        if self.data.dataset_config is None and self.data.train_data_dir is None:
+            raise SettingsError("there are no pictures to train on; give --dataset_config or --train_data_dir")
+        if self.network.network_module is None:
+            raise SettingsError("--network_module is missing; give --network_module networks.lora_lumina")
+        if self.network.network_train_text_encoder_only and self.data.cache_text_encoder_outputs:
+            raise SettingsError(
+                "--cache_text_encoder_outputs freezes Gemma2, and --network_train_text_encoder_only trains nothing else;"
+                " leave one of them out"
+            )
+        optimizer = self.optimizer
+        rates = {"Next-DiT": optimizer.unet_lr, "Gemma2": (*optimizer.text_encoder_lr, None)[0]}
+        trained = {"Next-DiT": self.trains_dit, "Gemma2": self.trains_text_encoder}
+        in_use = [optimizer.learning_rate if rates[part] is None else rates[part] for part in rates if trained[part]]
+        if not any(in_use):
+            raise SettingsError(
+                "--learning_rate, --unet_lr and --text_encoder_lr leave every trained part at 0; nothing would be"
+                " learned; raise one of them"
+            )
+
+    @property
+    def trains_dit(self) -> bool:
+        """Whether the Next-DiT gets a LoRA."""
+        return not self.network.network_train_text_encoder_only
+
+    @property
+    def trains_text_encoder(self) -> bool:
+        """Whether Gemma2 gets a LoRA; cached text features freeze it."""
+        return not (self.network.network_train_unet_only or self.data.cache_text_encoder_outputs)
+
+
+def all_specs() -> dict[str, FlagSpec]:
+    """Returns every flag that the command line knows, by name."""
+    classes = [ConfigFileSettings, *(cls for _, cls in GROUPS.values())]
+    specs = [spec for cls in classes for spec in specs_of(cls)]
+    return {spec.name: spec for spec in (*specs, *IGNORED, *REFUSED)}
+
+
+def parser() -> argparse.ArgumentParser:
+    """Returns the command line's parser."""
+    groups = [("flags in a file", ConfigFileSettings), *GROUPS.values()]
+    return build_parser(
+        "Trains a LoRA for Lumina Image 2.0.",
+        [(title, specs_of(settings_class)) for title, settings_class in groups],
+        hidden=(*IGNORED, *REFUSED),
+        epilog="On/off flags may be turned off with =false. Flags of sd-scripts that have no meaning here are accepted and"
+        " named in one warning; see docs/lumina_train_network.md.",
+    )
+
+
+def _read_config_file(path: Path, specs: Mapping[str, FlagSpec]) -> dict[str, Any]:
+    """Returns the flags of a TOML file; the names of its sections do not matter.
+
+    Raises:
+        SettingsError: the file is missing or broken, or holds a key that no flag bears.
+    """
+    if not path.exists() and path.with_name(path.name + ".toml").exists():
+        path = path.with_name(path.name + ".toml")
+    if not path.is_file():
+        raise SettingsError(f"--config_file: {path} is no file; give a TOML file")
+    try:
+        content = tomllib.loads(path.read_text(encoding="utf-8-sig"))
+    except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
+        raise SettingsError(f"--config_file: {path} is not valid TOML: {error}") from error
+    flat: dict[str, Any] = {}
+    for key, value in content.items():
+        flat.update(value if isinstance(value, dict) else {key: value})
+    aliases = {alias: spec.name for spec in specs.values() for alias in spec.aliases}
+    result = {}
+    for key, value in flat.items():
+        name = aliases.get(key, key)
+        if name not in specs:
+            raise SettingsError(f"{path}: no flag is called {key!r}{nearest(key, specs)}; mend or remove the line")
+        result[name] = specs[name].convert(value, f"{path}: {key}")
+    return result
+
+
+def parse_arguments(argv: Sequence[str] | None = None) -> TrainConfig | None:
+    """Returns the settings of the run from the command line and ``--config_file``.
+
+    Returns None after ``--output_config`` has written its file.
+
+    Raises:
+        SettingsError: a flag is unknown, has a wrong value, or contradicts another.
+    """
+    specs = all_specs()
+    given = read_command_line(parser(), specs, argv)
+    config_file = given.pop("config_file", None)
+    output_config = given.pop("output_config", False)
+    if output_config:
+        _write_config_file(config_file, given, specs)
+        return None
+    if config_file is not None:
+        given = {**_read_config_file(config_file, specs), **given}
+        given.pop("config_file", None)
+        given.pop("output_config", None)
+    _check_unused(given)
+    groups: dict[str, Any] = {field: from_given(settings_class, given) for field, (_, settings_class) in GROUPS.items()}
+    return TrainConfig(**groups, given=given)
+
+
+def _check_unused(given: Mapping[str, Any]) -> None:
+    refused = [spec for spec in REFUSED if given.get(spec.name, spec.default) != spec.default]
+    if refused:
+        raise SettingsError("\n".join(f"--{spec.name}: {spec.help}; leave it out" for spec in refused))
+
+
+def warn_of_ignored(given: Mapping[str, Any]) -> None:
+    """Names the given flags that have no effect, with the reasons, in one warning."""
+    set_flags = [spec for spec in IGNORED if given.get(spec.name, spec.default) != spec.default]
+    if set_flags:
+        by_reason: dict[str, list[str]] = {}
+        for spec in set_flags:
+            by_reason.setdefault(spec.help, []).append(f"--{spec.name}")
+        parts = [f"{', '.join(names)} ({reason})" for reason, names in by_reason.items()]
+        logger.warning("These flags have no effect here: %s", "; ".join(parts))
+
+
+def _write_config_file(path: Path | None, given: Mapping[str, Any], specs: Mapping[str, FlagSpec]) -> None:
+    import toml
+
+    if path is None:
+        raise SettingsError("--output_config writes to the file that --config_file names; add --config_file")
+    if path.suffix != ".toml":
+        path = path.with_name(path.name + ".toml")
+    if path.exists():
+        raise SettingsError(f"--output_config: {path} exists already; remove it or give another --config_file")
+    plain = {}
+    for name, value in given.items():
+        if not specs[name].secret:
+            plain[name] = str(value) if isinstance(value, Path) else list(value) if isinstance(value, tuple) else value
+    write_text(path, toml.dumps(plain))
+    logger.info("Wrote %s", path)

@@ -1,0 +1,113 @@
+"""Flags of sd-scripts that this program knows but does not act on.
+
+*Ignored* flags have no meaning for Lumina Image 2.0, or nothing to switch here; a run names those that were set in one
+warning and goes on. *Refused* flags would change the result or the memory that a run needs and are not built in this
+version; a run that sets one ends at once instead of doing something else than asked. A value equal to sd-scripts'
+default asks for nothing and passes in both cases (graphical front ends write every default).
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+from library.settings import FlagSpec
+
+_SD = "Stable Diffusion only"
+_DDPM = "a setting of noise-predicting models, not of flow matching"
+_ATTENTION = "torch's scaled dot product attention is used, which picks the fastest exact kernel"
+_REDUCED = "gradients are reduced in one flat buffer"
+
+
+def _row(name: str, kind: type, default: Any, reason: str, choices: tuple[str, ...] | None = None) -> FlagSpec:
+    many = default == ()
+    return FlagSpec(name, kind, default, reason, many, choices, None, (), "token" in name and kind is str)
+
+
+IGNORED: tuple[FlagSpec, ...] = (
+    _row("v2", bool, False, _SD),
+    _row("v_parameterization", bool, False, _SD),
+    _row("clip_skip", int, None, _SD),
+    _row("max_token_length", int, None, "CLIP only; --gemma2_max_token_length is Gemma2's limit"),
+    _row("vae", str, None, _SD + "; --ae is the autoencoder"),
+    _row("sdpa", bool, False, _ATTENTION),
+    _row("xformers", bool, False, _ATTENTION),
+    _row("mem_eff_attn", bool, False, _ATTENTION),
+    _row("use_flash_attn", bool, False, _ATTENTION),
+    _row("skip_cache_check", bool, False, "cache entries are found by content, so there is no check to skip"),
+    _row("persistent_data_loader_workers", bool, False, "reader threads always stay alive"),
+    _row("ddp_gradient_as_bucket_view", bool, False, _REDUCED),
+    _row("ddp_static_graph", bool, False, _REDUCED),
+    _row("lowram", bool, False, "models are read straight to where they are used"),
+    _row("highvram", bool, False, "nothing is emptied between cached batches"),
+    _row("noise_offset", float, None, _DDPM),
+    _row("noise_offset_random_strength", bool, False, _DDPM),
+    _row("multires_noise_iterations", int, None, _DDPM),
+    _row("multires_noise_discount", float, 0.3, _DDPM),
+    _row("adaptive_noise_scale", float, None, _DDPM),
+    _row("zero_terminal_snr", bool, False, _DDPM),
+    _row("min_snr_gamma", float, None, _DDPM),
+    _row("scale_v_pred_loss_like_noise_pred", bool, False, _DDPM),
+    _row("v_pred_like_loss", float, None, _DDPM),
+    _row("debiased_estimation_loss", bool, False, _DDPM),
+    _row("fused_backward_pass", bool, False, "meant for training whole models"),
+    _row("sample_sampler", str, "ddim", "the model has one sampler, Euler over the flow"),
+    _row("sample_batch_size", int, None, "previews are drawn one at a time"),
+    _row("torch_compile", bool, False, "this version runs uncompiled; the result is the same"),
+    _row("dynamo_backend", str, "inductor", "this version runs uncompiled; the result is the same"),
+    _row("prior_loss_weight", float, 1.0, "weighs regularisation pictures, of which there are none"),
+)
+
+REFUSED: tuple[FlagSpec, ...] = (
+    _row("full_fp16", bool, False, "fp16 overflows in this model; use --mixed_precision bf16"),
+    _row("use_sage_attn", bool, False, "SageAttention has no gradients, so attention would not be trained"),
+    _row("weighted_captions", bool, False, "Gemma2 does not know weighted words"),
+    _row("alpha_mask", bool, False, "loss masks are not available yet"),
+    _row("masked_loss", bool, False, "loss masks are not available yet"),
+    _row("conditioning_data_dir", str, None, "loss masks are not available yet"),
+    _row("reg_data_dir", str, None, "regularisation pictures are not available yet"),
+    _row("in_json", str, None, "metadata files are not available yet; use caption files"),
+    _row("cache_info", bool, False, "not available yet"),
+    _row("color_aug", bool, False, "not available yet"),
+    _row("face_crop_aug_range", str, None, "not available yet"),
+    _row("random_crop", bool, False, "not available yet"),
+    _row("debug_dataset", bool, False, "not available yet"),
+    _row("dataset_class", str, None, "not available yet"),
+    _row("token_warmup_min", int, 1, "not available yet"),
+    _row("token_warmup_step", float, 0.0, "not available yet"),
+    _row("validation_split", float, 0.0, "validation is not available yet"),
+    _row("validation_seed", int, None, "validation is not available yet"),
+    _row("validate_every_n_steps", int, None, "validation is not available yet"),
+    _row("validate_every_n_epochs", int, None, "validation is not available yet"),
+    _row("max_validation_steps", int, None, "validation is not available yet"),
+    _row("save_state", bool, False, "resuming is not available yet"),
+    _row("save_state_on_train_end", bool, False, "resuming is not available yet"),
+    _row("save_last_n_epochs_state", int, None, "resuming is not available yet"),
+    _row("save_last_n_steps_state", int, None, "resuming is not available yet"),
+    _row("resume", str, None, "resuming is not available yet"),
+    _row("initial_epoch", int, None, "resuming is not available yet"),
+    _row("initial_step", int, None, "resuming is not available yet"),
+    _row("skip_until_initial_step", bool, False, "resuming is not available yet"),
+    _row("base_weights", str, (), "merging before training is not available yet"),
+    _row("base_weights_multiplier", float, (), "merging before training is not available yet"),
+    _row("huggingface_repo_id", str, None, "uploading is not available yet"),
+    _row("huggingface_repo_type", str, None, "uploading is not available yet"),
+    _row("huggingface_path_in_repo", str, None, "uploading is not available yet"),
+    _row("huggingface_token", str, None, "uploading is not available yet"),
+    _row("huggingface_repo_visibility", str, None, "uploading is not available yet"),
+    _row("save_state_to_huggingface", bool, False, "uploading is not available yet"),
+    _row("resume_from_huggingface", bool, False, "uploading is not available yet"),
+    _row("async_upload", bool, False, "uploading is not available yet"),
+    _row("fp8_base", bool, False, "fp8 is not available yet"),
+    _row("fp8_base_unet", bool, False, "fp8 is not available yet"),
+    _row("blocks_to_swap", int, None, "block swapping is not available yet; use --gradient_checkpointing"),
+    _row("cpu_offload_checkpointing", bool, False, "not available yet; use --gradient_checkpointing"),
+    _row("deepspeed", bool, False, "not available yet; several GPUs work without it"),
+    _row("zero_stage", int, 2, "DeepSpeed is not available yet"),
+    _row("offload_optimizer_device", str, None, "DeepSpeed is not available yet"),
+    _row("offload_optimizer_nvme_path", str, None, "DeepSpeed is not available yet"),
+    _row("offload_param_device", str, None, "DeepSpeed is not available yet"),
+    _row("offload_param_nvme_path", str, None, "DeepSpeed is not available yet"),
+    _row("zero3_init_flag", bool, False, "DeepSpeed is not available yet"),
+    _row("zero3_save_16bit_model", bool, False, "DeepSpeed is not available yet"),
+    _row("fp16_master_weights_and_gradients", bool, False, "DeepSpeed is not available yet"),
+)

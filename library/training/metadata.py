@@ -1,0 +1,289 @@
+"""What a saved LoRA says about itself: sd-scripts' ``ss_*`` entries and the ModelSpec entries.
+
+Two entries differ from sd-scripts on purpose: ``modelspec.prediction_type`` is left out, because ModelSpec has no word
+for flow matching and "epsilon" is wrong, and ``modelspec.resolution`` is the resolution that was trained, also when it
+stands in the dataset file. The system prompt and the text encoder's and autoencoder's names are recorded too.
+"""
+
+from __future__ import annotations
+
+import base64
+import hashlib
+import json
+import mimetypes
+import threading
+import time
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from library.data import summary
+from library.data.dataset import TrainingData
+from library.errors import SettingsError
+from library.files import sha256_of_file
+from library.keyed_random import key
+from library.training.arguments import TrainConfig
+
+VERSION = "0.1.0"
+PROGRAM = "lumina-lora-trainer"
+_KEPT_WITHOUT_METADATA = (
+    "ss_v2",
+    "ss_base_model_version",
+    "ss_network_module",
+    "ss_network_dim",
+    "ss_network_alpha",
+    "ss_network_args",
+)
+
+# ss_ entry -> value that a run of this program always has: switches of other models and of parts that are not built.
+_CONSTANT_ENTRIES: dict[str, Any] = {
+    "full_fp16": False,
+    "fp8_base": False,
+    "fp8_base_unet": False,
+    "face_crop_aug_range": None,
+    "validation_seed": None,
+    "validation_split": 0.0,
+    "max_validation_steps": None,
+    "validate_every_n_epochs": None,
+    "validate_every_n_steps": None,
+    "debiased_estimation": False,
+    "sd_scripts_commit_hash": "(unknown)",
+}
+# Flags that have no effect here: written as given, because programs that read metadata expect the entries.
+_IGNORED_FLAGS: dict[str, Any] = {
+    "v2": False,
+    "clip_skip": None,
+    "max_token_length": None,
+    "lowram": False,
+    "noise_offset": None,
+    "multires_noise_iterations": None,
+    "multires_noise_discount": 0.3,
+    "adaptive_noise_scale": None,
+    "zero_terminal_snr": False,
+    "noise_offset_random_strength": False,
+    "min_snr_gamma": None,
+    "prior_loss_weight": 1.0,
+}
+_FROM_SETTINGS: dict[str, tuple[str, ...]] = {
+    "optimizer": ("learning_rate", "unet_lr", "lr_warmup_steps", "lr_scheduler", "max_grad_norm"),
+    "schedule": ("gradient_accumulation_steps",),
+    "network": ("network_module", "network_dropout", "scale_weight_norms"),
+    "memory": ("gradient_checkpointing", "mixed_precision"),
+    "output": ("output_name", "training_comment"),
+    "data": (
+        "cache_latents",
+        "caption_dropout_rate",
+        "caption_dropout_every_n_epochs",
+        "caption_tag_dropout_rate",
+        "resize_interpolation",
+    ),
+    "model": ("system_prompt", "gemma2_max_token_length"),
+    "flow": (
+        "timestep_sampling",
+        "discrete_flow_shift",
+        "sigmoid_scale",
+        "model_prediction_type",
+        "weighting_scheme",
+        "logit_mean",
+        "logit_std",
+        "mode_scale",
+        "loss_type",
+        "huber_schedule",
+        "huber_c",
+        "huber_scale",
+        "ip_noise_gamma",
+        "ip_noise_gamma_random_strength",
+    ),
+}
+
+
+class FileHashes:
+    """SHA-256 and sd-scripts' short hash of a model file, computed while the run goes on."""
+
+    def __init__(self, path: Path) -> None:
+        """Starts hashing ``path`` in the background."""
+        self._path = path
+        self._result: dict[str, str] = {}
+        self._error: OSError | None = None
+        self._thread = threading.Thread(target=self._run, name="hash of the base model", daemon=True)
+        self._thread.start()
+
+    def _run(self) -> None:
+        try:
+            with self._path.open("rb") as file:
+                file.seek(0x100000)
+                short = hashlib.sha256(file.read(0x10000)).hexdigest()[:8]
+            self._result = {"sd_model_hash": short, "new_sd_model_hash": sha256_of_file(self._path)}
+        except OSError as error:
+            self._error = error
+
+    def result(self) -> dict[str, str]:
+        """Returns ``sd_model_hash`` and ``new_sd_model_hash``, waiting until they are there.
+
+        Raises:
+            OSError: the file could not be read.
+        """
+        self._thread.join()
+        if self._error is not None:
+            raise self._error
+        return self._result
+
+
+@dataclass(frozen=True)
+class RunFacts:
+    """What is known of a run only once it has been set up."""
+
+    seed: int
+    network_dim: int
+    network_alpha: float
+    num_steps: int
+    num_epochs: int
+    num_batches_per_epoch: int
+    optimizer: str
+    dataset: Mapping[str, Any]  # ss_ entries about pictures and captions, without the prefix
+    resolution_px: tuple[int, int]
+    model_files: Mapping[str, str]  # ss_ entries that name model files
+    started_at: float = field(default_factory=time.time)
+
+
+class RunMetadata:
+    """The metadata of every file that a run saves."""
+
+    def __init__(self, config: TrainConfig, facts: RunFacts, hashes: FileHashes | None) -> None:
+        """Collects what stays the same during the run.
+
+        Args:
+            config: settings.
+            facts: what the set-up found.
+            hashes: of the base model's file; None where the base model is a folder.
+
+        Raises:
+            SettingsError: ``--metadata_thumbnail`` is no readable file.
+        """
+        self._config = config
+        self._facts = facts
+        self._hashes = hashes
+        self._thumbnail = thumbnail_url(config.output.metadata_thumbnail)
+        self._base = {name: _text(value) for name, value in self._base_entries().items()}
+
+    def _base_entries(self) -> dict[str, Any]:
+        config, facts = self._config, self._facts
+        entries: dict[str, Any] = {
+            "session_id": key("session", facts.seed, str(facts.started_at)) % 2**32,
+            "training_started_at": facts.started_at,
+            "base_model_version": "lumina2",
+            "network_dim": facts.network_dim,
+            "network_alpha": facts.network_alpha,
+            "max_train_steps": facts.num_steps,
+            "num_epochs": facts.num_epochs,
+            "num_batches_per_epoch": facts.num_batches_per_epoch,
+            "optimizer": facts.optimizer,
+            "seed": facts.seed,
+            "text_encoder_lr": list(config.optimizer.text_encoder_lr) or None,
+            **_CONSTANT_ENTRIES,
+            **{name: config.given.get(name, default) for name, default in _IGNORED_FLAGS.items()},
+            **facts.dataset,
+            **facts.model_files,
+        }
+        for group, names in _FROM_SETTINGS.items():
+            entries.update({name: getattr(getattr(config, group), name) for name in names})
+        arguments = dict(config.network.arguments())
+        if arguments:
+            if config.network.network_dropout is not None:
+                arguments["dropout"] = str(config.network.network_dropout)
+            entries["network_args"] = json.dumps(arguments)
+        return entries
+
+    def at(self, step: int, epoch: int) -> dict[str, str]:
+        """Returns the entries of a file saved at ``step`` after ``epoch`` finished epochs."""
+        entries = {
+            **self._base,
+            "training_finished_at": str(time.time()),
+            "steps": str(step),
+            "epoch": str(epoch),
+            **(self._hashes.result() if self._hashes is not None else {}),
+        }
+        prefixed = {f"ss_{name}": value for name, value in entries.items()}
+        if self._config.output.no_metadata:
+            prefixed = {name: value for name, value in prefixed.items() if name in _KEPT_WITHOUT_METADATA}
+        return {**prefixed, **self._modelspec()}
+
+    def _modelspec(self) -> dict[str, str]:
+        output = self._config.output
+        width, height = self._facts.resolution_px
+        entries: dict[str, str | None] = {
+            "sai_model_spec": "1.0.1",
+            "architecture": "lumina-2/lora",
+            "implementation": "https://github.com/Alpha-VLLM/Lumina-Image-2.0",
+            "implementation_version": f"{PROGRAM}/{VERSION}",
+            "title": output.metadata_title or output.output_name or f"LoRA@{self._facts.started_at}",
+            "resolution": f"{width}x{height}",
+            "date": time.strftime("%Y-%m-%dT%H:%M:%S"),
+            "author": output.metadata_author,
+            "description": output.metadata_description,
+            "license": output.metadata_license,
+            "tags": output.metadata_tags,
+            "usage_hint": output.metadata_usage_hint,
+            "thumbnail": self._thumbnail,
+            "merged_from": output.metadata_merged_from,
+            "trigger_phrase": output.metadata_trigger_phrase,
+            "preprocessor": output.metadata_preprocessor,
+            "is_negative_embedding": output.metadata_is_negative_embedding,
+        }
+        low, high = self._config.flow.timestep_range
+        if (low, high) != (0, 1000):
+            entries["timestep_range"] = f"{low},{high}"
+        return {f"modelspec.{name}": value for name, value in entries.items() if value is not None}
+
+
+def _text(value: Any) -> str:
+    return json.dumps(value) if isinstance(value, (dict, list)) else str(value)
+
+
+def thumbnail_url(thumbnail: str | None) -> str | None:
+    """Returns a thumbnail as a ``data:`` URL; a picture file's name is read and encoded.
+
+    Raises:
+        SettingsError: it is neither a URL nor a readable file.
+    """
+    if thumbnail is None or thumbnail.startswith("data:"):
+        return thumbnail
+    path = Path(thumbnail)
+    if not path.is_file():
+        raise SettingsError(f"--metadata_thumbnail: {thumbnail} is no file; give a picture file or a data: URL")
+    kind = mimetypes.guess_type(path.name)[0] or "image/png"
+    return f"data:{kind};base64,{base64.b64encode(path.read_bytes()).decode('ascii')}"
+
+
+def dataset_entries(data: TrainingData, num_processes: int, from_file: bool) -> dict[str, Any]:
+    """Returns the entries about pictures and captions, without the ``ss_`` prefix.
+
+    Args:
+        data: the pictures that are trained on.
+        num_processes: of the run.
+        from_file: whether a dataset file described them; if not, its single dataset's entries stand flat.
+    """
+    datasets = summary.dataset_summaries(data)
+    entries: dict[str, Any] = {
+        "num_train_images": sum(one["num_train_images"] for one in datasets),
+        "num_reg_images": 0,
+        "num_validation_images": 0,
+        "tag_frequency": summary.tag_frequency(data.items),
+        "dataset_dirs": summary.dataset_dirs(data),
+    }
+    if from_file:
+        return {**entries, "datasets": datasets}
+    (one,) = datasets
+    first = one["subsets"][0]
+    in_subset = ("color_aug", "flip_aug", "random_crop", "shuffle_caption", "keep_tokens")
+    in_dataset = ("enable_bucket", "bucket_no_upscale", "min_bucket_reso", "max_bucket_reso", "bucket_info")
+    return {
+        **entries,
+        "batch_size_per_device": one["batch_size_per_device"],
+        "total_batch_size": one["batch_size_per_device"] * num_processes,
+        "resolution": tuple(one["resolution"]),
+        "reg_dataset_dirs": {},
+        **{name: first[name] for name in in_subset},
+        **{name: one[name] for name in in_dataset},
+    }

@@ -1,0 +1,501 @@
+"""A training run as a sequence of named steps, and the hooks that a model family fills in.
+
+``NetworkTrainer.train`` is the table of contents. The order keeps memory small: pictures are encoded and the autoencoder
+is let go, captions are encoded and the text encoder is let go, and only then is the large model read. Modules that import
+torch are imported where they are used, so that an entry script can check its command line at once.
+"""
+
+from __future__ import annotations
+
+import abc
+import gc
+import importlib
+import importlib.util
+import logging
+import os
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from typing import TYPE_CHECKING, Any, Protocol
+
+from library.errors import DatasetError, SettingsError
+from library.prompts import Prompt, read_prompt_file
+from library.training.arguments import TrainConfig, warn_of_ignored
+
+if TYPE_CHECKING:
+    from pathlib import Path
+
+    import torch
+    from PIL.Image import Image
+    from torch import Tensor, nn
+
+    from library.data.dataset import Batch, TrainingData
+
+logger = logging.getLogger(__name__)
+
+DEFAULT_NETWORK_DIM = 4  # sd-scripts' rank where --network_dim is left out
+
+
+class TextEncoder(Protocol):
+    """What the base needs of a text encoder."""
+
+    @property
+    def model(self) -> nn.Module:
+        """The module that is moved between devices and trained on."""
+
+    def encode(self, captions: Sequence[str], system_prompt: str | None = None) -> list[Tensor]:
+        """Returns (L_i, D) features of each caption's real tokens, with its own system prompt or another."""
+
+
+class PictureEncoder(Protocol):
+    """What the base needs of an autoencoder."""
+
+    @property
+    def model(self) -> nn.Module:
+        """The module that is moved between devices."""
+
+    def encode(self, pixels: Tensor) -> Tensor:
+        """Returns latents of pixels (B,3,H,W) in [-1, 1]."""
+
+    def decode(self, latents: Tensor) -> Tensor:
+        """Returns pixels (B,3,H,W), about in [-1, 1]."""
+
+
+class NetworkTrainer(abc.ABC):
+    """Trains a network (LoRA) on a frozen model."""
+
+    def __init__(self, config: TrainConfig) -> None:
+        self.config = config
+        self.prompts: list[Prompt] = []
+        self.seed = 0
+        self.text_encoder: TextEncoder | None = None
+        self.autoencoder: PictureEncoder | None = None
+        self.model: nn.Module | None = None
+        self.network: Any = None
+
+    def train(self) -> None:
+        """Runs the whole training.
+
+        Raises:
+            UserError: something the user gave cannot work; as far as possible before a model is read.
+        """
+        self.check_inputs()
+        self.start()
+        try:
+            self.build_data()
+            self.cache_latents()
+            self.plan_steps()
+            self.cache_text()
+            self.load_models()
+            self.build_network()
+            self.build_optimizer()
+            self.report_plan()
+            self.run_epochs()
+        except BaseException:
+            self.trackers.flush()  # what has been reported so far must not be lost
+            raise
+        self.finish()
+
+    # ---- hooks of a model family ----
+
+    @abc.abstractmethod
+    def inspect_models(self) -> None:
+        """Checks the model files without reading their weights."""
+
+    @abc.abstractmethod
+    def load_text_encoder(self, dtype: torch.dtype) -> TextEncoder:
+        """Returns the text encoder on the CPU, frozen."""
+
+    @abc.abstractmethod
+    def text_fingerprint(self) -> str:
+        """Returns what every cached text feature depends on apart from the caption."""
+
+    @abc.abstractmethod
+    def encode_prompts(self) -> None:
+        """Encodes and keeps what :meth:`draw` needs of the prompts' texts, because the text encoder is let go next."""
+
+    @abc.abstractmethod
+    def load_autoencoder(self, dtype: torch.dtype) -> PictureEncoder:
+        """Returns the autoencoder on the CPU, frozen."""
+
+    @abc.abstractmethod
+    def latent_fingerprint(self) -> str:
+        """Returns what every cached latent depends on apart from the picture."""
+
+    @abc.abstractmethod
+    def load_model(self, dtype: torch.dtype) -> nn.Module:
+        """Returns the model that the network is trained on, on the CPU, frozen."""
+
+    @abc.abstractmethod
+    def blocks(self) -> Iterable[nn.Module]:
+        """Returns the blocks whose insides gradient checkpointing computes again in backward."""
+
+    @abc.abstractmethod
+    def losses_of(self, batch: Batch) -> Tensor:
+        """Returns one loss a sample, (B,) float32, with gradients."""
+
+    @abc.abstractmethod
+    def draw(self, prompt: Prompt, seed: int) -> Image:
+        """Returns a picture of a prompt with the network as it is."""
+
+    @abc.abstractmethod
+    def model_metadata(self) -> dict[str, str]:
+        """Returns the metadata entries (without ``ss_``) that name the model's files."""
+
+    @abc.abstractmethod
+    def base_model_file(self) -> Path | None:
+        """Returns the base model's file for its hash in the metadata, or None where it is a folder."""
+
+    # ---- the steps ----
+
+    def check_inputs(self) -> None:
+        """Checks everything that can be checked before torch is imported or a model is read."""
+        warn_of_ignored(self.config.given)
+        self._check_network_module()
+        if self.config.samples.sample_prompts is not None:
+            self.prompts = read_prompt_file(self.config.samples.sample_prompts)
+        from library.data.config import load_dataset_config
+
+        self.dataset_configs = load_dataset_config(self.config.data)
+        self.inspect_models()
+
+    def _check_network_module(self) -> None:
+        name = self.config.network.network_module
+        if name is None:  # TrainConfig refuses that; stated for the type checker
+            raise SettingsError("--network_module is missing")
+        try:
+            found = importlib.util.find_spec(name)
+        except ModuleNotFoundError:
+            found = None
+        if found is None:
+            raise SettingsError(
+                f"--network_module: there is no Python module {name}; give networks.lora_lumina, or install the module's"
+                " package"
+            )
+        # A module may bring a light companion that checks its arguments before anything heavy is imported.
+        if importlib.util.find_spec(f"{name}_args") is not None:
+            importlib.import_module(f"{name}_args").check_network_args(self.config.network.arguments())
+
+    def start(self) -> None:
+        """Starts torch, the processes and the trackers, and looks the optimizer up."""
+        import torch
+
+        from library.keyed_random import key
+        from library.training import optimizers
+        from library.training.processes import Processes, start_accelerator
+        from library.training.trackers import Trackers
+
+        config = self.config
+        optimizers.optimizer_class(config.optimizer)
+        optimizers.scheduler_class(config.optimizer)
+        self.accelerator = start_accelerator(config.memory.mixed_precision, config.schedule.ddp_timeout, config.log)
+        self.processes = Processes(self.accelerator)
+        self.device = self.accelerator.device
+        self.weight_dtype = torch.bfloat16 if config.memory.mixed_precision == "bf16" else torch.float32
+        seed = config.schedule.seed
+        if seed is None:
+            seed = self.processes.gather([torch.seed() % 2**32])[0][0]
+        self.seed = seed
+        # Our own draws are keyed; this is for network modules that draw from torch's global generators.
+        torch.manual_seed(key("torch", seed))
+        secrets = ("wandb_api_key",)
+        shown = {name: value for name, value in config.given.items() if name not in secrets}
+        self.trackers = Trackers(self.accelerator, config.log, shown)
+        where = torch.cuda.get_device_name() if self.device.type == "cuda" else self.device.type
+        logger.info("Device: %s, %d process%s", where, self.processes.count, "es" if self.processes.count > 1 else "")
+        threads, cores = torch.get_num_threads(), os.cpu_count() or 1
+        if self.device.type == "cpu" and threads * self.processes.count < cores:
+            logger.info(
+                "Each process computes with %d of the CPU's %d threads; more are given by the launcher's"
+                " --num_cpu_threads_per_process or the environment variable OMP_NUM_THREADS",
+                threads,
+                cores,
+            )
+
+    def build_data(self) -> None:
+        """Lists pictures and captions and sorts them into buckets."""
+        from library.data.dataset import TrainingData
+
+        self.data: TrainingData = TrainingData.build(
+            self.config.data, self.seed, self.dataset_configs, show_progress=self.processes.is_main
+        )
+
+    def cache_latents(self) -> None:
+        """Encodes the pictures that have no cache entry yet, if they are to be cached, and lets the autoencoder go."""
+        if not self.config.data.cache_latents:
+            return
+
+        def encode(pixels: Tensor) -> Tensor:
+            return self.ready_autoencoder().encode(pixels.to(self.device))
+
+        self.data.fill_latents(encode, self.latent_fingerprint(), **self.sharing())
+        self.autoencoder = None
+        self._free()
+
+    def sharing(self) -> dict[str, Any]:
+        """Returns how processes share the work of filling a cache."""
+        processes = self.processes
+        return {
+            "rank": processes.rank,
+            "num_processes": processes.count,
+            "gather": processes.gather,
+            "show_progress": processes.is_main,
+        }
+
+    @property
+    def autoencoder_dtype(self) -> torch.dtype:
+        """The autoencoder's precision."""
+        import torch
+
+        return torch.float32 if self.config.memory.no_half_vae else self.weight_dtype
+
+    def plan_steps(self) -> None:
+        """Counts batches, steps and epochs; pictures that could not be read are out by now."""
+        schedule = self.config.schedule
+        self.num_batches = self.data.num_batches(self.processes.count)
+        if self.num_batches == 0:
+            raise DatasetError("no picture is left to train on; the warnings above name those that could not be read")
+        steps_per_epoch = -(-self.num_batches // schedule.gradient_accumulation_steps)
+        if schedule.max_train_epochs is not None:
+            self.num_epochs = schedule.max_train_epochs
+            self.num_steps = self.num_epochs * steps_per_epoch
+        else:
+            self.num_steps = schedule.max_train_steps
+            self.num_epochs = -(-self.num_steps // steps_per_epoch)
+
+    def cache_text(self) -> None:
+        """Encodes the captions that have no cache entry yet, if they are to be cached, and lets the text encoder go."""
+        if not self.config.data.cache_text_encoder_outputs:
+            return
+
+        def encode(captions: Sequence[str]) -> list[Tensor]:
+            return self.ready_text_encoder().encode(captions)
+
+        captions = self.data.caption_folders(range(1, self.num_epochs + 1))
+        self.data.fill_text(captions, encode, self.text_fingerprint(), **self.sharing())
+        self.encode_prompts()
+        self.text_encoder = None
+        self._free()
+
+    def ready_text_encoder(self) -> TextEncoder:
+        """Returns the text encoder on the device, read when it is first needed."""
+        if self.text_encoder is None:
+            self.text_encoder = self._on_device(self.load_text_encoder(self.weight_dtype))
+        return self.text_encoder
+
+    def ready_autoencoder(self) -> PictureEncoder:
+        """Returns the autoencoder on the device, read when it is first needed."""
+        if self.autoencoder is None:
+            self.autoencoder = self._on_device(self.load_autoencoder(self.autoencoder_dtype))
+        return self.autoencoder
+
+    def load_models(self) -> None:
+        """Reads the models that training needs; what was cached is not needed any more."""
+        self.model = self.load_model(self.weight_dtype).to(self.device)
+        if not self.config.data.cache_text_encoder_outputs:
+            self.ready_text_encoder()
+        if not self.config.data.cache_latents:
+            self.ready_autoencoder()
+
+    def _on_device(self, holder: Any) -> Any:
+        holder.model.to(self.device)
+        return holder
+
+    def _free(self) -> None:
+        import torch
+
+        gc.collect()
+        if self.device.type == "cuda":
+            torch.cuda.empty_cache()
+
+    def build_network(self) -> None:
+        """Makes the network, attaches it, and sets recomputation up behind it."""
+        import torch
+
+        from library.memory.recompute import recompute_in_backward
+
+        config = self.config.network
+        trains_text = self.config.trains_text_encoder
+        trained_encoders = [self.ready_text_encoder().model] if trains_text else []
+        module = importlib.import_module(str(config.network_module))
+        arguments: dict[str, Any] = dict(config.arguments())
+        if config.network_dropout is not None:
+            arguments["neuron_dropout"] = config.network_dropout
+        if config.dim_from_weights:
+            self.network, _ = module.create_network_from_weights(
+                1.0, str(config.network_weights), None, trained_encoders, self.model, **arguments
+            )
+        else:
+            self.network = module.create_network(
+                1.0, config.network_dim, config.network_alpha, None, trained_encoders, self.model, **arguments
+            )
+        self.network.apply_to(trained_encoders, self.model, trains_text, self.config.trains_dit)
+        if config.network_weights is not None:
+            self.network.load_weights(str(config.network_weights))
+            logger.info("Training goes on from %s", config.network_weights)
+        self.network.to(self.device, torch.bfloat16 if self.config.memory.full_bf16 else torch.float32)
+        if self.config.memory.gradient_checkpointing:
+            keyed = hasattr(self.network, "set_dropout_keys")
+            recompute_in_backward(self.blocks(), preserve_rng_state=not keyed)
+
+    def build_optimizer(self) -> None:
+        """Makes parameter groups, optimizer and schedule."""
+        from library.training import optimizers
+
+        settings = self.config.optimizer
+        text_rates = list(settings.text_encoder_lr) or None
+        if hasattr(self.network, "prepare_optimizer_params_with_multiple_te_lrs"):
+            prepared = self.network.prepare_optimizer_params_with_multiple_te_lrs(
+                text_rates, settings.unet_lr, settings.learning_rate
+            )
+        else:
+            text_rate = text_rates[0] if text_rates else None
+            prepared = self.network.prepare_optimizer_params(text_rate, settings.unet_lr, settings.learning_rate)
+        groups, names = prepared if isinstance(prepared, tuple) else (prepared, None)
+        if not groups:
+            raise SettingsError("every part of the network has learning rate 0; raise --learning_rate")
+        self.group_names = [name or f"group{i}" for i, name in enumerate(names or [None] * len(groups))]
+        self.optimizer = optimizers.build_optimizer(settings, groups)
+        self.scheduler = optimizers.build_scheduler(settings, self.optimizer, self.num_steps)
+        self.network.train()
+
+    def report_plan(self) -> None:
+        """Says what is about to happen, before the first step."""
+        from library.data.summary import summary_lines
+
+        schedule, settings = self.config.schedule, self.config.optimizer
+        for line in summary_lines(self.data):
+            logger.info("%s", line)
+        logger.info(
+            "Steps: %d in %d epoch%s (%d batches an epoch%s)",
+            self.num_steps,
+            self.num_epochs,
+            "s" if self.num_epochs > 1 else "",
+            self.num_batches,
+            f", {schedule.gradient_accumulation_steps} a step" if schedule.gradient_accumulation_steps > 1 else "",
+        )
+        if hasattr(self.network, "describe"):
+            for component, num_modules, ranks, num_parameters in self.network.describe():
+                logger.info(
+                    "Trained: %s, %d modules, rank %s, %s parameters",
+                    component,
+                    num_modules,
+                    ranks,
+                    f"{num_parameters:,}",
+                )
+        total = sum(p.numel() for group in self.optimizer.param_groups for p in group["params"])
+        rates = ", ".join(
+            f"{name} {group['lr']:g}" for name, group in zip(self.group_names, self.optimizer.param_groups, strict=True)
+        )
+        logger.info(
+            "Optimizer: %s over %s parameters, learning rate %s", settings.resolved_optimizer, f"{total:,}", rates
+        )
+
+    def run_epochs(self) -> None:
+        """Trains, saving and drawing on the way, and writes the final file.
+
+        On Ctrl+C what has been trained is saved before the program ends.
+        """
+        from library.training.loop import Loop, LoopParts, LoopSettings
+        from library.training.previews import Previews
+        from library.training.saving import Saver
+
+        config = self.config
+        output_dir = config.output.output_dir
+        if output_dir is None:  # OutputSettings refuses that; stated for the type checker
+            raise SettingsError("--output_dir is missing")
+        output_dir.mkdir(parents=True, exist_ok=True)
+        self.saver = Saver(config.output, self.num_epochs, self._metadata_writer())
+        self.previews = Previews(
+            config.samples,
+            self.prompts,
+            self.seed,
+            output_dir,
+            config.output.output_name,
+            self.processes,
+            self.trackers,
+            self._draw_in_eval_mode,
+        )
+        parts = LoopParts(
+            data=self.data,
+            network=self.network,
+            optimizer=self.optimizer,
+            scheduler=self.scheduler,
+            group_names=self.group_names,
+            losses_of=self.losses_of,
+            processes=self.processes,
+            events=self,
+        )
+        self.loop = Loop(
+            parts,
+            LoopSettings(
+                num_steps=self.num_steps,
+                num_epochs=self.num_epochs,
+                accumulation=config.schedule.gradient_accumulation_steps,
+                max_grad_norm=config.optimizer.max_grad_norm,
+                scale_weight_norms=config.network.scale_weight_norms,
+                num_readers=config.data.max_data_loader_n_workers,
+            ),
+        )
+        self.previews.at_first()
+        try:
+            self.loop.run()
+        except KeyboardInterrupt:
+            if self.processes.is_main and self.loop.step:
+                self.saver.at_interrupt(self.loop.step, self.loop.finished_epochs)
+            raise
+        if self.processes.is_main:
+            self.saver.at_end(self.loop.step, self.num_epochs)
+
+    def after_step(self, step: int, epoch: int, values: Mapping[str, float]) -> None:
+        """Reports, saves and draws after an optimizer step."""
+        self.trackers.log(values, step)
+        if self.processes.is_main:
+            self.saver.after_step(step, epoch - 1)
+        self.previews.after_step(step)
+
+    def after_epoch(self, epoch: int, step: int, values: Mapping[str, float]) -> None:
+        """Reports, saves and draws after an epoch."""
+        self.trackers.log(values, step)
+        if self.processes.is_main:
+            self.saver.after_epoch(epoch, step)
+        self.previews.after_epoch(epoch, step)
+
+    def _draw_in_eval_mode(self, prompt: Prompt, seed: int) -> Image:
+        self.network.eval()  # no dropout in previews
+        try:
+            return self.draw(prompt, seed)
+        finally:
+            self.network.train()
+
+    def _metadata_writer(self) -> Callable[[Path, int, int], None]:
+        import torch
+
+        from library.training.metadata import FileHashes, RunFacts, RunMetadata, dataset_entries
+        from library.training.optimizers import describe_optimizer
+
+        config = self.config
+        base_file = self.base_model_file()
+        hashes = FileHashes(base_file) if base_file is not None and self.processes.is_main else None
+        facts = RunFacts(
+            seed=self.seed,
+            network_dim=config.network.network_dim or DEFAULT_NETWORK_DIM,
+            network_alpha=config.network.network_alpha,
+            num_steps=self.num_steps,
+            num_epochs=self.num_epochs,
+            num_batches_per_epoch=self.num_batches,
+            optimizer=describe_optimizer(config.optimizer),
+            dataset=dataset_entries(self.data, self.processes.count, config.data.dataset_config is not None),
+            resolution_px=self.data.datasets[0].resolution,
+            model_files=self.model_metadata(),
+        )
+        metadata = RunMetadata(config, facts, hashes)
+        precision = {None: None, "float": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}
+        dtype = precision[config.output.save_precision]
+
+        def write(path: Path, step: int, epoch: int) -> None:
+            self.network.save_weights(str(path), dtype, metadata.at(step, epoch))
+
+        return write
+
+    def finish(self) -> None:
+        """Ends trackers and processes together."""
+        self.processes.end()

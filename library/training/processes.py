@@ -1,0 +1,117 @@
+"""The processes of a run: starting them through accelerate, exchanging what they found, adding up gradients, ending."""
+
+from __future__ import annotations
+
+import gc
+import logging
+import os
+import shutil
+from collections.abc import Sequence
+from datetime import timedelta
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor, distributed
+
+from library.errors import SettingsError, UserError
+from library.training.settings import LogSettings
+from library.training.trackers import accelerate_arguments
+
+if TYPE_CHECKING:
+    from accelerate import Accelerator
+
+logger = logging.getLogger(__name__)
+
+
+def start_accelerator(precision: str, timeout_minutes: int | None, log: LogSettings) -> Accelerator:
+    """Returns accelerate's view of this process, with the process group started.
+
+    Raises:
+        SettingsError: the launcher started more processes than accelerate sees, or the device lacks bf16.
+    """
+    from accelerate import Accelerator
+    from accelerate.utils import InitProcessGroupKwargs
+
+    handlers = []
+    if timeout_minutes is not None:
+        handlers.append(InitProcessGroupKwargs(timeout=timedelta(minutes=timeout_minutes)))
+    accelerator = Accelerator(mixed_precision=precision, kwargs_handlers=handlers, **accelerate_arguments(log))
+    started = int(os.environ.get("WORLD_SIZE", "1"))
+    if started > accelerator.num_processes:
+        raise SettingsError(
+            f"the launcher started {started} processes, but accelerate sees {accelerator.num_processes}: each would train"
+            " alone and overwrite the others' files. Start several processes with `accelerate launch --multi_gpu"
+            " --num_processes N` (on CPUs with ACCELERATE_USE_CPU=true in the environment)"
+        )
+    if precision == "bf16" and accelerator.device.type == "cuda" and not torch.cuda.is_bf16_supported(False):
+        raise SettingsError(
+            f"--mixed_precision bf16: {torch.cuda.get_device_name()} cannot compute in bf16; use --mixed_precision no"
+        )
+    if accelerator.device.type == "cpu" and shutil.which("nvidia-smi") and torch.version.cuda is None:
+        logger.warning(
+            "An NVIDIA driver is installed, but this torch (%s) was built without CUDA: training runs on the CPU and is"
+            " very slow. README.md says how to install the CUDA build.",
+            torch.__version__,
+        )
+    return accelerator
+
+
+class Processes:
+    """All processes of the run, seen from this one."""
+
+    def __init__(self, accelerator: Accelerator) -> None:
+        self.rank: int = accelerator.process_index
+        self.count: int = accelerator.num_processes
+        self.is_main: bool = accelerator.is_main_process
+        self._accelerator = accelerator
+
+    def gather(self, values: list[Any]) -> list[list[Any]]:
+        """Returns every process's list, in the order of ranks; tensors in it must be on the CPU."""
+        if self.count == 1:
+            return [values]
+        result: list[Any] = [None] * self.count
+        distributed.all_gather_object(result, values)
+        return result
+
+    def wait(self) -> None:
+        """Returns when every process has come here."""
+        self._accelerator.wait_for_everyone()
+
+    def add_up(self, parameters: Sequence[torch.nn.Parameter], loss: Tensor) -> Tensor:
+        """Adds up gradients and loss over all processes in one flat buffer, in place; returns the summed loss.
+
+        A process that had no picture in this step takes part with zeros. A parameter without a gradient in any
+        process gets a zero gradient, as it would where another process had one.
+        """
+        if self.count == 1:
+            return loss
+        gradients = [p.grad if p.grad is not None else torch.zeros_like(p) for p in parameters]
+        flat = torch.cat([loss.detach().float().reshape(1), *(g.float().flatten() for g in gradients)])
+        distributed.all_reduce(flat)
+        start = 1
+        for parameter, gradient in zip(parameters, gradients, strict=True):
+            part = flat[start : start + gradient.numel()].view_as(gradient)
+            parameter.grad = part.to(gradient.dtype)
+            start += gradient.numel()
+        return flat[0]
+
+    def end(self) -> None:
+        """Ends the trackers and the process group: all together, with nothing left that still holds the group."""
+        self.wait()
+        self._accelerator.end_training()
+        gc.collect()
+        if distributed.is_initialized():
+            distributed.destroy_process_group()
+
+
+def check_finite(loss: float, step: int, names: Sequence[str]) -> None:
+    """Ends the run where the loss is no number any more, before the LoRA is spoilt.
+
+    Raises:
+        UserError: ``loss`` is NaN or infinite.
+    """
+    if loss - loss != 0:
+        raise UserError(
+            f"the loss of step {step} is {loss}, so training cannot go on (pictures of this step: {', '.join(names)})."
+            " A lower --learning_rate usually helps; the files saved before this step are good"
+        )

@@ -1,0 +1,308 @@
+"""Draws pictures with Lumina Image 2.0 and LoRA files.
+
+    python lumina_minimal_inference.py --pretrained_model_name_or_path ... --lora_weights "my.safetensors;0.8" --prompt ...
+
+See docs/lumina_train_network.md.
+"""
+
+from __future__ import annotations
+
+import sys
+
+if sys.version_info < (3, 11):
+    sys.exit("This program needs Python 3.11 or newer; this is Python %d.%d." % sys.version_info[:2])
+
+import dataclasses
+import logging
+import random
+import time
+from collections.abc import Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Literal
+
+from library.command_line import build_parser, read_command_line
+from library.console import run_program
+from library.errors import SettingsError
+from library.files import write_with
+from library.prompts import Prompt, PromptError, parse_line
+from library.settings import flag, from_given, specs_of
+
+if TYPE_CHECKING:
+    import torch
+    from torch import Tensor
+
+logger = logging.getLogger(__name__)
+
+Dtype = Literal["bf16", "bfloat16", "fp16", "float16", "fp32", "float32", "float"]
+
+
+@dataclasses.dataclass(frozen=True)
+class ModelFlags:
+    """Which models draw, in which precision, where."""
+
+    pretrained_model_name_or_path: Path | None = flag(None, "Lumina Image 2.0: file, all-in-one file, or folder")
+    gemma2_path: Path | None = flag(None, "Gemma-2-2B: file or folder; may be left out when the first one holds it")
+    ae_path: Path | None = flag(None, "FLUX autoencoder: file or folder; may be left out when the first one holds it")
+    tokenizer_cache_dir: Path | None = flag(None, "folder with Gemma's tokenizer.model, where its file has none inside")
+    lora_weights: tuple[str, ...] = flag((), 'LoRA files, each as "path" or "path;multiplier"')
+    merge_lora_weights: bool = flag(
+        False, "merge the LoRA files into the model instead of attaching them: faster steps"
+    )
+    dtype: Dtype = flag("bf16", "precision of the Next-DiT")
+    gemma2_dtype: Dtype = flag("bf16", "precision of Gemma2")
+    ae_dtype: Dtype = flag("bf16", "precision of the autoencoder")
+    device: str | None = flag(None, "where to compute, such as cuda or cpu; the best one when left out")
+    offload: bool = flag(False, "keep only the model that is computing on the device, the others in host memory")
+    use_flash_attn: bool = flag(False, "no effect: torch's attention picks the fastest exact kernel itself")
+    use_sage_attn: bool = flag(False, "no effect: torch's attention picks the fastest exact kernel itself")
+
+    def __post_init__(self) -> None:
+        if self.pretrained_model_name_or_path is None:
+            raise SettingsError("--pretrained_model_name_or_path is missing; give the Lumina Image 2.0 file or folder")
+        if self.dtype in ("fp16", "float16"):
+            raise SettingsError(f"--dtype {self.dtype}: this model overflows in fp16 and draws black; use bf16 or fp32")
+        for text in self.lora_weights:
+            path, multiplier = split_lora(text)
+            if not path.is_file():
+                raise SettingsError(f"--lora_weights: {path} is no file (of {text!r}, multiplier {multiplier:g})")
+
+
+@dataclasses.dataclass(frozen=True)
+class PictureFlags:
+    """What to draw."""
+
+    prompt: str = flag("A beautiful sunset over the mountains", "what to draw")
+    negative_prompt: str = flag("", "what to stay away from")
+    output_dir: Path = flag(Path("outputs"), "folder for the pictures, made if missing")
+    seed: int | None = flag(None, "start of the noise; drawn when left out")
+    steps: int = flag(36, "Euler steps")
+    guidance_scale: float = flag(3.5, "strength of guidance; 1 turns it off")
+    image_width: int = flag(1024, "width in pixels, a multiple of 16")
+    image_height: int = flag(1024, "height in pixels, a multiple of 16")
+    system_prompt: str = flag("", "text before the prompt, as in training")
+    add_system_prompt_to_negative_prompt: bool = flag(False, "put it before the negative prompt too")
+    gemma2_max_token_length: int = flag(256, "longest prompt in tokens, system prompt included")
+    discrete_flow_shift: float = flag(6.0, "shift of the sampling schedule")
+    cfg_trunc_ratio: float = flag(
+        0.25, "guidance while the model's time (0 noise, 1 picture) is below this: 24 of 36 steps at shift 6"
+    )
+    renorm_cfg: float = flag(1.0, "largest norm of the guided prediction, relative to the unguided one; 0 is no limit")
+    interactive: bool = flag(False, "read prompts from the keyboard, with options such as --w 512 --d 1; exit ends")
+
+    def __post_init__(self) -> None:
+        for name in ("steps", "image_width", "image_height", "gemma2_max_token_length", "discrete_flow_shift"):
+            if getattr(self, name) <= 0:
+                raise SettingsError(f"--{name}: {getattr(self, name)} must be above 0")
+
+    def to_prompt(self) -> Prompt:
+        """Returns the flags as a prompt."""
+        return Prompt(
+            prompt=self.prompt,
+            negative_prompt=self.negative_prompt,
+            width=self.image_width,
+            height=self.image_height,
+            seed=self.seed,
+            sample_steps=self.steps,
+            scale=self.guidance_scale,
+            cfg_trunc_ratio=self.cfg_trunc_ratio,
+            renorm_cfg=self.renorm_cfg,
+        )
+
+
+def split_lora(text: str) -> tuple[Path, float]:
+    """Returns the file and multiplier of ``path`` or ``path;multiplier``.
+
+    Raises:
+        SettingsError: the multiplier is no number.
+    """
+    path, semicolon, multiplier = text.rpartition(";")
+    if not semicolon:
+        return Path(text), 1.0
+    try:
+        return Path(path), float(multiplier or 1.0)
+    except ValueError as error:
+        raise SettingsError(f"--lora_weights: {multiplier!r} of {text!r} is no multiplier; write path;0.8") from error
+
+
+def to_dtype(name: Dtype) -> torch.dtype:
+    """Returns torch's dtype of a short or long name."""
+    import torch
+
+    full = {"bf16": "bfloat16", "fp16": "float16", "fp32": "float32", "float": "float32"}
+    return getattr(torch, full.get(name, name))
+
+
+class Painter:
+    """The three models with their LoRAs, drawing one prompt after the other."""
+
+    def __init__(self, models: ModelFlags, pictures: PictureFlags) -> None:
+        """Checks and reads the models.
+
+        Raises:
+            UserError: a model or LoRA file is wrong.
+        """
+        import torch
+        from accelerate import PartialState
+
+        from library.lumina import loading
+        from library.memory.attention import sdpa_attention
+
+        self._pictures = pictures
+        self._offload = models.offload
+        self.device = torch.device(models.device) if models.device else PartialState().device
+        files = loading.inspect_models(
+            loading.ModelPaths(
+                dit=Path(models.pretrained_model_name_or_path or ""),
+                gemma2=models.gemma2_path,
+                ae=models.ae_path,
+                tokenizer_dir=models.tokenizer_cache_dir,
+                gemma2_flag="--gemma2_path",
+                ae_flag="--ae_path",
+            )
+        )
+        logger.info("Reading the models")
+        self.encoder = loading.load_gemma2(
+            files, to_dtype(models.gemma2_dtype), pictures.gemma2_max_token_length, pictures.system_prompt
+        )
+        self.dit = loading.load_next_dit(files.dit, to_dtype(models.dtype), attention=sdpa_attention)
+        self.autoencoder = loading.load_autoencoder(files.ae, to_dtype(models.ae_dtype))
+        self.networks = [self._add_lora(*split_lora(text), models.merge_lora_weights) for text in models.lora_weights]
+        self._merged = models.merge_lora_weights
+        if not self._offload:
+            for model in (self.encoder.model, self.dit, self.autoencoder.model):
+                model.to(self.device)
+
+    def _add_lora(self, path: Path, multiplier: float, merge: bool) -> Any:
+        from networks import lora_lumina
+
+        network, weights = lora_lumina.create_network_from_weights(
+            multiplier, str(path), None, [self.encoder.model], self.dit, for_inference=True
+        )
+        if merge:
+            network.merge_to([self.encoder.model], self.dit, weights, None, None)
+        else:
+            network.apply_to([self.encoder.model], self.dit)
+            network.to(self.device).eval()
+        logger.info("LoRA %s, multiplier %g, %s", path, multiplier, "merged" if merge else "attached")
+        return network
+
+    def set_multipliers(self, multipliers: Sequence[float]) -> None:
+        """Sets the attached LoRAs' multipliers; the last one holds for all that follow.
+
+        Raises:
+            PromptError: the LoRAs are merged, or there are more multipliers than LoRAs.
+        """
+        if self._merged:
+            raise PromptError("--m has no effect on merged LoRAs; start without --merge_lora_weights")
+        if len(multipliers) > len(self.networks):
+            raise PromptError(f"--m gives {len(multipliers)} multipliers for {len(self.networks)} LoRAs")
+        padded = [*multipliers, *[multipliers[-1]] * (len(self.networks) - len(multipliers))]
+        for network, multiplier in zip(self.networks, padded, strict=True):
+            network.set_multiplier(multiplier)
+
+    def draw(self, prompt: Prompt) -> Path:
+        """Draws one picture and returns its file."""
+        import torch
+
+        from library.lumina.drawing import draw_latents, to_picture
+        from library.lumina.sampler import SamplingOptions
+
+        prompt = prompt.rounded()
+        if prompt.multipliers:
+            self.set_multipliers(prompt.multipliers)
+        seed = random.randrange(2**32) if prompt.seed is None else prompt.seed
+        options = SamplingOptions(
+            steps=prompt.sample_steps,
+            guidance_scale=prompt.scale,
+            shift=self._pictures.discrete_flow_shift,
+            cfg_trunc_ratio=prompt.cfg_trunc_ratio,
+            renorm_cfg=prompt.renorm_cfg,
+        )
+        with torch.no_grad():
+            positive, negative = self._encode(prompt)
+            self._place(self.dit)
+            size_px = (prompt.width, prompt.height)
+            latents = draw_latents(self.dit, positive, negative, size_px, seed, options, self.device)
+            self._put_away(self.dit)
+            self._place(self.autoencoder.model)
+            picture = to_picture(self.autoencoder.decode, latents)
+            self._put_away(self.autoencoder.model)
+        path = self._free_path(seed)
+        write_with(path, lambda temporary: picture.save(temporary))
+        logger.info("Saved %s (seed %d)", path, seed)
+        return path
+
+    def _encode(self, prompt: Prompt) -> tuple[Tensor, Tensor]:
+        self._place(self.encoder.model)
+        (positive,) = self.encoder.encode([prompt.prompt])
+        against = self._pictures.system_prompt if self._pictures.add_system_prompt_to_negative_prompt else ""
+        (negative,) = self.encoder.encode([prompt.negative_prompt], system_prompt=against)
+        self._put_away(self.encoder.model)
+        return positive, negative
+
+    def _place(self, model: torch.nn.Module) -> None:
+        if self._offload:
+            model.to(self.device)
+
+    def _put_away(self, model: torch.nn.Module) -> None:
+        if self._offload:
+            import torch
+
+            model.to("cpu")
+            if self.device.type == "cuda":
+                torch.cuda.empty_cache()
+
+    def _free_path(self, seed: int) -> Path:
+        name = f"image_{time.strftime('%Y%m%d%H%M%S')}_{seed}"
+        path = self._pictures.output_dir / f"{name}.png"
+        number = 1
+        while path.exists():
+            number += 1
+            path = self._pictures.output_dir / f"{name}_{number}.png"
+        return path
+
+
+def interact(painter: Painter, first: Prompt) -> None:
+    """Draws prompts typed by the user until ``exit`` or the end of input.
+
+    Sizes, steps, guidance and multipliers hold until they are changed; seed and negative prompt are for one prompt.
+    """
+    logger.info("Type a prompt, with options such as --w 512 --h 512 --s 20 --g 3.5 --d 1 --n text; exit ends.")
+    current = dataclasses.replace(first, seed=None)
+    while True:
+        try:
+            line = input("> ").strip()
+        except EOFError:
+            return
+        if line.lower() == "exit":
+            return
+        if not line:
+            continue
+        try:
+            prompt = parse_line(line, current, "prompt", interactive=True)
+            painter.draw(prompt)
+        except PromptError as error:
+            logger.error("%s", error)
+            continue
+        current = dataclasses.replace(prompt, seed=None, negative_prompt=first.negative_prompt)
+
+
+def main(argv: Sequence[str] | None = None) -> None:
+    """Parses the command line and draws."""
+    groups = {"models": ModelFlags, "picture": PictureFlags}
+    parser = build_parser(
+        "Draws pictures with Lumina Image 2.0 and LoRA files.",
+        [(title, specs_of(settings_class)) for title, settings_class in groups.items()],
+    )
+    specs = {spec.name: spec for settings_class in groups.values() for spec in specs_of(settings_class)}
+    given = read_command_line(parser, specs, argv)
+    models, pictures = from_given(ModelFlags, given), from_given(PictureFlags, given)
+    painter = Painter(models, pictures)
+    if pictures.interactive:
+        interact(painter, pictures.to_prompt())
+    else:
+        painter.draw(pictures.to_prompt())
+
+
+if __name__ == "__main__":
+    run_program(main)

@@ -1,0 +1,242 @@
+"""Trains a LoRA for Lumina Image 2.0.
+
+    accelerate launch lumina_train_network.py --pretrained_model_name_or_path ... --dataset_config ... --output_dir ...
+
+See docs/lumina_train_network.md.
+"""
+
+from __future__ import annotations
+
+import sys
+
+if sys.version_info < (3, 11):
+    sys.exit("This program needs Python 3.11 or newer; this is Python %d.%d." % sys.version_info[:2])
+
+import logging
+from collections.abc import Iterable, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from library.console import run_program, set_up_logging
+from library.prompts import Prompt
+from library.training.arguments import parse_arguments
+from library.training.network_trainer import NetworkTrainer
+
+if TYPE_CHECKING:
+    import torch
+    from PIL.Image import Image
+    from torch import Tensor, nn
+
+    from library.data.dataset import Batch
+    from library.lumina.autoencoder import Autoencoder
+    from library.lumina.gemma2 import Gemma2Encoder
+
+logger = logging.getLogger(__name__)
+
+
+class LuminaNetworkTrainer(NetworkTrainer):
+    """Trains on Next-DiT and, where captions are not cached, on Gemma2."""
+
+    def inspect_models(self) -> None:
+        from library.lumina.loading import ModelPaths, inspect_models
+
+        settings = self.config.model
+        self.files = inspect_models(
+            ModelPaths(
+                dit=Path(settings.pretrained_model_name_or_path or ""),
+                gemma2=settings.gemma2,
+                ae=settings.ae,
+                tokenizer_dir=settings.tokenizer_cache_dir,
+                mmap=not settings.disable_mmap_load_safetensors,
+            )
+        )
+        self._explain_settings()
+        self._prompt_features: dict[Prompt, tuple[Tensor, Tensor]] = {}
+
+    def _explain_settings(self) -> None:
+        flow, data, given = self.config.flow, self.config.data, self.config.given
+        if data.cache_text_encoder_outputs and not self.config.network.network_train_unet_only:
+            logger.info("Gemma2 is not trained, because --cache_text_encoder_outputs keeps its outputs as they are")
+        if flow.timestep_sampling in ("nextdit_shift", "flux_shift") and "discrete_flow_shift" in given:
+            logger.info(
+                "--discrete_flow_shift %g is the previews' shift; training with %s takes its shift from the picture's size",
+                flow.discrete_flow_shift,
+                flow.timestep_sampling,
+            )
+        if flow.model_prediction_type == "additive":
+            logger.info(
+                "--model_prediction_type additive adds the same to both sides of the loss: it trains as raw does"
+            )
+
+    # ---- models ----
+
+    def load_text_encoder(self, dtype: torch.dtype) -> Gemma2Encoder:
+        from library.lumina.loading import load_gemma2
+
+        settings = self.config.model
+        return load_gemma2(self.files, dtype, settings.gemma2_max_token_length, settings.system_prompt)
+
+    def text_fingerprint(self) -> str:
+        from library.lumina.loading import gemma2_fingerprint
+
+        settings = self.config.model
+        return gemma2_fingerprint(
+            self.files, self.weight_dtype, settings.gemma2_max_token_length, settings.system_prompt
+        )
+
+    def load_autoencoder(self, dtype: torch.dtype) -> Autoencoder:
+        from library.lumina.loading import load_autoencoder
+
+        return load_autoencoder(self.files.ae, dtype)
+
+    def latent_fingerprint(self) -> str:
+        from library.lumina.loading import autoencoder_fingerprint
+
+        return autoencoder_fingerprint(self.files.ae, self.autoencoder_dtype)
+
+    def load_model(self, dtype: torch.dtype) -> nn.Module:
+        from library.lumina.loading import load_next_dit
+        from library.memory.attention import sdpa_attention
+
+        self.dit = load_next_dit(self.files.dit, dtype, attention=sdpa_attention)
+        return self.dit
+
+    def blocks(self) -> Iterable[nn.Module]:
+        yield from (*self.dit.noise_refiner, *self.dit.context_refiner, *self.dit.layers)
+        if self.config.trains_text_encoder:
+            yield from self.ready_text_encoder().model.get_submodule("layers").children()
+
+    # ---- one training step ----
+
+    def losses_of(self, batch: Batch) -> Tensor:
+        import torch
+
+        from library import keyed_random
+        from library.lumina import flow
+
+        settings, device = self.config.flow, self.device
+        keys = [draw.key for draw in batch.draws]
+        if hasattr(self.network, "set_dropout_keys"):
+            dropout_keys = [keyed_random.key("dropout", key) for key in keys]
+            self.network.set_dropout_keys(torch.tensor(dropout_keys, dtype=torch.int64, device=device))
+        latents = self._latents(batch)  # (B,C,H,W) float32
+        # Drawn on the CPU and keyed by sample: every device and every number of processes draws the same.
+        noise = keyed_random.normal("noise", keys, latents.shape[1:]).to(device)
+        uniform = keyed_random.uniform("sigma, uniform", keys, ())
+        normal = keyed_random.normal("sigma, normal", keys, ())
+        sigma = flow.sample_sigma(settings, uniform, normal, *latents.shape[-2:]).to(device)
+        noisy = flow.add_noise(latents, self._input_noise(noise, keys), sigma)
+        features, mask = self._caption_features(batch)
+        velocity = self.dit(noisy.to(self.dit.dtype), flow.lumina_time(sigma), features, mask)
+        return flow.loss_map(settings, velocity, latents, noise, noisy, sigma).mean(dim=(1, 2, 3))
+
+    def _latents(self, batch: Batch) -> Tensor:
+        import torch
+
+        if batch.latents is not None:
+            return batch.latents.to(self.device, torch.float32)
+        if batch.pixels is None:
+            raise RuntimeError("a batch holds neither latents nor pixels")
+        with torch.no_grad():
+            return self.ready_autoencoder().encode(batch.pixels.to(self.device)).float()
+
+    def _input_noise(self, noise: Tensor, keys: Sequence[int]) -> Tensor:
+        from library import keyed_random
+        from library.lumina import flow
+
+        gamma = self.config.flow.ip_noise_gamma
+        if not gamma:
+            return noise
+        extra = keyed_random.normal("input perturbation", keys, noise.shape[1:])
+        strength = keyed_random.uniform("input perturbation strength", keys, ()) * gamma
+        if not self.config.flow.ip_noise_gamma_random_strength:
+            strength = strength.new_full(strength.shape, gamma)
+        return flow.perturbed_noise(noise, extra.to(noise.device), strength.to(noise.device))
+
+    def _caption_features(self, batch: Batch) -> tuple[Tensor, Tensor | None]:
+        import torch
+
+        from library.lumina.gemma2 import pad_features
+
+        features: Sequence[Tensor]
+        if batch.text is not None:
+            features = [text.to(self.device, self.dit.dtype) for text in batch.text]
+        else:
+            with torch.set_grad_enabled(self.config.trains_text_encoder):
+                features = self.ready_text_encoder().encode(batch.captions)
+        return pad_features(features)
+
+    # ---- previews ----
+
+    def encode_prompts(self) -> None:
+        from library.lumina.loading import gemma2_fingerprint
+
+        if not self.prompts:
+            return
+        max_tokens = self.config.model.gemma2_max_token_length
+        without_system_prompt = gemma2_fingerprint(self.files, self.weight_dtype, max_tokens, "")
+        positive = self.data.extra_text(
+            [prompt.prompt for prompt in self.prompts],
+            lambda texts: self.ready_text_encoder().encode(texts),
+            self.text_fingerprint(),
+            **self.sharing(),
+        )
+        # As in sd-scripts, the system prompt is not part of the negative prompt.
+        negative = self.data.extra_text(
+            [prompt.negative_prompt for prompt in self.prompts],
+            lambda texts: self.ready_text_encoder().encode(texts, system_prompt=""),
+            without_system_prompt,
+            **self.sharing(),
+        )
+        self._prompt_features.update(zip(self.prompts, zip(positive, negative, strict=True), strict=True))
+
+    def _encode_prompt(self, prompt: Prompt) -> tuple[Tensor, Tensor]:
+        import torch
+
+        encoder = self.ready_text_encoder()
+        with torch.no_grad():
+            (positive,) = encoder.encode([prompt.prompt])
+            (negative,) = encoder.encode([prompt.negative_prompt], system_prompt="")
+        return positive.cpu(), negative.cpu()
+
+    def draw(self, prompt: Prompt, seed: int) -> Image:
+        from library.lumina.drawing import draw_latents, to_picture
+        from library.lumina.sampler import SamplingOptions
+
+        cached = self._prompt_features.get(prompt)
+        positive, negative = cached if cached is not None else self._encode_prompt(prompt)
+        options = SamplingOptions(
+            steps=prompt.sample_steps,
+            guidance_scale=prompt.scale,
+            shift=self.config.flow.discrete_flow_shift,
+            cfg_trunc_ratio=prompt.cfg_trunc_ratio,
+            renorm_cfg=prompt.renorm_cfg,
+        )
+        latents = draw_latents(self.dit, positive, negative, (prompt.width, prompt.height), seed, options, self.device)
+        return to_picture(self.ready_autoencoder().decode, latents)
+
+    # ---- metadata ----
+
+    def model_metadata(self) -> dict[str, str]:
+        return {
+            "sd_model_name": self.files.dit.path.name,
+            "gemma2_name": self.files.gemma2.path.name,
+            "ae_name": self.files.ae.path.name,
+        }
+
+    def base_model_file(self) -> Path | None:
+        return self.files.dit.single_file
+
+
+def main(argv: Sequence[str] | None = None) -> None:
+    """Parses the command line, trains, and reports what the user can mend."""
+    config = parse_arguments(argv)
+    if config is None:
+        return
+    log = config.log
+    set_up_logging(log.console_log_level, log.console_log_file, log.console_log_simple)
+    LuminaNetworkTrainer(config).train()
+
+
+if __name__ == "__main__":
+    run_program(main)

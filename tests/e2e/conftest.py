@@ -1,0 +1,39 @@
+"""One small job for all end-to-end tests, and runs inside this process where a subprocess shows nothing more."""
+
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+import pytest
+from e2e_helpers import Job, make_job
+
+
+@pytest.fixture(scope="session")
+def job(tmp_path_factory: pytest.TempPathFactory) -> Job:
+    return make_job(tmp_path_factory.mktemp("job"))
+
+
+@pytest.fixture
+def train(monkeypatch: pytest.MonkeyPatch) -> Iterator[Callable[..., None]]:
+    """Runs the training program in this process: the imports are paid once, and coverage of errors is cheap."""
+    import logging
+
+    from accelerate.state import AcceleratorState, PartialState
+    from e2e_helpers import ROOT
+
+    import lumina_train_network
+
+    monkeypatch.chdir(ROOT)
+    handlers = list(logging.getLogger().handlers)
+
+    def run(flags: list[str]) -> None:
+        lumina_train_network.main(flags)
+
+    yield run
+    logging.getLogger().handlers[:] = handlers
+    AcceleratorState._reset_state(True)
+    PartialState._reset_state()
+
+
+@pytest.fixture
+def output(tmp_path: Path) -> Path:
+    return tmp_path / "out"

@@ -1,0 +1,113 @@
+from __future__ import annotations
+
+import pytest
+import torch
+from models_helpers import tiny_models
+
+from library.lumina.gemma2 import Gemma2Encoder, GemmaTokenizer, build_gemma2, pad_features, prompt_text
+
+CAPTIONS = ["a red disc on a blue background", "", "ring", "a yellow cross, drawn in the centre of a dark picture"]
+
+
+@pytest.fixture(scope="module")
+def encoder() -> Gemma2Encoder:
+    models = tiny_models()
+    tensors = {name: models.gemma2[name].clone() for name in models.gemma2_config.tensor_shapes()}
+    tokenizer = GemmaTokenizer(models.tokenizer, max_tokens=40)
+    return Gemma2Encoder(build_gemma2(models.gemma2_config, tensors), tokenizer, "Draw well.", "")
+
+
+def test_features_equal_the_whole_models_hidden_states() -> None:
+    """The whole model has one layer more and a final norm; its second last hidden states are what Lumina takes."""
+    from transformers import Gemma2Config, Gemma2Model
+
+    models = tiny_models()
+    config = models.gemma2_config
+    whole = Gemma2Model(
+        Gemma2Config(
+            vocab_size=config.vocab_size,
+            hidden_size=config.hidden_size,
+            intermediate_size=config.intermediate_size,
+            num_hidden_layers=config.num_hidden_layers,
+            num_attention_heads=config.num_attention_heads,
+            num_key_value_heads=config.num_key_value_heads,
+            head_dim=config.head_dim,
+            max_position_embeddings=config.max_position_embeddings,
+            query_pre_attn_scalar=config.query_pre_attn_scalar,
+            sliding_window=config.sliding_window,
+            attn_implementation="eager",
+        )
+    ).eval()
+    whole.load_state_dict(models.gemma2)
+    # Attention logits near the cap, so that soft-capping matters.
+    sharp = {name: tensor * 6 if "q_proj" in name else tensor for name, tensor in models.gemma2.items()}
+    whole.load_state_dict(sharp)
+    ours = build_gemma2(config, {name: sharp[name] for name in config.tensor_shapes()})
+    input_ids = torch.tensor([GemmaTokenizer(models.tokenizer, 64).encode(CAPTIONS[3])])
+    with torch.no_grad():
+        expected = whole(input_ids, output_hidden_states=True).hidden_states[-2]
+        features = ours(input_ids=input_ids, use_cache=False).last_hidden_state
+        assert torch.equal(features, expected)
+        ours.config.attn_logit_softcapping = None
+        for layer in ours.layers:
+            layer.self_attn.attn_logit_softcapping = None
+        uncapped = ours(input_ids=input_ids, use_cache=False).last_hidden_state
+    assert (uncapped - expected).abs().max() > 1e-3
+
+
+def test_only_real_tokens_come_back_and_a_batch_changes_nothing(encoder: Gemma2Encoder) -> None:
+    features = encoder.encode(CAPTIONS)
+    texts = [prompt_text("Draw well.", caption) for caption in CAPTIONS]
+    assert [feature.shape for feature in features] == [(len(encoder.tokenizer.encode(text)), 32) for text in texts]
+    for caption, feature in zip(CAPTIONS, features, strict=True):
+        (alone,) = encoder.encode([caption])
+        # Float32; matrix products of another shape sum in another order.
+        torch.testing.assert_close(feature, alone, atol=1e-4, rtol=1e-4)
+        assert feature.untyped_storage().nbytes() == feature.numel() * 4
+
+
+def test_the_system_prompt_is_left_out_for_empty_captions_and_can_be_replaced(encoder: Gemma2Encoder) -> None:
+    assert prompt_text("Draw well.", "a cat") == "Draw well. <Prompt Start> a cat"
+    assert prompt_text("Draw well.", "") == ""
+    assert prompt_text("", "a cat") == "a cat"
+    assert encoder.encode([""])[0].shape[0] == 1  # BOS
+    with_prompt, without = encoder.encode(["a cat"])[0], encoder.encode(["a cat"], system_prompt="")[0]
+    assert without.shape[0] == len(encoder.tokenizer.encode("a cat")) < with_prompt.shape[0]
+    assert encoder.encode([]) == []
+
+
+def test_nothing_is_trainable_until_the_caller_says_so(encoder: Gemma2Encoder) -> None:
+    assert not encoder.encode(["a cat"])[0].requires_grad
+    weight = encoder.model.layers[0].self_attn.q_proj.weight.requires_grad_()
+    try:
+        encoder.encode(["a cat", "a red disc"])[1].square().sum().backward()
+        assert weight.grad is not None
+        assert weight.grad.abs().max() > 0
+    finally:
+        weight.grad = None
+        weight.requires_grad_(False)
+
+
+def test_the_dtype_of_the_weights_is_that_of_the_features() -> None:
+    models = tiny_models()
+    tensors = {name: models.gemma2[name].bfloat16() for name in models.gemma2_config.tensor_shapes()}
+    encoder = Gemma2Encoder(build_gemma2(models.gemma2_config, tensors), GemmaTokenizer(models.tokenizer, 40), "", "")
+    assert encoder.dtype == encoder.encode(["a cat"])[0].dtype == torch.bfloat16
+    assert encoder.model.rotary_emb.inv_freq.dtype == torch.float32
+    assert encoder.model.embed_tokens.weight.data_ptr() == tensors["embed_tokens.weight"].data_ptr()
+
+
+def test_padding_marks_what_is_real() -> None:
+    short, long = torch.ones(2, 3), torch.full((5, 3), 2.0)
+    batch, mask = pad_features([short, long])
+    assert batch.shape == (2, 5, 3)
+    assert mask is not None
+    assert mask.tolist() == [[True] * 2 + [False] * 3, [True] * 5]
+    assert torch.equal(batch[0, :2], short)
+    assert batch[0, 2:].abs().max() == 0
+    assert pad_features([long, long])[1] is None
+    batch, mask = pad_features([long], multiple_of=4)
+    assert batch.shape == (1, 8, 3)
+    assert mask is not None
+    assert mask.sum() == 5
+    assert pad_features([torch.ones(8, 3)], multiple_of=4)[1] is None

@@ -1,0 +1,94 @@
+"""Schedule, guidance and Euler steps, against a velocity field whose path is known."""
+
+import pytest
+import torch
+
+from library.lumina.sampler import (
+    Conditioning,
+    SamplingOptions,
+    guide,
+    guided_steps,
+    initial_noise,
+    sample,
+    sigma_schedule,
+)
+
+PROMPT = Conditioning(torch.ones(1, 3, 2))
+NEGATIVE = Conditioning(torch.zeros(1, 2, 2))
+
+
+def test_schedule_is_diffusers(monkeypatch: pytest.MonkeyPatch) -> None:
+    from diffusers import FlowMatchEulerDiscreteScheduler
+
+    theirs = FlowMatchEulerDiscreteScheduler(shift=6.0)
+    theirs.set_timesteps(sigmas=torch.linspace(1.0, 1 / 30, 30).tolist())
+    # Theirs shifts in float32.
+    torch.testing.assert_close(sigma_schedule(30, 6.0), theirs.sigmas, atol=1e-6, rtol=0)
+
+
+@pytest.mark.parametrize("steps", [1, 2, 36])
+def test_schedule_falls_from_one_to_zero(steps: int) -> None:
+    sigmas = sigma_schedule(steps, 6.0)
+    assert len(sigmas) == steps + 1
+    assert sigmas[0] == 1
+    assert sigmas[-1] == 0
+    assert (sigmas.diff() < 0).all()
+
+
+def test_guidance_takes_part_in_24_of_36_steps() -> None:
+    assert sum(guided_steps(sigma_schedule(36, 6.0), SamplingOptions())) == 24
+    assert not any(guided_steps(sigma_schedule(36, 6.0), SamplingOptions(guidance_scale=1.0)))
+    assert all(guided_steps(sigma_schedule(36, 6.0), SamplingOptions(cfg_trunc_ratio=1.0)))
+
+
+def test_straight_field_ends_at_its_target() -> None:
+    target = torch.randn(1, 16, 4, 4, generator=torch.Generator().manual_seed(1))
+    noise = initial_noise(0, 16, 32, 32)
+    for steps in (1, 7):
+        latents = sample(
+            lambda *_: target - noise, noise, PROMPT, NEGATIVE, SamplingOptions(steps=steps, guidance_scale=1.0)
+        )
+        torch.testing.assert_close(latents, target, atol=1e-5, rtol=0)  # float32 sums of seven steps
+
+
+def test_negative_prompt_is_left_out_where_it_does_not_act() -> None:
+    calls: list[tuple[float, int]] = []
+
+    def predict(latents: torch.Tensor, time: torch.Tensor, features: torch.Tensor, mask: object) -> torch.Tensor:
+        calls.append((float(time), features.shape[1]))
+        return torch.zeros_like(latents)
+
+    steps: list[int] = []
+    sample(predict, initial_noise(0, 16, 16, 16), PROMPT, NEGATIVE, SamplingOptions(steps=9), lambda: steps.append(1))
+    assert len(steps) == 9
+    negative_times = [time for time, length in calls if length == 2]
+    assert len([1 for _, length in calls if length == 3]) == 9
+    assert len(negative_times) == 6
+    assert max(negative_times) < 0.25
+
+
+def test_guide_by_hand() -> None:
+    conditional = torch.zeros(1, 1, 1, 2) + torch.tensor([3.0, 4.0])
+    negative = torch.zeros_like(conditional)
+    torch.testing.assert_close(guide(conditional, negative, 2.0, 0.0), conditional * 2)
+    torch.testing.assert_close(guide(conditional, negative, 2.0, 1.0), conditional)
+    torch.testing.assert_close(guide(conditional, negative, 2.0, 1.5), conditional * 1.5)
+    # A guided prediction below the limit is not scaled up.
+    torch.testing.assert_close(guide(conditional, negative, 0.5, 1.0), conditional * 0.5)
+    assert torch.equal(guide(conditional, conditional.clone(), 3.5, 1.0), conditional)
+    assert guide(negative, negative, 2.0, 1.0).isfinite().all()
+
+
+def test_norm_is_over_the_whole_latent_of_each_sample() -> None:
+    generator = torch.Generator().manual_seed(0)
+    conditional, negative = (torch.randn(2, 4, 3, 5, generator=generator) for _ in range(2))
+    guided = guide(conditional, negative, 4.0, 1.0)
+    for row in range(2):
+        torch.testing.assert_close(guided[row].norm(), conditional[row].norm())
+    torch.testing.assert_close(guided[1:], guide(conditional[1:], negative[1:], 4.0, 1.0))
+
+
+def test_seed_zero_is_a_seed() -> None:
+    assert torch.equal(initial_noise(0, 16, 64, 48), initial_noise(0, 16, 64, 48))
+    assert initial_noise(0, 16, 64, 48).shape == (1, 16, 6, 8)
+    assert not torch.equal(initial_noise(0, 16, 64, 48), initial_noise(1, 16, 64, 48))
