@@ -137,6 +137,10 @@ class NetworkSettings:
             not self.dim_from_weights or self.network_weights is not None,
             "--dim_from_weights takes the ranks from --network_weights, which is missing; add it",
         )
+        _require(
+            self.network_weights is None or self.network_weights.is_file(),
+            f"--network_weights: {self.network_weights} is no file; give a LoRA file",
+        )
         self.arguments()
 
     def arguments(self) -> dict[str, str]:

@@ -1,0 +1,139 @@
+"""Pictures from the command line: bases, LoRAs attached and merged, every source of models."""
+
+from collections.abc import Callable
+from pathlib import Path
+
+import numpy
+import pytest
+import torch
+from e2e_helpers import Job, python
+from models_helpers import tiny_models
+from PIL import Image
+
+import lumina_minimal_inference
+from configs.quickstart.make_models import write_all_in_one, write_folder
+
+
+@pytest.fixture
+def draw(job: Job, tmp_path: Path) -> Callable[..., numpy.ndarray]:
+    """Draws one picture in this process and returns its pixels (H,W,3)."""
+    count = 0
+
+    def run(*flags: str, models: list[str] | None = None) -> numpy.ndarray:
+        nonlocal count
+        count += 1
+        folder = tmp_path / f"drawn_{count}"
+        base = job.inference_flags if models is None else [*models, *job.inference_flags[3:]]
+        lumina_minimal_inference.main([*base, f"--output_dir={folder}", *flags])
+        (path,) = folder.iterdir()
+        assert path.name.endswith("_0.png")
+        with Image.open(path) as picture:
+            assert picture.mode == "RGB"
+            return numpy.asarray(picture).astype(int)
+
+    return run
+
+
+@pytest.fixture(scope="module")
+def lora(job: Job, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A LoRA for transformer and Gemma2 that visibly does something."""
+    folder = tmp_path_factory.mktemp("lora")
+    done = python("lumina_train_network.py", *job.train_flags(folder, "--learning_rate=2e-2"))
+    assert done.returncode == 0, done.stderr
+    return folder / "my.safetensors"
+
+
+FLOAT32 = ["--dtype=fp32", "--gemma2_dtype=fp32", "--ae_dtype=fp32"]
+
+
+def test_multipliers(draw: Callable, lora: Path) -> None:
+    base = draw()
+    assert base.shape == (96, 64, 3)
+    full = draw("--lora_weights", str(lora))
+    assert numpy.array_equal(draw("--lora_weights", f"{lora};0.0"), base)
+    assert numpy.array_equal(draw("--lora_weights", f"{lora};1.0"), full)
+    assert numpy.abs(full - base).mean() > 2  # the LoRA shows
+    half = draw("--lora_weights", f"{lora};0.5")
+    twice_half = draw("--lora_weights", f"{lora};0.5", f"{lora};0.5")
+    assert numpy.abs(half - full).mean() > 0.5
+    # The same sum in another order, in bf16: a level of 255 or two here and there.
+    assert numpy.abs(twice_half - full).mean() < 3
+
+
+def test_merged_equals_attached(draw: Callable, lora: Path) -> None:
+    attached = draw("--lora_weights", str(lora), *FLOAT32)
+    merged = draw("--lora_weights", str(lora), "--merge_lora_weights", *FLOAT32)
+    assert numpy.abs(attached - merged).max() <= 1  # float32 rounding can turn a level of 255
+    attached = draw("--lora_weights", str(lora))
+    merged = draw("--lora_weights", str(lora), "--merge_lora_weights")
+    base = draw()
+    # bf16 keeps 8 bits of a weight: merging rounds once more. The LoRA's own effect is much larger.
+    assert numpy.abs(attached - merged).mean() < 0.25 * numpy.abs(attached - base).mean()
+
+
+def test_all_in_one_file_and_folder_draw_the_same_picture(draw: Callable, tmp_path: Path) -> None:
+    write_all_in_one(tiny_models(), tmp_path / "all.safetensors", torch.float32)
+    write_folder(tiny_models(), tmp_path / "folder", torch.float32)
+    base = draw(*FLOAT32)
+    for source in ("all.safetensors", "folder"):
+        found = draw(*FLOAT32, models=[f"--pretrained_model_name_or_path={tmp_path / source}"])
+        assert numpy.array_equal(found, base)
+
+
+def test_flags_that_change_the_picture(draw: Callable) -> None:
+    base = draw()
+    for flag in (
+        "--prompt=a blue square",
+        "--negative_prompt=red",
+        "--guidance_scale=1",
+        "--cfg_trunc_ratio=1",
+        "--renorm_cfg=0",
+        "--discrete_flow_shift=2",
+        "--steps=5",
+        "--system_prompt=You are",
+    ):
+        assert not numpy.array_equal(draw(flag), base), flag
+    assert numpy.array_equal(draw("--offload"), base)
+    assert numpy.array_equal(draw(), base)
+
+
+def test_system_prompt_of_the_negative_prompt(draw: Callable) -> None:
+    flags = ["--system_prompt=You are", "--negative_prompt=red"]
+    assert not numpy.array_equal(draw(*flags), draw(*flags, "--add_system_prompt_to_negative_prompt"))
+
+
+def test_interactive(job: Job, lora: Path, tmp_path: Path) -> None:
+    folder = tmp_path / "out"
+    lines = "a cat --w 64 --h 80 --s 2 --d 3\n\na dog --m 0.5 --s x\na dog --m 0.5,1\na dog --d 0 --zz 1\nEXIT\nnever\n"
+    flags = [*job.inference_flags, f"--output_dir={folder}", "--lora_weights", str(lora), "--interactive"]
+    done = python("lumina_minimal_inference.py", *flags, standard_input=lines)
+    assert done.returncode == 0, done.stderr
+    assert "Traceback" not in done.stderr
+    names = sorted(path.name for path in folder.iterdir())
+    assert {name.rsplit("_", 1)[1] for name in names} == {"3.png", "0.png"}
+    sizes = set()
+    for name in names:
+        with Image.open(folder / name) as picture:
+            sizes.add(picture.size)
+    assert sizes == {(64, 80)}  # the size holds until it is changed
+    assert "2 multipliers for 1 LoRA" in done.stderr
+    assert "--s 'x'" in done.stderr
+
+
+@pytest.mark.parametrize(
+    ("flags", "says"),
+    [
+        (["--lora_weights", "nowhere.safetensors;0.5"], "nowhere.safetensors"),
+        (["--lora_weights", "a;b"], "no multiplier"),
+        (["--dtype=fp16"], "draws black"),
+        (["--steps=0"], "--steps"),
+        (["--gemma2=x"], "--gemma2"),
+        (["--ae_path=nowhere"], "--ae_path"),
+    ],
+)
+def test_wrong_flags(job: Job, flags: list[str], says: str) -> None:
+    from library.errors import UserError
+
+    with pytest.raises(UserError) as caught:
+        lumina_minimal_inference.main([*job.inference_flags, *flags])
+    assert says in str(caught.value)
