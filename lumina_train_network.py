@@ -50,6 +50,8 @@ class LuminaNetworkTrainer(NetworkTrainer):
                 mmap=not settings.disable_mmap_load_safetensors,
             )
         )
+        # A tokenizer that is missing must show now, not when the captions' turn comes.
+        self.files.load_tokenizer(settings.gemma2_max_token_length)
         self._explain_settings()
         self._prompt_features: dict[Prompt, tuple[Tensor, Tensor]] = {}
 

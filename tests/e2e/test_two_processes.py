@@ -60,3 +60,16 @@ def test_processes_that_do_not_see_each_other_are_refused(job: Job, output: Path
     assert done.returncode != 0
     assert done.stderr.count("the launcher started 2 processes, but accelerate sees 1") == 1
     assert not output.exists()
+
+
+@pytest.mark.slow
+def test_twenty_clean_exits_of_twenty(job: Job, tmp_path: Path) -> None:
+    """Process groups that are not taken down in order abort now and then, after all work is done."""
+    flags = ["--train_batch_size=1", "--cache_latents_to_disk", "--cache_text_encoder_outputs_to_disk"]
+    codes = []
+    for number in range(20):
+        output = job.train_flags(tmp_path / str(number), f"--cache_dir={tmp_path / 'cache'}", *flags)
+        done = launch(*TWO, "lumina_train_network.py", *output, environment=ON_CPU)
+        codes.append(done.returncode)
+        assert (tmp_path / str(number) / "my.safetensors").is_file()
+    assert codes == [0] * 20

@@ -1,0 +1,108 @@
+"""The documentation agrees with the program: tables, flags, links, and example files."""
+
+import importlib.util
+import re
+import tomllib
+from pathlib import Path
+from types import ModuleType
+
+import pytest
+
+import lumina_minimal_inference
+from library import prompts
+from library.settings import specs_of
+from library.training.arguments import all_specs
+
+ROOT = Path(__file__).resolve().parents[2]
+PAGES = sorted((ROOT / "docs").glob("**/*.md")) + [path for path in [ROOT / "README.md"] if path.exists()]
+_FLAG = re.compile(r"(?<![\w-])--([A-Za-z][\w-]*)")
+_LINK = re.compile(r"\]\((?!https?://|mailto:)([^)#\s]*)(?:#([^)\s]*))?\)")
+_FENCE = re.compile(r"```[a-z]*\n.*?```", re.DOTALL)
+
+# Flags of other programs that the pages mention.
+ACCELERATE = {
+    "multi_gpu",
+    "num_processes",
+    "num_machines",
+    "num_cpu_threads_per_process",
+    "config_file",
+    "main_process_port",
+}
+PIP = {"index-url", "extra-index-url", "upgrade"}
+TENSORBOARD = {"logdir", "port"}
+# Flags of this project's own small scripts.
+SCRIPTS = {"check", "prompts", "query_gain", "layers", "size", "shrink", "train_ae_steps", "train_dit_steps"}
+
+
+def _make_tables() -> ModuleType:
+    # By path: a package called docs may be installed.
+    spec = importlib.util.spec_from_file_location("make_tables", ROOT / "docs" / "make_tables.py")
+    assert spec is not None
+    assert spec.loader is not None
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
+
+
+def _known_flags() -> set[str]:
+    training = {name for spec in all_specs().values() for name in (spec.name, *spec.aliases)}
+    inference = {
+        spec.name
+        for settings in (lumina_minimal_inference.ModelFlags, lumina_minimal_inference.PictureFlags)
+        for spec in specs_of(settings)
+    }
+    in_prompts = {*prompts._OPTIONS, *prompts._FOREIGN}
+    return training | inference | in_prompts | {"help"} | ACCELERATE | PIP | TENSORBOARD | SCRIPTS
+
+
+def _anchors(text: str) -> set[str]:
+    """Returns the anchors that GitHub gives a page's headings."""
+    headings = re.findall(r"^#+ +(.+?)\s*$", _FENCE.sub("", text), re.MULTILINE)
+    return {re.sub(r"[^\w\- ]", "", heading.lower()).replace(" ", "-") for heading in headings}
+
+
+def test_tables_are_up_to_date() -> None:
+    make_tables = _make_tables()
+    text = make_tables.FLAGS_FILE.read_text(encoding="utf-8")
+    assert make_tables.up_to_date(text) == text, "run: python docs/make_tables.py"
+
+
+def test_a_stale_table_is_noticed_and_mended() -> None:
+    make_tables = _make_tables()
+    text = make_tables.FLAGS_FILE.read_text(encoding="utf-8")
+    stale = text.replace("| `--network_dim` |", "| `--network_dimension` |")
+    assert stale != text
+    assert make_tables.up_to_date(stale) == text
+
+
+def test_a_missing_table_is_an_error() -> None:
+    make_tables = _make_tables()
+    with pytest.raises(ValueError, match="inference"):
+        make_tables.up_to_date("<!-- table: training -->\n<!-- end of table -->")
+
+
+def test_every_flag_of_the_trainer_is_in_the_tables() -> None:
+    text = _make_tables().FLAGS_FILE.read_text(encoding="utf-8")
+    assert [name for name in all_specs() if f"`--{name}`" not in text] == []
+
+
+@pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)
+def test_flags_exist(page: Path) -> None:
+    mentioned = set(_FLAG.findall(page.read_text(encoding="utf-8")))
+    assert mentioned - _known_flags() == set()
+
+
+@pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)
+def test_links_resolve(page: Path) -> None:
+    broken = []
+    for target, anchor in _LINK.findall(_FENCE.sub("", page.read_text(encoding="utf-8"))):
+        path = (page.parent / target).resolve() if target else page
+        if not path.exists() or (anchor and anchor not in _anchors(path.read_text(encoding="utf-8"))):
+            broken.append(f"{target}#{anchor}")
+    assert broken == []
+
+
+@pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)
+def test_toml_examples_are_toml(page: Path) -> None:
+    for block in re.findall(r"```toml\n(.*?)```", page.read_text(encoding="utf-8"), re.DOTALL):
+        tomllib.loads(block)
