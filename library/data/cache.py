@@ -27,6 +27,9 @@ from library.errors import DatasetError
 # Part of every digest: raise it when entries are made differently.
 _VERSION = 1
 
+# Entries that each process sends at a time: a whole cache at once would need its size twice.
+_EXCHANGED_AT_ONCE = 64
+
 Gather = Callable[[list], list[list]]
 EncodePixels = Callable[[torch.Tensor], torch.Tensor]
 EncodeCaptions = Callable[[list[str]], Sequence[torch.Tensor]]
@@ -324,12 +327,14 @@ def _hash(item: Item) -> PictureRow | str:
 
 
 def _exchange(store: Store, made: list[Digest], processes: Processes) -> None:
-    """Gives every process the entries of all others; on disk this only waits until all are written."""
-    parts = processes.gather(store.export(made))
-    for rank, part in enumerate(parts):
-        if rank != processes.rank:
-            for digest, tensor in part:
-                store.put(digest, tensor, None)
+    """Gives every process the entries of all others, some at a time; on disk this only waits until all are written."""
+    longest = max(part[0] for part in processes.gather([len(made)]))
+    for start in range(0, max(longest, 1), _EXCHANGED_AT_ONCE):
+        parts = processes.gather(store.export(made[start : start + _EXCHANGED_AT_ONCE]))
+        for rank, part in enumerate(parts):
+            if rank != processes.rank:
+                for digest, tensor in part:
+                    store.put(digest, tensor, None)
     store.refresh()
 
 

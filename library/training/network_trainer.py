@@ -278,13 +278,15 @@ class NetworkTrainer(abc.ABC):
     def ready_text_encoder(self) -> TextEncoder:
         """Returns the text encoder on the device, read when it is first needed."""
         if self.text_encoder is None:
-            self.text_encoder = self._on_device(self.load_text_encoder(self.weight_dtype))
+            self.text_encoder = self.load_text_encoder(self.weight_dtype)
+        self.text_encoder.model.to(self.device)
         return self.text_encoder
 
     def ready_autoencoder(self) -> PictureEncoder:
         """Returns the autoencoder on the device, read when it is first needed."""
         if self.autoencoder is None:
-            self.autoencoder = self._on_device(self.load_autoencoder(self.autoencoder_dtype))
+            self.autoencoder = self.load_autoencoder(self.autoencoder_dtype)
+        self.autoencoder.model.to(self.device)
         return self.autoencoder
 
     def load_models(self) -> None:
@@ -294,10 +296,6 @@ class NetworkTrainer(abc.ABC):
             self.ready_text_encoder()
         if not self.config.data.cache_latents:
             self.ready_autoencoder()
-
-    def _on_device(self, holder: Any) -> Any:
-        holder.model.to(self.device)
-        return holder
 
     def _free(self) -> None:
         import torch
@@ -465,6 +463,8 @@ class NetworkTrainer(abc.ABC):
             return self.draw(prompt, seed)
         finally:
             self.network.train()
+            if self.config.data.cache_latents and self.autoencoder is not None:
+                self.autoencoder.model.to("cpu")  # training does not need it, and memory may be short
 
     def _metadata_writer(self) -> Callable[[Path, int, int], None]:
         import torch

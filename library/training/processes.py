@@ -64,13 +64,16 @@ class Processes:
         self.count: int = accelerator.num_processes
         self.is_main: bool = accelerator.is_main_process
         self._accelerator = accelerator
+        # Lists are exchanged on the host, also where gradients go from GPU to GPU, and may be waited for as long as one
+        # process encodes or draws; the launcher ends all of them when one fails.
+        self._host_group = distributed.new_group(backend="gloo", timeout=timedelta(days=1)) if self.count > 1 else None
 
     def gather(self, values: list[Any]) -> list[list[Any]]:
         """Returns every process's list, in the order of ranks; tensors in it must be on the CPU."""
         if self.count == 1:
             return [values]
         result: list[Any] = [None] * self.count
-        distributed.all_gather_object(result, values)
+        distributed.all_gather_object(result, values, group=self._host_group)
         return result
 
     def wait(self) -> None:
