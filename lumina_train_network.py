@@ -59,6 +59,8 @@ class LuminaNetworkTrainer(NetworkTrainer):
         flow, data, given = self.config.flow, self.config.data, self.config.given
         if data.cache_text_encoder_outputs and not self.config.network.network_train_unet_only:
             logger.info("Gemma2 is not trained, because --cache_text_encoder_outputs keeps its outputs as they are")
+        if self.config.trains_text_encoder:
+            logger.info("Gemma2 gets a LoRA too, which ComfyUI does not use; --network_train_unet_only leaves it out")
         if flow.timestep_sampling in ("nextdit_shift", "flux_shift") and "discrete_flow_shift" in given:
             logger.info(
                 "--discrete_flow_shift %g is the previews' shift; training with %s takes its shift from the picture's size",

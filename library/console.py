@@ -60,19 +60,19 @@ def set_up_logging(level: str | None = None, file: Path | None = None, simple: b
 
     Args:
         level: least level shown; INFO when None.
-        file: written anew instead of the screen.
+        file: written anew instead of the screen, which then shows errors only.
         simple: leave the time out.
     """
     level = level or "INFO"
-    handler: logging.Handler
-    if file is None:
-        handler = _BetweenBars()
-    else:
+    handlers: list[logging.Handler] = [_BetweenBars()]
+    if file is not None:
+        handlers[0].setLevel(logging.ERROR)
         file.parent.mkdir(parents=True, exist_ok=True)
-        handler = logging.FileHandler(file, mode="w", encoding="utf-8")
-    handler.setFormatter(_Format(with_time=not simple))
+        handlers.append(logging.FileHandler(file, mode="w", encoding="utf-8"))
+    for handler in handlers:
+        handler.setFormatter(_Format(with_time=not simple))
     root = logging.getLogger()
-    root.handlers[:] = [handler]
+    root.handlers[:] = handlers
     # Processes other than the first say only what went wrong; the first one speaks for all.
     root.setLevel(level if process_rank() == 0 else max(logging.ERROR, logging.getLevelName(level)))
     if level != "DEBUG":

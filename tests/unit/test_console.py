@@ -1,0 +1,90 @@
+"""What reaches the screen and the log file."""
+
+import logging
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+from library.console import run_program, set_up_logging
+from library.errors import SettingsError
+
+logger = logging.getLogger("library.something")
+
+
+@pytest.fixture(autouse=True)
+def restored() -> Iterator[None]:
+    root = logging.getLogger()
+    before = list(root.handlers), root.level
+    yield
+    root.handlers[:], root.level = before
+
+
+def test_screen_shows_level_only_where_it_matters(capsys: pytest.CaptureFixture) -> None:
+    set_up_logging(simple=True)
+    logger.info("hello %d", 1)
+    logger.warning("careful")
+    logger.debug("detail")
+    assert capsys.readouterr().err == "hello 1\nWARNING: careful\n"
+
+
+def test_log_file_keeps_errors_on_the_screen(tmp_path: Path, capsys: pytest.CaptureFixture) -> None:
+    set_up_logging("WARNING", tmp_path / "logs" / "run.log", simple=True)
+    logger.info("hello")
+    logger.warning("careful")
+    logger.error("wrong")
+    assert capsys.readouterr().err == "ERROR: wrong\n"
+    assert (tmp_path / "logs" / "run.log").read_text(encoding="utf-8") == "WARNING: careful\nERROR: wrong\n"
+
+
+def test_other_processes_say_only_what_went_wrong(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture
+) -> None:
+    monkeypatch.setenv("RANK", "1")
+    set_up_logging(simple=True)
+    logger.info("hello")
+    logger.warning("careful")
+    logger.error("wrong")
+    assert capsys.readouterr().err == "ERROR: wrong\n"
+
+
+def test_other_packages_are_quiet(capsys: pytest.CaptureFixture) -> None:
+    set_up_logging(simple=True)
+    logging.getLogger("diffusers.models").warning("noise")
+    logging.getLogger("transformers").info("noise")
+    assert capsys.readouterr().err == ""
+
+
+@pytest.mark.parametrize(
+    ("error", "code", "says"),
+    [(SettingsError("--x: wrong"), 2, "ERROR: --x: wrong"), (KeyboardInterrupt(), 130, "Stopped by Ctrl+C")],
+)
+def test_a_users_error_becomes_a_message(
+    error: BaseException, code: int, says: str, capsys: pytest.CaptureFixture
+) -> None:
+    def main() -> None:
+        raise error
+
+    with pytest.raises(SystemExit) as caught:
+        run_program(main)
+    assert caught.value.code == code
+    assert says in capsys.readouterr().err
+
+
+def test_a_defect_keeps_its_traceback() -> None:
+    def main() -> None:
+        raise RuntimeError("ours")
+
+    with pytest.raises(RuntimeError):
+        run_program(main)
+
+
+def test_old_python_ends_in_one_sentence(monkeypatch: pytest.MonkeyPatch) -> None:
+    import runpy
+
+    monkeypatch.setattr(sys, "version_info", (3, 10, 13, "final", 0))
+    for script in ("lumina_train_network.py", "lumina_minimal_inference.py"):
+        with pytest.raises(SystemExit) as caught:
+            runpy.run_path(str(Path(__file__).resolve().parents[2] / script))
+        assert caught.value.code == "This program needs Python 3.11 or newer; this is Python 3.10."

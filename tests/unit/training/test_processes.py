@@ -1,0 +1,63 @@
+"""Start-up checks of the machine, and the loss guard."""
+
+from collections.abc import Iterator
+
+import pytest
+import torch
+
+from library.errors import SettingsError, UserError
+from library.training import processes
+from library.training.settings import LogSettings
+
+
+@pytest.fixture(autouse=True)
+def fresh_accelerate() -> Iterator[None]:
+    from accelerate.state import AcceleratorState, PartialState
+
+    yield
+    AcceleratorState._reset_state(True)
+    PartialState._reset_state()
+
+
+def test_a_driver_beside_a_cpu_torch_is_a_warning(
+    monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    monkeypatch.setattr(torch.version, "cuda", None)
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    monkeypatch.setattr(processes.shutil, "which", lambda name: f"/bin/{name}")
+    processes.start_accelerator("no", None, LogSettings())
+    (record,) = caplog.records
+    assert "built without CUDA" in record.getMessage()
+    assert record.levelname == "WARNING"
+
+
+def test_no_driver_no_warning(monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture) -> None:
+    monkeypatch.setattr(processes.shutil, "which", lambda name: None)
+    accelerator = processes.start_accelerator("no", 5, LogSettings())
+    assert not caplog.records
+    one = processes.Processes(accelerator)
+    assert (one.rank, one.count, one.is_main) == (0, 1, True)
+    assert one.gather([1, 2]) == [[1, 2]]
+
+
+def test_more_processes_started_than_seen(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(processes.os, "environ", {**processes.os.environ, "WORLD_SIZE": "4"})
+    monkeypatch.setattr("accelerate.Accelerator", lambda **_: type("One", (), {"num_processes": 1})())
+    with pytest.raises(SettingsError, match="4 processes, but accelerate sees 1"):
+        processes.start_accelerator("no", None, LogSettings())
+
+
+def test_missing_tracker_package(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("accelerate.utils.imports.is_wandb_available", lambda: False)
+    with pytest.raises(SettingsError, match="pip install wandb"):
+        processes.start_accelerator("no", None, LogSettings(log_with="wandb"))
+
+
+@pytest.mark.parametrize("loss", [float("nan"), float("inf"), float("-inf")])
+def test_a_loss_that_is_no_number(loss: float) -> None:
+    with pytest.raises(UserError, match=r"step 3 .*a\.png"):
+        processes.check_finite(loss, 3, ["a.png"])
+
+
+def test_a_loss_that_is_a_number() -> None:
+    processes.check_finite(0.5, 1, [])
