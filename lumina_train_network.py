@@ -183,14 +183,14 @@ class LuminaNetworkTrainer(NetworkTrainer):
             [prompt.prompt for prompt in self.prompts],
             lambda texts: self.ready_text_encoder().encode(texts),
             self.text_fingerprint(),
-            **self.sharing(),
+            self.sharing(),
         )
         # As in sd-scripts, the system prompt is not part of the negative prompt.
         negative = self.data.extra_text(
             [prompt.negative_prompt for prompt in self.prompts],
             lambda texts: self.ready_text_encoder().encode(texts, system_prompt=""),
             without_system_prompt,
-            **self.sharing(),
+            self.sharing(),
         )
         self._prompt_features.update(zip(self.prompts, zip(positive, negative, strict=True), strict=True))
 

@@ -38,8 +38,15 @@ Unreadable = dict[int, str]
 
 
 @dataclass(frozen=True)
-class Processes:
-    """This process among all, and how a list is exchanged: ``gather(mine)`` returns the lists of all, by rank."""
+class Sharing:
+    """How processes share the filling of a cache; all of them call what takes it, in the same order.
+
+    Attributes:
+        rank: this process.
+        count: how many share the work.
+        gather: exchanges a list of picklable objects: ``gather(mine)`` returns the lists of all, by rank.
+        show_progress: with progress bars.
+    """
 
     rank: int = 0
     count: int = 1
@@ -53,6 +60,9 @@ class Processes:
     def share(self, everything: Sequence) -> Sequence:
         """Returns this process's part of a list that all have."""
         return everything[self.rank :: self.count]
+
+
+ALONE = Sharing()
 
 
 class LatentCache:
@@ -71,21 +81,21 @@ class LatentCache:
         self._disk = DiskStore("latents", [places.folder(folder) for folder in image_dirs]) if places else None
         self._store: Store = self._disk or MemoryStore()
 
-    def missing(self, items: Sequence[Item], fingerprint: str, processes: Processes) -> tuple[list[Job], Unreadable]:
+    def missing(self, items: Sequence[Item], fingerprint: str, sharing: Sharing) -> tuple[list[Job], Unreadable]:
         """Returns what is to be encoded, as (item index, flips), and the pictures that cannot be read, with the reason.
 
         Content is hashed where a picture is new or its byte count or mtime changed. No encoder is needed.
         """
         self._fingerprint = fingerprint
         self._store.refresh()
-        unreadable = self._hash_contents(items, processes) if self._places else {}
+        unreadable = self._hash_contents(items, sharing) if self._places else {}
         jobs = []
         for item in items:
             if item.index not in unreadable:
                 flips = tuple(flip for flip in _flips(item.subset) if self._digest(item, flip) not in self._store)
                 if flips:
                     jobs.append((item.index, flips))
-        return processes.union(jobs), unreadable
+        return sharing.union(jobs), unreadable
 
     def fill(
         self,
@@ -93,7 +103,7 @@ class LatentCache:
         encode: EncodePixels,
         fingerprint: str,
         batch_size: int,
-        processes: Processes,
+        sharing: Sharing,
     ) -> Unreadable:
         """Encodes what is missing and returns the pictures that could not be read, with the reason.
 
@@ -102,23 +112,23 @@ class LatentCache:
             encode: pixels (B, 3, H, W) float32 in [-1, 1] on the CPU -> latents (B, C, h, w) on any device.
             fingerprint: of the encoder.
             batch_size: pictures of one bucket that are encoded at a time.
-            processes: who shares the work.
+            sharing: who shares the work.
 
         Raises:
             DatasetError: the cache folder cannot be written to, or a latent is not finite.
         """
-        jobs, unreadable = self.missing(items, fingerprint, processes)
+        jobs, unreadable = self.missing(items, fingerprint, sharing)
         by_index = {item.index: item for item in items}
         if self._disk and self._places and jobs:
             for image_dir in {by_index[index].subset.image_dir for index, _ in jobs}:
                 self._disk.check_writable(self._places.folder(image_dir))
         chunks = _chunks_of_one_bucket(jobs, by_index, batch_size)
-        mine = processes.share(chunks)
+        mine = sharing.share(chunks)
         made: list[Digest] = []
         failed: Unreadable = {}
         total = sum(len(chunk) for chunk in mine)
         with tqdm(
-            total=total, desc="Caching latents", unit="picture", disable=not (processes.show_progress and jobs)
+            total=total, desc="Caching latents", unit="picture", disable=not (sharing.show_progress and jobs)
         ) as bar:
             for chunk in prefetch(mine, lambda chunk: _decode(chunk, by_index), self._num_workers):
                 failed |= {index: result for index, _, result in chunk if isinstance(result, str)}
@@ -131,8 +141,8 @@ class LatentCache:
                 for start in range(0, len(pixels), batch_size):
                     made += self._encode(pixels[start : start + batch_size], encode)
                 bar.update(len(chunk))
-        _exchange(self._store, made, processes)
-        unreadable |= dict(processes.union(failed.items()))
+        _exchange(self._store, made, sharing)
+        unreadable |= dict(sharing.union(failed.items()))
         for index, flips in jobs:
             if index not in unreadable and any(
                 self._digest(by_index[index], flip) not in self._store for flip in flips
@@ -177,26 +187,26 @@ class LatentCache:
         )
         return digest_of("latents", _VERSION, pixels, self._fingerprint)
 
-    def _hash_contents(self, items: Sequence[Item], processes: Processes) -> Unreadable:
+    def _hash_contents(self, items: Sequence[Item], sharing: Sharing) -> Unreadable:
         """Brings the content hashes up to date, on every process, and returns the pictures that cannot be read."""
         if self._places is None:
             return {}
         by_index = {item.index: item for item in items}
-        todo = processes.union(item.index for item in items if self._known_row(item) is None)
-        mine = processes.share(todo)
+        todo = sharing.union(item.index for item in items if self._known_row(item) is None)
+        mine = sharing.share(todo)
         rows: list[tuple[int, PictureRow | str]] = []
-        hidden = not (processes.show_progress and todo)
+        hidden = not (sharing.show_progress and todo)
         with tqdm(total=len(mine), desc="Hashing pictures", unit="picture", disable=hidden) as bar:
             for index, row in prefetch(mine, lambda index: (index, _hash(by_index[index])), self._num_workers):
                 rows.append((index, row))
                 bar.update()
         unreadable = {}
-        for index, row in (pair for part in processes.gather(rows) for pair in part):
+        for index, row in (pair for part in sharing.gather(rows) for pair in part):
             if isinstance(row, str):
                 unreadable[index] = row
             else:
                 self._places.index(by_index[index].subset.image_dir).put(by_index[index].name, row)
-        if processes.rank == 0:
+        if sharing.rank == 0:
             self._places.save_indexes()
         return unreadable
 
@@ -222,11 +232,11 @@ class TextCache:
         self._disk = DiskStore("text", folders) if folders else None
         self._store: Store = self._disk or MemoryStore()
 
-    def missing(self, captions: Iterable[str], fingerprint: str, processes: Processes) -> list[str]:
+    def missing(self, captions: Iterable[str], fingerprint: str, sharing: Sharing) -> list[str]:
         """Returns the captions that are not encoded yet, sorted; no encoder is needed."""
         self._fingerprint = fingerprint
         self._store.refresh()
-        return processes.union(caption for caption in set(captions) if self._digest(caption) not in self._store)
+        return sharing.union(caption for caption in set(captions) if self._digest(caption) not in self._store)
 
     def fill(
         self,
@@ -234,7 +244,7 @@ class TextCache:
         encode: EncodeCaptions,
         fingerprint: str,
         batch_size: int,
-        processes: Processes,
+        sharing: Sharing,
     ) -> None:
         """Encodes the captions that are missing.
 
@@ -243,21 +253,21 @@ class TextCache:
             encode: texts -> one (L_i, D) tensor each, on any device.
             fingerprint: of the encoder, with everything that it adds to a caption.
             batch_size: captions that are encoded at a time.
-            processes: who shares the work.
+            sharing: who shares the work.
 
         Raises:
             DatasetError: the cache folder cannot be written to, or a feature is not finite.
         """
-        missing = self.missing(captions, fingerprint, processes)
+        missing = self.missing(captions, fingerprint, sharing)
         if self._disk and missing:
             for folder in {captions[caption] for caption in missing}:
                 self._disk.check_writable(folder)
         # Of like length, so that little is padded; the longest first, so that too little memory shows at once.
         ordered = sorted(missing, key=lambda caption: (-len(caption), caption))
-        mine = processes.share([ordered[start : start + batch_size] for start in range(0, len(ordered), batch_size)])
+        mine = sharing.share([ordered[start : start + batch_size] for start in range(0, len(ordered), batch_size)])
         made = []
         total = sum(len(chunk) for chunk in mine)
-        hidden = not (processes.show_progress and missing)
+        hidden = not (sharing.show_progress and missing)
         with tqdm(total=total, desc="Caching text features", unit="caption", disable=hidden) as bar:
             for chunk in mine:
                 with torch.no_grad():
@@ -269,7 +279,7 @@ class TextCache:
                     self._store.put(digest, feature, captions[caption])
                     made.append(digest)
                 bar.update(len(chunk))
-        _exchange(self._store, made, processes)
+        _exchange(self._store, made, sharing)
         if any(self._digest(caption) not in self._store for caption in missing):
             raise _not_shared()
 
@@ -326,13 +336,13 @@ def _hash(item: Item) -> PictureRow | str:
     return PictureRow(stat.st_size, stat.st_mtime_ns, *item.size_px, content)
 
 
-def _exchange(store: Store, made: list[Digest], processes: Processes) -> None:
+def _exchange(store: Store, made: list[Digest], sharing: Sharing) -> None:
     """Gives every process the entries of all others, some at a time; on disk this only waits until all are written."""
-    longest = max(part[0] for part in processes.gather([len(made)]))
+    longest = max(part[0] for part in sharing.gather([len(made)]))
     for start in range(0, max(longest, 1), _EXCHANGED_AT_ONCE):
-        parts = processes.gather(store.export(made[start : start + _EXCHANGED_AT_ONCE]))
+        parts = sharing.gather(store.export(made[start : start + _EXCHANGED_AT_ONCE]))
         for rank, part in enumerate(parts):
-            if rank != processes.rank:
+            if rank != sharing.rank:
                 for digest, tensor in part:
                     store.put(digest, tensor, None)
     store.refresh()

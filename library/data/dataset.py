@@ -12,7 +12,7 @@ from library import keyed_random
 from library.data import captions as caption_rules
 from library.data import images
 from library.data.building import build_items, undecodable, warn_unreadable
-from library.data.cache import EncodeCaptions, EncodePixels, Gather, LatentCache, Processes, TextCache
+from library.data.cache import ALONE, EncodeCaptions, EncodePixels, LatentCache, Sharing, TextCache
 from library.data.cache_places import CachePlaces
 from library.data.config import DatasetConfig, load_dataset_config
 from library.data.epoch_plan import EpochPlan, GlobalBatch, Group, count_batches, make_plan
@@ -27,10 +27,6 @@ logger = logging.getLogger(__name__)
 
 # Decoded pictures that may wait for the trainer; without the limit large batches would fill the memory.
 _WAITING_PIXELS_BYTES = 512 * 2**20
-
-
-def _alone(mine: list) -> list[list]:
-    return [mine]
 
 
 class TrainingData:
@@ -181,16 +177,12 @@ class TrainingData:
     def missing_latents(
         self,
         fingerprint: str,
-        rank: int = 0,
-        num_processes: int = 1,
-        gather: Gather = _alone,
-        show_progress: bool = False,
+        sharing: Sharing = ALONE,
     ) -> int:
         """Returns how many pictures are to be encoded; 0: no autoencoder is needed. All processes call it."""
         if self.latents is None:
             return 0
-        processes = Processes(rank, num_processes, gather, show_progress)
-        jobs, unreadable = self.latents.missing(self.items, fingerprint, processes)
+        jobs, unreadable = self.latents.missing(self.items, fingerprint, sharing)
         self._drop(unreadable)
         return len(jobs)
 
@@ -198,46 +190,34 @@ class TrainingData:
         self,
         encode: EncodePixels,
         fingerprint: str,
-        rank: int = 0,
-        num_processes: int = 1,
-        gather: Gather = _alone,
-        show_progress: bool = False,
+        sharing: Sharing = ALONE,
     ) -> None:
         """Encodes the pictures that are missing; ones that cannot be read are left out. All processes call it.
 
         Args:
             encode: pixels (B, 3, H, W) float32 in [-1, 1] on the CPU -> latents (B, C, h, w).
             fingerprint: of the autoencoder.
-            rank: this process.
-            num_processes: how many share the work.
-            gather: exchanges a list of picklable objects: ``gather(mine)`` returns those of all, by rank.
-            show_progress: with a progress bar.
+            sharing: with whom the work is shared.
 
         Raises:
             DatasetError: nothing can be written, a latent is not finite, or no picture is left.
         """
         if self.latents is not None:
-            processes = Processes(rank, num_processes, gather, show_progress)
             batch_size = self._settings.vae_batch_size
-            self._drop(self.latents.fill(self.items, encode, fingerprint, batch_size, processes))
+            self._drop(self.latents.fill(self.items, encode, fingerprint, batch_size, sharing))
 
-    def missing_text(
-        self, captions: Iterable[str], fingerprint: str, rank: int = 0, num_processes: int = 1, gather: Gather = _alone
-    ) -> int:
+    def missing_text(self, captions: Iterable[str], fingerprint: str, sharing: Sharing = ALONE) -> int:
         """Returns how many captions are to be encoded; 0: no text encoder is needed. All processes call it."""
         if self.text is None:
             return 0
-        return len(self.text.missing(captions, fingerprint, Processes(rank, num_processes, gather)))
+        return len(self.text.missing(captions, fingerprint, sharing))
 
     def fill_text(
         self,
         captions: dict[str, Path] | Iterable[str],
         encode: EncodeCaptions,
         fingerprint: str,
-        rank: int = 0,
-        num_processes: int = 1,
-        gather: Gather = _alone,
-        show_progress: bool = False,
+        sharing: Sharing = ALONE,
     ) -> None:
         """Encodes the captions that are missing. All processes call it.
 
@@ -245,10 +225,7 @@ class TrainingData:
             captions: from :meth:`caption_folders`, or any texts (which go to the first cache folder).
             encode: texts -> one (L_i, D) tensor each.
             fingerprint: of the text encoder with its system prompt and token limit.
-            rank: this process.
-            num_processes: how many share the work.
-            gather: exchanges a list of picklable objects: ``gather(mine)`` returns those of all, by rank.
-            show_progress: with a progress bar.
+            sharing: with whom the work is shared.
 
         Raises:
             DatasetError: nothing can be written, or a feature is not finite.
@@ -257,17 +234,14 @@ class TrainingData:
             return
         folders = dict(captions) if isinstance(captions, dict) else dict.fromkeys(captions)
         batch_size = self._settings.text_encoder_batch_size or max(config.batch_size for config in self.datasets)
-        self.text.fill(folders, encode, fingerprint, batch_size, Processes(rank, num_processes, gather, show_progress))
+        self.text.fill(folders, encode, fingerprint, batch_size, sharing)
 
     def extra_text(
         self,
         texts: Sequence[str],
         encode: EncodeCaptions,
         fingerprint: str,
-        rank: int = 0,
-        num_processes: int = 1,
-        gather: Gather = _alone,
-        show_progress: bool = False,
+        sharing: Sharing = ALONE,
     ) -> list[torch.Tensor]:
         """Returns the features (L_i, D) of texts that belong to no picture, such as sample prompts.
 
@@ -277,14 +251,10 @@ class TrainingData:
             texts: what to encode.
             encode: texts -> one (L_i, D) tensor each.
             fingerprint: of the text encoder with what it adds to these texts.
-            rank: this process.
-            num_processes: how many share the work.
-            gather: exchanges a list of picklable objects: ``gather(mine)`` returns those of all, by rank.
-            show_progress: with a progress bar.
+            sharing: with whom the work is shared.
         """
         cache = self._new_text_cache()
-        processes = Processes(rank, num_processes, gather, show_progress)
-        cache.fill(dict.fromkeys(texts), encode, fingerprint, max(1, len(texts)), processes)
+        cache.fill(dict.fromkeys(texts), encode, fingerprint, max(1, len(texts)), sharing)
         return [cache.get(text) for text in texts]
 
     def _new_text_cache(self) -> TextCache:

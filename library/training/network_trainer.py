@@ -27,6 +27,7 @@ if TYPE_CHECKING:
     from PIL.Image import Image
     from torch import Tensor, nn
 
+    from library.data.cache import Sharing
     from library.data.dataset import Batch, TrainingData
 
 logger = logging.getLogger(__name__)
@@ -226,19 +227,16 @@ class NetworkTrainer(abc.ABC):
         def encode(pixels: Tensor) -> Tensor:
             return self.ready_autoencoder().encode(pixels.to(self.device))
 
-        self.data.fill_latents(encode, self.latent_fingerprint(), **self.sharing())
+        self.data.fill_latents(encode, self.latent_fingerprint(), self.sharing())
         self.autoencoder = None
         self._free()
 
-    def sharing(self) -> dict[str, Any]:
+    def sharing(self) -> Sharing:
         """Returns how processes share the work of filling a cache."""
+        from library.data.cache import Sharing
+
         processes = self.processes
-        return {
-            "rank": processes.rank,
-            "num_processes": processes.count,
-            "gather": processes.gather,
-            "show_progress": processes.is_main,
-        }
+        return Sharing(processes.rank, processes.count, processes.gather, show_progress=processes.is_main)
 
     @property
     def autoencoder_dtype(self) -> torch.dtype:
@@ -270,7 +268,7 @@ class NetworkTrainer(abc.ABC):
             return self.ready_text_encoder().encode(captions)
 
         captions = self.data.caption_folders(range(1, self.num_epochs + 1))
-        self.data.fill_text(captions, encode, self.text_fingerprint(), **self.sharing())
+        self.data.fill_text(captions, encode, self.text_fingerprint(), self.sharing())
         self.encode_prompts()
         self.text_encoder = None
         self._free()

@@ -10,6 +10,7 @@ from data_helpers import FakeAutoencoder, FakeProcesses, FakeTextEncoder, build,
 from safetensors.torch import load_file, save_file
 
 from library.data import images
+from library.data.cache import Sharing
 from library.data.dataset import TrainingData
 from library.errors import DatasetError
 
@@ -283,12 +284,12 @@ def test_processes_share_the_work_and_end_with_the_same(tmp_path: Path, count: i
 
     def run(rank: int) -> TrainingData:
         data = build(tmp_path, flip_aug=True, vae_batch_size=2, **BUCKETS, **flags)
-        among = {"rank": rank, "num_processes": count, "gather": processes.gather(rank)}
-        assert data.missing_latents("ae-1", **among) == 9
-        data.fill_latents(encoders[rank][0], "ae-1", **among)
-        data.fill_text(data.caption_folders([1]), encoders[rank][1], "te-1", **among)
-        assert data.missing_latents("ae-1", **among) == 0
-        assert data.missing_text(data.captions([1]), "te-1", **among) == 0
+        among = Sharing(rank, count, processes.gather(rank))
+        assert data.missing_latents("ae-1", among) == 9
+        data.fill_latents(encoders[rank][0], "ae-1", among)
+        data.fill_text(data.caption_folders([1]), encoders[rank][1], "te-1", among)
+        assert data.missing_latents("ae-1", among) == 0
+        assert data.missing_text(data.captions([1]), "te-1", among) == 0
         return data
 
     results = processes.run(run)
@@ -310,7 +311,7 @@ def test_processes_that_do_not_share_a_folder_are_told(tmp_path: Path) -> None:
 
     def run(rank: int) -> None:
         build(tmp_path / str(rank), **DISK).fill_latents(
-            FakeAutoencoder(), "ae-1", rank=rank, num_processes=2, gather=processes.gather(rank)
+            FakeAutoencoder(), "ae-1", Sharing(rank, 2, processes.gather(rank))
         )
 
     with pytest.raises(DatasetError, match="all processes need the same folder"):
