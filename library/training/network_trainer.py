@@ -19,6 +19,7 @@ from typing import TYPE_CHECKING, Any, Protocol
 from library.errors import DatasetError, SettingsError
 from library.prompts import Prompt, read_prompt_file
 from library.training.arguments import TrainConfig, warn_of_ignored
+from library.training.report import RunPlan, log_plan
 
 if TYPE_CHECKING:
     from pathlib import Path
@@ -247,17 +248,10 @@ class NetworkTrainer(abc.ABC):
 
     def plan_steps(self) -> None:
         """Counts batches, steps and epochs; pictures that could not be read are out by now."""
-        schedule = self.config.schedule
-        self.num_batches = self.data.num_batches(self.processes.count)
-        if self.num_batches == 0:
+        num_batches = self.data.num_batches(self.processes.count)
+        if num_batches == 0:
             raise DatasetError("no picture is left to train on; the warnings above name those that could not be read")
-        steps_per_epoch = -(-self.num_batches // schedule.gradient_accumulation_steps)
-        if schedule.max_train_epochs is not None:
-            self.num_epochs = schedule.max_train_epochs
-            self.num_steps = self.num_epochs * steps_per_epoch
-        else:
-            self.num_steps = schedule.max_train_steps
-            self.num_epochs = -(-self.num_steps // steps_per_epoch)
+        self.plan = RunPlan.of(self.config.schedule, num_batches)
 
     def cache_text(self) -> None:
         """Encodes the captions that have no cache entry yet, if they are to be cached, and lets the text encoder go."""
@@ -267,7 +261,7 @@ class NetworkTrainer(abc.ABC):
         def encode(captions: Sequence[str]) -> list[Tensor]:
             return self.ready_text_encoder().encode(captions)
 
-        captions = self.data.caption_folders(range(1, self.num_epochs + 1))
+        captions = self.data.caption_folders(range(1, self.plan.num_epochs + 1))
         self.data.fill_text(captions, encode, self.text_fingerprint(), self.sharing())
         self.encode_prompts()
         self.text_encoder = None
@@ -350,40 +344,12 @@ class NetworkTrainer(abc.ABC):
             raise SettingsError("every part of the network has learning rate 0; raise --learning_rate")
         self.group_names = [name or f"group{i}" for i, name in enumerate(names or [None] * len(groups))]
         self.optimizer = optimizers.build_optimizer(settings, groups)
-        self.scheduler = optimizers.build_scheduler(settings, self.optimizer, self.num_steps)
+        self.scheduler = optimizers.build_scheduler(settings, self.optimizer, self.plan.num_steps)
         self.network.train()
 
     def report_plan(self) -> None:
         """Says what is about to happen, before the first step."""
-        from library.data.summary import summary_lines
-
-        schedule, settings = self.config.schedule, self.config.optimizer
-        for line in summary_lines(self.data):
-            logger.info("%s", line)
-        logger.info(
-            "Steps: %d in %d epoch%s (%d batches an epoch%s)",
-            self.num_steps,
-            self.num_epochs,
-            "s" if self.num_epochs > 1 else "",
-            self.num_batches,
-            f", {schedule.gradient_accumulation_steps} a step" if schedule.gradient_accumulation_steps > 1 else "",
-        )
-        if hasattr(self.network, "describe"):
-            for component, num_modules, ranks, num_parameters in self.network.describe():
-                logger.info(
-                    "Trained: %s, %d modules, rank %s, %s parameters",
-                    component,
-                    num_modules,
-                    ranks,
-                    f"{num_parameters:,}",
-                )
-        total = sum(p.numel() for group in self.optimizer.param_groups for p in group["params"])
-        rates = ", ".join(
-            f"{name} {group['lr']:g}" for name, group in zip(self.group_names, self.optimizer.param_groups, strict=True)
-        )
-        logger.info(
-            "Optimizer: %s over %s parameters, learning rate %s", settings.resolved_optimizer, f"{total:,}", rates
-        )
+        log_plan(self.config, self.data, self.network, self.optimizer, self.group_names, self.plan)
 
     def run_epochs(self) -> None:
         """Trains, saving and drawing on the way, and writes the final file.
@@ -399,7 +365,7 @@ class NetworkTrainer(abc.ABC):
         if output_dir is None:  # OutputSettings refuses that; stated for the type checker
             raise SettingsError("--output_dir is missing")
         output_dir.mkdir(parents=True, exist_ok=True)
-        self.saver = Saver(config.output, self.num_epochs, self._metadata_writer())
+        self.saver = Saver(config.output, self.plan.num_epochs, self._metadata_writer())
         self.previews = Previews(
             config.samples,
             self.prompts,
@@ -423,8 +389,8 @@ class NetworkTrainer(abc.ABC):
         self.loop = Loop(
             parts,
             LoopSettings(
-                num_steps=self.num_steps,
-                num_epochs=self.num_epochs,
+                num_steps=self.plan.num_steps,
+                num_epochs=self.plan.num_epochs,
                 accumulation=config.schedule.gradient_accumulation_steps,
                 max_grad_norm=config.optimizer.max_grad_norm,
                 scale_weight_norms=config.network.scale_weight_norms,
@@ -439,7 +405,7 @@ class NetworkTrainer(abc.ABC):
                 self.saver.at_interrupt(self.loop.step, self.loop.finished_epochs)
             raise
         if self.processes.is_main:
-            self.saver.at_end(self.loop.step, self.num_epochs)
+            self.saver.at_end(self.loop.step, self.plan.num_epochs)
 
     def after_step(self, step: int, epoch: int, values: Mapping[str, float]) -> None:
         """Reports, saves and draws after an optimizer step."""
@@ -477,9 +443,9 @@ class NetworkTrainer(abc.ABC):
             seed=self.seed,
             network_dim=config.network.network_dim or DEFAULT_NETWORK_DIM,
             network_alpha=config.network.network_alpha,
-            num_steps=self.num_steps,
-            num_epochs=self.num_epochs,
-            num_batches_per_epoch=self.num_batches,
+            num_steps=self.plan.num_steps,
+            num_epochs=self.plan.num_epochs,
+            num_batches_per_epoch=self.plan.num_batches,
             optimizer=describe_optimizer(config.optimizer),
             dataset=dataset_entries(self.data, self.processes.count, config.data.dataset_config is not None),
             resolution_px=self.data.datasets[0].resolution,
