@@ -22,7 +22,7 @@ from typing import TYPE_CHECKING, Any, Literal
 
 from library.command_line import build_parser, read_command_line
 from library.console import run_program
-from library.errors import SettingsError
+from library.errors import NetworkError, SettingsError
 from library.files import write_with
 from library.prompts import Prompt, PromptError, parse_line
 from library.settings import flag, from_given, specs_of
@@ -30,6 +30,8 @@ from library.settings import flag, from_given, specs_of
 if TYPE_CHECKING:
     import torch
     from torch import Tensor
+
+    from library.lumina.loading import ModelFiles
 
 logger = logging.getLogger(__name__)
 
@@ -160,6 +162,7 @@ class Painter:
                 ae_flag="--ae_path",
             )
         )
+        self._check_loras(models, files)
         logger.info("Reading the models")
         self.encoder = loading.load_gemma2(
             files, to_dtype(models.gemma2_dtype), pictures.gemma2_max_token_length, pictures.system_prompt
@@ -172,11 +175,31 @@ class Painter:
             for model in (self.encoder.model, self.dit, self.autoencoder.model):
                 model.to(self.device)
 
+    def _check_loras(self, models: ModelFlags, files: ModelFiles) -> None:
+        """Fits the LoRA files to models without weights: a wrong file must show before gigabytes are read."""
+        import torch
+
+        from library.lumina.gemma2 import empty_gemma2
+        from library.lumina.next_dit import NextDiT
+        from networks import lora_lumina
+
+        if not models.lora_weights:
+            return
+        with torch.device("meta"):
+            dit = NextDiT(files.dit.config)
+        encoder = empty_gemma2(files.gemma2.config)
+        for text in models.lora_weights:
+            path, multiplier = split_lora(text)
+            try:
+                lora_lumina.create_network_from_weights(multiplier, path, None, [encoder], dit, for_inference=True)
+            except NetworkError as error:
+                raise NetworkError(f"--lora_weights: {error}") from error
+
     def _add_lora(self, path: Path, multiplier: float, merge: bool) -> Any:
         from networks import lora_lumina
 
         network, weights = lora_lumina.create_network_from_weights(
-            multiplier, str(path), None, [self.encoder.model], self.dit, for_inference=True
+            multiplier, path, None, [self.encoder.model], self.dit, for_inference=True
         )
         if merge:
             network.merge_to([self.encoder.model], self.dit, weights, None, None)
@@ -297,6 +320,10 @@ def main(argv: Sequence[str] | None = None) -> None:
     specs = {spec.name: spec for settings_class in groups.values() for spec in specs_of(settings_class)}
     given = read_command_line(parser, specs, argv)
     models, pictures = from_given(ModelFlags, given), from_given(PictureFlags, given)
+    if models.use_flash_attn or models.use_sage_attn:
+        logger.warning(
+            "--use_flash_attn and --use_sage_attn have no effect: torch's attention picks the fastest kernel"
+        )
     painter = Painter(models, pictures)
     if pictures.interactive:
         interact(painter, pictures.to_prompt())

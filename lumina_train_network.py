@@ -51,7 +51,7 @@ class LuminaNetworkTrainer(NetworkTrainer):
             )
         )
         # A tokenizer that is missing must show now, not when the captions' turn comes.
-        self.files.load_tokenizer(settings.gemma2_max_token_length)
+        self.tokenizer = self.files.load_tokenizer(settings.gemma2_max_token_length)
         self._explain_settings()
         self._prompt_features: dict[Prompt, tuple[Tensor, Tensor]] = {}
 
@@ -105,10 +105,39 @@ class LuminaNetworkTrainer(NetworkTrainer):
         self.dit = load_next_dit(self.files.dit, dtype, attention=sdpa_attention)
         return self.dit
 
+    def empty_models(self) -> tuple[list[nn.Module], nn.Module]:
+        import torch
+
+        from library.lumina.gemma2 import empty_gemma2
+        from library.lumina.next_dit import NextDiT
+
+        encoders = [empty_gemma2(self.files.gemma2.config)] if self.config.trains_text_encoder else []
+        with torch.device("meta"):
+            return encoders, NextDiT(self.files.dit.config).requires_grad_(False)
+
     def blocks(self) -> Iterable[nn.Module]:
         yield from (*self.dit.noise_refiner, *self.dit.context_refiner, *self.dit.layers)
         if self.config.trains_text_encoder:
             yield from self.ready_text_encoder().model.get_submodule("layers").children()
+
+    def check_captions(self) -> None:
+        from library.lumina.gemma2 import prompt_text
+
+        limit = self.config.model.gemma2_max_token_length
+        too_long = []
+        for item in self.data.items:
+            num_tokens = self.tokenizer.count(prompt_text(self.config.model.system_prompt, item.caption))
+            if num_tokens > limit:
+                too_long.append(f"{item.path.name} ({num_tokens} tokens)")
+        if too_long:
+            logger.warning(
+                "%d captions are longer than --gemma2_max_token_length %d with the system prompt; their ends are cut off:"
+                " %s%s",
+                len(too_long),
+                limit,
+                ", ".join(too_long[:5]),
+                " ..." if len(too_long) > 5 else "",
+            )
 
     # ---- one training step ----
 

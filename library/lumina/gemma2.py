@@ -20,7 +20,7 @@ from library.lumina.configs import Gemma2TextConfig
 from library.lumina.quiet import quiet_libraries
 from library.lumina.tokenizer import GemmaTokenizer
 
-__all__ = ["Gemma2Encoder", "GemmaTokenizer", "build_gemma2", "pad_features", "prompt_text"]
+__all__ = ["Gemma2Encoder", "GemmaTokenizer", "build_gemma2", "empty_gemma2", "pad_features", "prompt_text"]
 
 
 def prompt_text(system_prompt: str, caption: str) -> str:
@@ -32,13 +32,8 @@ def prompt_text(system_prompt: str, caption: str) -> str:
     return f"{system_prompt} <Prompt Start> {caption}" if system_prompt and caption else caption
 
 
-def build_gemma2(config: Gemma2TextConfig, tensors: Mapping[str, Tensor]) -> nn.Module:
-    """Returns transformers' ``Gemma2Model`` without its last layer and final norm, frozen, in evaluation mode.
-
-    Args:
-        config: of the whole checkpoint.
-        tensors: what ``config.tensor_shapes`` names; used in place.
-    """
+def empty_gemma2(config: Gemma2TextConfig) -> nn.Module:
+    """Returns transformers' ``Gemma2Model`` without its last layer and final norm, on the meta device."""
     with quiet_libraries():
         from transformers import Gemma2Config, Gemma2Model
 
@@ -61,11 +56,23 @@ def build_gemma2(config: Gemma2TextConfig, tensors: Mapping[str, Tensor]) -> nn.
             attn_implementation="eager",
         )
         with torch.device("meta"):
-            model: Any = Gemma2Model(settings)
+            model = Gemma2Model(settings)
         model.norm = nn.Identity()
+    return model
+
+
+def build_gemma2(config: Gemma2TextConfig, tensors: Mapping[str, Tensor]) -> nn.Module:
+    """Returns transformers' ``Gemma2Model`` without its last layer and final norm, frozen, in evaluation mode.
+
+    Args:
+        config: of the whole checkpoint.
+        tensors: what ``config.tensor_shapes`` names; used in place.
+    """
+    model: Any = empty_gemma2(config)
+    with quiet_libraries():
         model.load_state_dict(tensors, strict=True, assign=True)
         # These are not in the checkpoint, so they were left without values: the rotary frequencies and sqrt(width).
-        model.rotary_emb = type(model.rotary_emb)(settings)
+        model.rotary_emb = type(model.rotary_emb)(model.config)
         if isinstance(getattr(model.embed_tokens, "embed_scale", None), Tensor):
             model.embed_tokens.embed_scale = torch.tensor(config.hidden_size**0.5)
     empty = [name for name, tensor in (*model.named_parameters(), *model.named_buffers()) if tensor.is_meta]

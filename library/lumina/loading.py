@@ -36,6 +36,7 @@ __all__ = [
     "ModelPaths",
     "autoencoder_fingerprint",
     "gemma2_fingerprint",
+    "inspect_gemma2",
     "inspect_models",
     "inspect_next_dit",
     "load_autoencoder",
@@ -120,7 +121,7 @@ def inspect_models(paths: ModelPaths) -> ModelFiles:
     dit = inspect_next_dit(paths)
     gemma2_path, gemma2_flag = _given_or_same(paths.gemma2, paths.gemma2_flag, paths, "text_encoder")
     gemma2_checkpoint = open_checkpoint(gemma2_path, gemma2_flag, "text_encoder")
-    gemma2 = _inspect_gemma2(gemma2_checkpoint, paths, gemma2_path, gemma2_flag)
+    gemma2 = inspect_gemma2(gemma2_checkpoint, paths, gemma2_path, gemma2_flag)
     ae_path, ae_flag = _given_or_same(paths.ae, paths.ae_flag, paths, "vae")
     ae = _inspect_autoencoder(open_checkpoint(ae_path, ae_flag, "vae"), paths, ae_path, ae_flag)
     if gemma2.config.hidden_size != dit.config.cap_dim:
@@ -181,9 +182,21 @@ def inspect_next_dit(paths: ModelPaths) -> ComponentFile[NextDiTConfig]:
     return _component(checkpoint, config, sources, paths.dit, paths.dit_flag, paths.mmap)
 
 
-def _inspect_gemma2(
+def inspect_gemma2(
     checkpoint: Checkpoint, paths: ModelPaths, given: Path, flag: str
 ) -> ComponentFile[Gemma2TextConfig]:
+    """Returns Gemma2's file after checking every tensor's name and shape.
+
+    Args:
+        checkpoint: opened from ``given``.
+        paths: what the user gave.
+        given: Gemma2's own path, or the transformer's where it is sought there.
+        flag: for messages.
+
+    Raises:
+        ModelFileError: as :func:`inspect_models`.
+    """
+
     def describe(report: str = "") -> str:
         return not_this_model(flag, checkpoint.path, GEMMA2, checkpoint.shapes, report)
 

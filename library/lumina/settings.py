@@ -28,7 +28,8 @@ class ModelSettings:
         None, "Gemma-2-2B: .safetensors file or folder; may be left out when the first model's file or folder holds it"
     )
     ae: Path | None = flag(
-        None, "FLUX autoencoder: .safetensors file or folder; may be left out when the first model's file holds it"
+        None,
+        "FLUX autoencoder: .safetensors file or folder; may be left out when the first model's file or folder holds it",
     )
     gemma2_max_token_length: int = flag(256, "longest caption in tokens, system prompt included; the rest is cut off")
     system_prompt: str = flag("", 'text before every caption: "{system_prompt} <Prompt Start> {caption}"')

@@ -10,7 +10,7 @@ import argparse
 import dataclasses
 import logging
 import tomllib
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -194,6 +194,75 @@ def warn_of_ignored(given: Mapping[str, Any]) -> None:
             by_reason.setdefault(spec.help, []).append(f"--{spec.name}")
         parts = [f"{', '.join(names)} ({reason})" for reason, names in by_reason.items()]
         logger.warning("These flags have no effect here: %s", "; ".join(parts))
+
+
+_NEEDS: tuple[tuple[tuple[str, ...], str, Callable[[TrainConfig], bool]], ...] = (
+    (("text_encoder_lr",), "Gemma2 is not trained", lambda c: c.trains_text_encoder),
+    (("unet_lr",), "the Next-DiT is not trained", lambda c: c.trains_dit),
+    (
+        ("huber_c", "huber_schedule", "huber_scale"),
+        "--loss_type is neither huber nor smooth_l1",
+        lambda c: c.flow.loss_type in ("huber", "smooth_l1"),
+    ),
+    (
+        ("sigmoid_scale",),
+        "this --timestep_sampling draws no sigmoid",
+        lambda c: c.flow.timestep_sampling in ("sigmoid", "shift", "flux_shift"),
+    ),
+    (
+        ("logit_mean", "logit_std"),
+        "--weighting_scheme is not logit_normal",
+        lambda c: c.flow.weighting_scheme == "logit_normal",
+    ),
+    (("mode_scale",), "--weighting_scheme is not mode", lambda c: c.flow.weighting_scheme == "mode"),
+    (
+        ("save_last_n_epochs",),
+        "no file is saved after an epoch without --save_every_n_epochs",
+        lambda c: bool(c.output.save_every_n_epochs or c.output.save_n_epoch_ratio),
+    ),
+    (
+        ("save_last_n_steps",),
+        "no file is saved after a step without --save_every_n_steps",
+        lambda c: bool(c.output.save_every_n_steps),
+    ),
+    (
+        ("sample_every_n_steps",),
+        "--sample_every_n_epochs goes before it",
+        lambda c: not c.samples.sample_every_n_epochs,
+    ),
+    (("vae_batch_size",), "latents are not cached", lambda c: c.data.cache_latents),
+    (("text_encoder_batch_size",), "captions are not cached", lambda c: c.data.cache_text_encoder_outputs),
+    (
+        ("cache_dir",),
+        "nothing is cached to disk",
+        lambda c: c.data.cache_latents_to_disk or c.data.cache_text_encoder_outputs_to_disk,
+    ),
+    (("train_data_dir",), "--dataset_config says where the pictures are", lambda c: c.data.dataset_config is None),
+    (("lr_scheduler",), "--lr_scheduler_type goes before it", lambda c: not c.optimizer.lr_scheduler_type),
+    (("no_half_vae",), "--mixed_precision no computes in float32 anyway", lambda c: c.memory.mixed_precision != "no"),
+    (("max_train_steps",), "--max_train_epochs goes before it", lambda c: c.schedule.max_train_epochs is None),
+    (
+        ("network_dim", "network_alpha"),
+        "--dim_from_weights takes them from the file",
+        lambda c: not c.network.dim_from_weights,
+    ),
+)
+"""Flags that act only under a condition: (flags, why they would have no effect, the condition)."""
+
+
+def warn_of_unused(config: TrainConfig) -> None:
+    """Names the given flags that have no effect beside the others, each with its reason, in one warning.
+
+    A value equal to the default asks for nothing and is not named.
+    """
+    specs = all_specs()
+    parts = []
+    for names, reason, acts in _NEEDS:
+        given = [name for name in names if config.given.get(name, specs[name].default) != specs[name].default]
+        if given and not acts(config):
+            parts.append(f"{', '.join(f'--{name}' for name in given)} ({reason})")
+    if parts:
+        logger.warning("These flags have no effect in this run: %s", "; ".join(parts))
 
 
 def _write_config_file(path: Path | None, given: Mapping[str, Any], specs: Mapping[str, FlagSpec]) -> None:

@@ -20,7 +20,6 @@ from typing import Any
 
 from library.data import summary
 from library.data.dataset import TrainingData
-from library.errors import SettingsError
 from library.files import sha256_of_file
 from library.keyed_random import key
 from library.training.arguments import TrainConfig
@@ -157,9 +156,6 @@ class RunMetadata:
             config: settings.
             facts: what the set-up found.
             hashes: of the base model's file; None where the base model is a folder.
-
-        Raises:
-            SettingsError: ``--metadata_thumbnail`` is no readable file.
         """
         self._config = config
         self._facts = facts
@@ -242,16 +238,10 @@ def _text(value: Any) -> str:
 
 
 def thumbnail_url(thumbnail: str | None) -> str | None:
-    """Returns a thumbnail as a ``data:`` URL; a picture file's name is read and encoded.
-
-    Raises:
-        SettingsError: it is neither a URL nor a readable file.
-    """
+    """Returns a thumbnail as a ``data:`` URL; a picture file is read and encoded."""
     if thumbnail is None or thumbnail.startswith("data:"):
         return thumbnail
     path = Path(thumbnail)
-    if not path.is_file():
-        raise SettingsError(f"--metadata_thumbnail: {thumbnail} is no file; give a picture file or a data: URL")
     kind = mimetypes.guess_type(path.name)[0] or "image/png"
     return f"data:{kind};base64,{base64.b64encode(path.read_bytes()).decode('ascii')}"
 

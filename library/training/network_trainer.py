@@ -16,9 +16,9 @@ import os
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import TYPE_CHECKING, Any, Protocol
 
-from library.errors import DatasetError, SettingsError
+from library.errors import DatasetError, NetworkError, SettingsError
 from library.prompts import Prompt, read_prompt_file
-from library.training.arguments import TrainConfig, warn_of_ignored
+from library.training.arguments import TrainConfig, warn_of_ignored, warn_of_unused
 from library.training.report import RunPlan, log_plan
 
 if TYPE_CHECKING:
@@ -82,6 +82,7 @@ class NetworkTrainer(abc.ABC):
         self.check_inputs()
         self.start()
         try:
+            self.rehearse_network()
             self.build_data()
             self.cache_latents()
             self.plan_steps()
@@ -127,6 +128,14 @@ class NetworkTrainer(abc.ABC):
         """Returns the model that the network is trained on, on the CPU, frozen."""
 
     @abc.abstractmethod
+    def empty_models(self) -> tuple[list[nn.Module], nn.Module]:
+        """Returns the text encoders that are trained and the model, both without weights (on the meta device)."""
+
+    @abc.abstractmethod
+    def check_captions(self) -> None:
+        """Warns of captions that the text encoder cannot take whole."""
+
+    @abc.abstractmethod
     def blocks(self) -> Iterable[nn.Module]:
         """Returns the blocks whose insides gradient checkpointing computes again in backward."""
 
@@ -151,6 +160,7 @@ class NetworkTrainer(abc.ABC):
     def check_inputs(self) -> None:
         """Checks everything that can be checked before torch is imported or a model is read."""
         warn_of_ignored(self.config.given)
+        warn_of_unused(self.config)
         self._check_network_module()
         if self.config.samples.sample_prompts is not None:
             self.prompts = read_prompt_file(self.config.samples.sample_prompts)
@@ -172,9 +182,13 @@ class NetworkTrainer(abc.ABC):
                 f"--network_module: there is no Python module {name}; give networks.lora_lumina, or install the module's"
                 " package"
             )
-        # A module may bring a light companion that checks its arguments before anything heavy is imported.
-        if importlib.util.find_spec(f"{name}_args") is not None:
+        if self._has_companion():
             importlib.import_module(f"{name}_args").check_network_args(self.config.network.arguments())
+
+    def _has_companion(self) -> bool:
+        """Whether the network module brings a light companion, which checks its arguments before anything heavy is
+        imported; such a module can also be built on models without weights."""
+        return importlib.util.find_spec(f"{self.config.network.network_module}_args") is not None
 
     def start(self) -> None:
         """Starts torch, the processes and the trackers, and looks the optimizer up."""
@@ -202,7 +216,8 @@ class NetworkTrainer(abc.ABC):
         shown = {name: value for name, value in config.given.items() if name not in secrets}
         self.trackers = Trackers(self.accelerator, config.log, shown)
         where = torch.cuda.get_device_name() if self.device.type == "cuda" else self.device.type
-        logger.info("Device: %s, %d process%s", where, self.processes.count, "es" if self.processes.count > 1 else "")
+        count = self.processes.count
+        logger.info("Device: %s, %d process%s; seed %d", where, count, "es" if count > 1 else "", seed)
         threads, cores = torch.get_num_threads(), os.cpu_count() or 1
         if self.device.type == "cpu" and threads * self.processes.count < cores:
             logger.info(
@@ -219,6 +234,7 @@ class NetworkTrainer(abc.ABC):
         self.data: TrainingData = TrainingData.build(
             self.config.data, self.seed, self.dataset_configs, show_progress=self.processes.is_main
         )
+        self.check_captions()
 
     def cache_latents(self) -> None:
         """Encodes the pictures that have no cache entry yet, if they are to be cached, and lets the autoencoder go."""
@@ -296,35 +312,63 @@ class NetworkTrainer(abc.ABC):
         if self.device.type == "cuda":
             torch.cuda.empty_cache()
 
+    def rehearse_network(self) -> None:
+        """Makes the network once on models without weights, where it could turn out wrong.
+
+        A rank that reaches nothing or a LoRA file that does not fit must show now, not when everything is encoded.
+        """
+        config = self.config.network
+        if not self._has_companion() or (config.network_weights is None and not config.network_args):
+            return
+        networks_log = logging.getLogger(str(config.network_module).split(".")[0])
+        level = networks_log.level
+        networks_log.setLevel(logging.ERROR)  # what it has to say it says when it is made in earnest
+        try:
+            self._make_network(*self.empty_models())
+        finally:
+            networks_log.setLevel(level)
+
     def build_network(self) -> None:
         """Makes the network, attaches it, and sets recomputation up behind it."""
         import torch
 
         from library.memory.recompute import recompute_in_backward
 
+        trained_encoders = [self.ready_text_encoder().model] if self.config.trains_text_encoder else []
+        self.network = self._make_network(trained_encoders, self.model)
+        if self.config.network.network_weights is not None:
+            logger.info("Training goes on from %s", self.config.network.network_weights)
+        self.network.to(self.device, torch.bfloat16 if self.config.memory.full_bf16 else torch.float32)
+        if self.config.memory.gradient_checkpointing:
+            keyed = hasattr(self.network, "set_dropout_keys")
+            recompute_in_backward(self.blocks(), preserve_rng_state=not keyed)
+
+    def _make_network(self, trained_encoders: Sequence[nn.Module], model: nn.Module | None) -> Any:
+        if self.config.network.network_weights is None:
+            return self._make_network_of(trained_encoders, model)
+        try:
+            return self._make_network_of(trained_encoders, model)
+        except NetworkError as error:
+            raise NetworkError(f"--network_weights: {error}") from error
+
+    def _make_network_of(self, trained_encoders: Sequence[nn.Module], model: nn.Module | None) -> Any:
         config = self.config.network
-        trains_text = self.config.trains_text_encoder
-        trained_encoders = [self.ready_text_encoder().model] if trains_text else []
         module = importlib.import_module(str(config.network_module))
         arguments: dict[str, Any] = dict(config.arguments())
         if config.network_dropout is not None:
             arguments["neuron_dropout"] = config.network_dropout
         if config.dim_from_weights:
-            self.network, _ = module.create_network_from_weights(
-                1.0, str(config.network_weights), None, trained_encoders, self.model, **arguments
+            network, _ = module.create_network_from_weights(
+                1.0, str(config.network_weights), None, trained_encoders, model, **arguments
             )
         else:
-            self.network = module.create_network(
-                1.0, config.network_dim, config.network_alpha, None, trained_encoders, self.model, **arguments
+            network = module.create_network(
+                1.0, config.network_dim, config.network_alpha, None, trained_encoders, model, **arguments
             )
-        self.network.apply_to(trained_encoders, self.model, trains_text, self.config.trains_dit)
-        if config.network_weights is not None:
-            self.network.load_weights(str(config.network_weights))
-            logger.info("Training goes on from %s", config.network_weights)
-        self.network.to(self.device, torch.bfloat16 if self.config.memory.full_bf16 else torch.float32)
-        if self.config.memory.gradient_checkpointing:
-            keyed = hasattr(self.network, "set_dropout_keys")
-            recompute_in_backward(self.blocks(), preserve_rng_state=not keyed)
+        network.apply_to(trained_encoders, model, bool(trained_encoders), self.config.trains_dit)
+        if config.network_weights is not None and not config.dim_from_weights:
+            network.load_weights(str(config.network_weights))
+        return network
 
     def build_optimizer(self) -> None:
         """Makes parameter groups, optimizer and schedule."""

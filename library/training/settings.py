@@ -208,6 +208,11 @@ class OutputSettings:
             "save_last_n_epochs",
             "save_last_n_steps",
         )
+        thumbnail = self.metadata_thumbnail
+        _require(
+            thumbnail is None or thumbnail.startswith("data:") or Path(thumbnail).is_file(),
+            f"--metadata_thumbnail: {thumbnail} is no file; give a picture file or a data: URL",
+        )
         _require(
             self.output_name is None or not set(self.output_name) & set('/\\:*?"<>|'),
             f"--output_name: {self.output_name!r} holds a character that no file name may hold; put folders"

@@ -29,7 +29,7 @@ from library.lumina.checkpoint_files import open_checkpoint
 from library.lumina.gemma2 import Gemma2Encoder, build_gemma2
 
 # Gemma2 alone is inspected here; everybody else needs all three models.
-from library.lumina.loading import ModelPaths, _inspect_gemma2
+from library.lumina.loading import ModelPaths, inspect_gemma2
 from library.lumina.tokenizer import GemmaTokenizer, find_tokenizer
 
 SYSTEM_PROMPT = "You are an assistant designed to generate high-quality images based on user prompts."
@@ -68,7 +68,7 @@ class LargestLogit:
 def load_encoder(path: Path, tokenizer_dir: Path | None, dtype: torch.dtype, max_tokens: int) -> Gemma2Encoder:
     """Returns the text encoder of a Gemma2 file or folder."""
     checkpoint = open_checkpoint(path, "--gemma2", "text_encoder")
-    file = _inspect_gemma2(checkpoint, ModelPaths(dit=path, gemma2=path), path, "--gemma2")
+    file = inspect_gemma2(checkpoint, ModelPaths(dit=path, gemma2=path), path, "--gemma2")
     source = find_tokenizer(checkpoint, path, tokenizer_dir, "--tokenizer_cache_dir")
     model = build_gemma2(file.config, file.tensors(dtype))
     return Gemma2Encoder(model, GemmaTokenizer(source.proto, max_tokens), SYSTEM_PROMPT, "")

@@ -126,6 +126,7 @@ def test_interactive(job: Job, lora: Path, tmp_path: Path) -> None:
         (["--lora_weights", "nowhere.safetensors;0.5"], "nowhere.safetensors"),
         (["--lora_weights", "a;b"], "no multiplier"),
         (["--dtype=fp16"], "draws black"),
+        (["--lora_weights", "{models}/quickstart_ae.safetensors"], "--lora_weights: "),
         (["--steps=0"], "--steps"),
         (["--gemma2=x"], "--gemma2"),
         (["--ae_path=nowhere"], "--ae_path"),
@@ -135,5 +136,5 @@ def test_wrong_flags(job: Job, flags: list[str], says: str) -> None:
     from library.errors import UserError
 
     with pytest.raises(UserError) as caught:
-        lumina_minimal_inference.main([*job.inference_flags, *flags])
+        lumina_minimal_inference.main([*job.inference_flags, *(flag.format(models=job.models) for flag in flags)])
     assert says in str(caught.value)

@@ -60,6 +60,9 @@ def replaced(flags: list[str], **values: object) -> list[str]:
         ({"output_dir": None}, ["--output_dir"]),
         ({"output_dir": "{folder}/broken.safetensors"}, ["--output_dir", "is a file"]),
         ({"network_weights": "{folder}/nowhere.safetensors"}, ["--network_weights", "nowhere"]),
+        ({"network_weights": "{models}/quickstart_ae.safetensors"}, ["--network_weights", "no LoRA keys"]),
+        ({"network_args": "train_blocks=nowhere"}, ["train_blocks", "nowhere"]),
+        ({"metadata_thumbnail": "nowhere.png"}, ["--metadata_thumbnail", "nowhere.png"]),
         ({"sample_prompts": "{folder}/bad_prompts.txt"}, ["bad_prompts.txt, line 2", "--w"]),
         ({"gemma2_max_token_length": "-3"}, ["--gemma2_max_token_length"]),
     ],
@@ -139,7 +142,7 @@ def test_captions_longer_than_300_tokens_train(job: Job, tmp_path: Path, train: 
 def test_a_lora_of_another_model_is_refused(job: Job, tmp_path: Path, train: Callable) -> None:
     other = tmp_path / "other.safetensors"
     save_file({"lora_unet_down_blocks_0_attentions_0.lora_down.weight": torch.zeros(4, 8)}, other)
-    with pytest.raises(UserError, match=r"other\.safetensors"):
+    with pytest.raises(UserError, match=r"--network_weights: .*other\.safetensors"):
         train(job.train_flags(tmp_path / "out", f"--network_weights={other}"))
 
 

@@ -10,7 +10,15 @@ import pytest
 
 from library.errors import SettingsError
 from library.settings import specs_of
-from library.training.arguments import GROUPS, ConfigFileSettings, all_specs, parse_arguments, warn_of_ignored
+from library.training.arguments import (
+    _NEEDS,
+    GROUPS,
+    ConfigFileSettings,
+    all_specs,
+    parse_arguments,
+    warn_of_ignored,
+    warn_of_unused,
+)
 from library.training.legacy_flags import IGNORED, REFUSED
 
 ROOT = Path(__file__).parents[3]
@@ -224,3 +232,33 @@ def test_help_and_wrong_flags_import_nothing_heavy(script: str, argument: str, c
     assert "LOADED []" in done.stdout
     assert "Traceback" not in done.stderr
     assert seconds < 2
+
+
+@pytest.mark.parametrize(
+    ("argv", "named"),
+    [
+        (["--text_encoder_lr=1e-5", "--network_train_unet_only"], "--text_encoder_lr (Gemma2 is not trained)"),
+        (["--huber_c=0.2"], "--huber_c"),
+        (["--sigmoid_scale=2", "--timestep_sampling=uniform"], "--sigmoid_scale"),
+        (["--save_last_n_epochs=2"], "--save_every_n_epochs"),
+        (["--vae_batch_size=4"], "latents are not cached"),
+        (["--dataset_config=x.toml"], "--train_data_dir"),
+    ],
+)
+def test_flags_without_effect_are_named(argv: list[str], named: str, caplog: pytest.LogCaptureFixture) -> None:
+    config = parse(*argv)
+    assert config is not None
+    warn_of_unused(config)
+    (record,) = caplog.records
+    assert named in record.getMessage()
+
+
+def test_a_plain_run_names_none(caplog: pytest.LogCaptureFixture) -> None:
+    config = parse("--huber_c=0.1", "--sigmoid_scale=1.0", "--timestep_sampling=nextdit_shift")
+    assert config is not None
+    warn_of_unused(config)
+    assert not caplog.records
+
+
+def test_conditions_name_flags_that_exist() -> None:
+    assert {name for names, _, _ in _NEEDS for name in names} <= set(all_specs())

@@ -112,4 +112,4 @@ def test_thumbnail(tmp_path: Path) -> None:
     assert thumbnail_url(str(tmp_path / "t.png")) == "data:image/png;base64,YWJj"
     assert thumbnail_url("data:x") == "data:x"
     with pytest.raises(SettingsError, match="--metadata_thumbnail"):
-        thumbnail_url(str(tmp_path / "missing.png"))
+        metadata(f"--metadata_thumbnail={tmp_path / 'missing.png'}")
