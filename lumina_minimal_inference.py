@@ -24,7 +24,7 @@ from library.command_line import build_parser, read_command_line
 from library.console import run_program
 from library.errors import NetworkError, SettingsError
 from library.files import write_with
-from library.prompts import Prompt, PromptError, parse_line
+from library.prompts import MAX_SEED, Prompt, PromptError, parse_line
 from library.settings import flag, from_given, specs_of
 
 if TYPE_CHECKING:
@@ -95,6 +95,8 @@ class PictureFlags:
         for name in ("steps", "image_width", "image_height", "gemma2_max_token_length", "discrete_flow_shift"):
             if getattr(self, name) <= 0:
                 raise SettingsError(f"--{name}: {getattr(self, name)} must be above 0")
+        if self.seed is not None and not 0 <= self.seed <= MAX_SEED:
+            raise SettingsError(f"--seed: {self.seed} is outside 0 to {MAX_SEED}")
 
     def to_prompt(self) -> Prompt:
         """Returns the flags as a prompt."""
@@ -134,6 +136,23 @@ def to_dtype(name: Dtype) -> torch.dtype:
     return getattr(torch, full.get(name, name))
 
 
+def _device(name: str) -> torch.device:
+    """Returns torch's device of a name.
+
+    Raises:
+        SettingsError: there is no such device here.
+    """
+    import torch
+
+    try:
+        device = torch.device(name)
+        torch.empty(0, device=device)
+    except (RuntimeError, AssertionError, NotImplementedError) as error:
+        reason = str(error).splitlines()[0]
+        raise SettingsError(f"--device: {name!r} cannot be used here ({reason}); leave the flag out") from error
+    return device
+
+
 class Painter:
     """The three models with their LoRAs, drawing one prompt after the other."""
 
@@ -143,7 +162,6 @@ class Painter:
         Raises:
             UserError: a model or LoRA file is wrong.
         """
-        import torch
         from accelerate import PartialState
 
         from library.lumina import loading
@@ -151,7 +169,7 @@ class Painter:
 
         self._pictures = pictures
         self._offload = models.offload
-        self.device = torch.device(models.device) if models.device else PartialState().device
+        self.device = PartialState().device if models.device is None else _device(models.device)
         files = loading.inspect_models(
             loading.ModelPaths(
                 dit=Path(models.pretrained_model_name_or_path or ""),

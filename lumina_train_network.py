@@ -18,6 +18,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from library.console import run_program, set_up_logging
+from library.errors import SettingsError
 from library.prompts import Prompt
 from library.training.arguments import parse_arguments
 from library.training.network_trainer import NetworkTrainer
@@ -81,12 +82,15 @@ class LuminaNetworkTrainer(NetworkTrainer):
         return load_gemma2(self.files, dtype, settings.gemma2_max_token_length, settings.system_prompt)
 
     def text_fingerprint(self) -> str:
+        return self._text_fingerprint(self.config.model.system_prompt)
+
+    def _text_fingerprint(self, system_prompt: str) -> str:
         from library.lumina.loading import gemma2_fingerprint
 
-        settings = self.config.model
-        return gemma2_fingerprint(
-            self.files, self.weight_dtype, settings.gemma2_max_token_length, settings.system_prompt
-        )
+        if not self.config.data.cache_text_encoder_outputs_to_disk:
+            return f"this run, {system_prompt}"  # gigabytes need not be hashed for what ends with the run
+        max_tokens = self.config.model.gemma2_max_token_length
+        return gemma2_fingerprint(self.files, self.weight_dtype, max_tokens, system_prompt)
 
     def load_autoencoder(self, dtype: torch.dtype) -> Autoencoder:
         from library.lumina.loading import load_autoencoder
@@ -96,6 +100,8 @@ class LuminaNetworkTrainer(NetworkTrainer):
     def latent_fingerprint(self) -> str:
         from library.lumina.loading import autoencoder_fingerprint
 
+        if not self.config.data.cache_latents_to_disk:
+            return "this run"
         return autoencoder_fingerprint(self.files.ae, self.autoencoder_dtype)
 
     def load_model(self, dtype: torch.dtype) -> nn.Module:
@@ -123,12 +129,16 @@ class LuminaNetworkTrainer(NetworkTrainer):
     def check_captions(self) -> None:
         from library.lumina.gemma2 import prompt_text
 
-        limit = self.config.model.gemma2_max_token_length
-        too_long = []
-        for item in self.data.items:
-            num_tokens = self.tokenizer.count(prompt_text(self.config.model.system_prompt, item.caption))
-            if num_tokens > limit:
-                too_long.append(f"{item.path.name} ({num_tokens} tokens)")
+        system_prompt, limit = self.config.model.system_prompt, self.config.model.gemma2_max_token_length
+        if system_prompt and self.tokenizer.count(prompt_text(system_prompt, ".")) > limit:
+            raise SettingsError(
+                f"--system_prompt fills the {limit} tokens of --gemma2_max_token_length, so that no caption is read at"
+                " all; shorten it or raise the limit"
+            )
+        texts = [(item.path.name, item.caption) for item in self.data.items]
+        texts += [(f"sample prompt {number}", prompt.prompt) for number, prompt in enumerate(self.prompts, start=1)]
+        counts = [(name, self.tokenizer.count(prompt_text(system_prompt, text))) for name, text in texts]
+        too_long = [f"{name} ({num_tokens} tokens)" for name, num_tokens in counts if num_tokens > limit]
         if too_long:
             logger.warning(
                 "%d captions are longer than --gemma2_max_token_length %d with the system prompt; their ends are cut off:"
@@ -138,6 +148,13 @@ class LuminaNetworkTrainer(NetworkTrainer):
                 ", ".join(too_long[:5]),
                 " ..." if len(too_long) > 5 else "",
             )
+
+    def text_cache_bytes(self, captions: Iterable[str]) -> int:
+        from library.lumina.gemma2 import prompt_text
+
+        limit = self.config.model.gemma2_max_token_length
+        counts = (self.tokenizer.count(prompt_text(self.config.model.system_prompt, text)) for text in captions)
+        return sum(min(count, limit) for count in counts) * self.files.gemma2.config.hidden_size * 2  # bfloat16
 
     # ---- one training step ----
 
@@ -202,12 +219,8 @@ class LuminaNetworkTrainer(NetworkTrainer):
     # ---- previews ----
 
     def encode_prompts(self) -> None:
-        from library.lumina.loading import gemma2_fingerprint
-
         if not self.prompts:
             return
-        max_tokens = self.config.model.gemma2_max_token_length
-        without_system_prompt = gemma2_fingerprint(self.files, self.weight_dtype, max_tokens, "")
         positive = self.data.extra_text(
             [prompt.prompt for prompt in self.prompts],
             lambda texts: self.ready_text_encoder().encode(texts),
@@ -218,7 +231,7 @@ class LuminaNetworkTrainer(NetworkTrainer):
         negative = self.data.extra_text(
             [prompt.negative_prompt for prompt in self.prompts],
             lambda texts: self.ready_text_encoder().encode(texts, system_prompt=""),
-            without_system_prompt,
+            self._text_fingerprint(""),
             self.sharing(),
         )
         self._prompt_features.update(zip(self.prompts, zip(positive, negative, strict=True), strict=True))

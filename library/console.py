@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import logging
 import os
+import signal
 import sys
+import time
 import warnings
 from collections.abc import Callable
 from pathlib import Path
@@ -23,6 +25,9 @@ _NOISY = (
     "PIL",
     "urllib3",
 )
+
+
+_LET_THE_FIRST_SPEAK_S = 3.0
 
 
 class _BetweenBars(logging.Handler):
@@ -87,16 +92,25 @@ def set_up_logging(level: str | None = None, file: Path | None = None, simple: b
         os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "3")
 
 
+def _as_ctrl_c(*_: object) -> None:
+    raise KeyboardInterrupt
+
+
 def run_program(main: Callable[[], None]) -> None:
     """Runs an entry script: a user's error becomes one message and exit code 2, Ctrl+C exit code 130."""
     set_up_logging()
+    signal.signal(signal.SIGTERM, _as_ctrl_c)  # how schedulers and containers end a program
     try:
         main()
     except UserError as error:
-        # Every process finds the same error; one of them says it.
         if process_rank() == 0:
             logging.getLogger(__name__).error("%s", error)
+        else:
+            # Mostly all processes find the same error, and the launcher ends the others as soon as the first has said
+            # it. What only this process has found is heard a moment later.
+            time.sleep(_LET_THE_FIRST_SPEAK_S)
+            logging.getLogger(__name__).error("process %d: %s", process_rank(), error)
         sys.exit(2)
     except KeyboardInterrupt:
-        logging.getLogger(__name__).warning("Stopped by Ctrl+C")
+        logging.getLogger(__name__).warning("Stopped by the user")
         sys.exit(130)

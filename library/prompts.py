@@ -62,6 +62,16 @@ def _multipliers(text: str) -> tuple[float, ...]:
     return tuple(float(part) for part in text.split(","))
 
 
+MAX_SEED = 2**63 - 1
+
+
+def _seed(text: str) -> int:
+    seed = int(text)
+    if not 0 <= seed <= MAX_SEED:
+        raise ValueError(f"seeds go from 0 to {MAX_SEED}")
+    return seed
+
+
 def _steps(text: str) -> int:
     steps = int(text)
     if not 1 <= steps <= 1000:
@@ -80,7 +90,7 @@ _OPTIONS: dict[str, tuple[str, Callable[[str], Any]]] = {
     "n": ("negative_prompt", str),
     "w": ("width", _size),
     "h": ("height", _size),
-    "d": ("seed", int),
+    "d": ("seed", _seed),
     "s": ("sample_steps", _steps),
     "l": ("scale", float),
     "g": ("scale", float),
@@ -133,7 +143,9 @@ def parse_line(line: str, defaults: Prompt, origin: str, interactive: bool = Fal
     return replace(defaults, **values)
 
 
-def _from_table(table: Mapping[str, Any], defaults: Prompt, origin: str) -> Prompt:
+def _from_table(table: Any, defaults: Prompt, origin: str) -> Prompt:
+    if not isinstance(table, Mapping):
+        raise PromptError(f"{origin}: {table!r} is no prompt; write a table of keys such as prompt, width and seed")
     fields = {field: convert for field, convert in _OPTIONS.values() if field != "multipliers"} | {"prompt": str}
     values = {}
     for key, value in table.items():
@@ -184,6 +196,8 @@ def _read_txt(text: str, defaults: Prompt, path: Path) -> list[Prompt]:
 
 def _read_toml(text: str, defaults: Prompt, path: Path) -> list[Prompt]:
     content = tomllib.loads(text).get("prompt", {})
+    if not isinstance(content, dict):
+        raise PromptError(f"--sample_prompts: {path}: prompt is no table; write [[prompt.subset]] and its keys below")
     subsets = content.pop("subset", [])
     common = _from_table(content, defaults, f"{path}: [prompt]")
     origins = [f"{path}: prompt.subset[{index}]" for index in range(len(subsets))]

@@ -2,9 +2,12 @@
 
 import os
 import sys
+import tempfile
 from pathlib import Path
 
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
+# Remembered hashes of files go where they do not outlive the tests.
+os.environ["XDG_CACHE_HOME"] = tempfile.mkdtemp(prefix="lumina-tests-")
 
 TESTS = Path(__file__).resolve().parent
 for folder in (TESTS.parent, TESTS):

@@ -1,9 +1,10 @@
 """Makes very small models with the layout of the real ones: for the quickstart, and for the tests.
 
-    python configs/quickstart/make_models.py --output_dir configs/quickstart/models
+    python configs/quickstart/make_models.py --output_dir DIR --train_ae_steps 900 --train_dit_steps 6000
 
 Everything is made here from fixed seeds; nothing is downloaded. The three files are read by the same code as the real
-2.6 B model. With --train_ae_steps and --train_dit_steps they are taught on generated pictures, see teach_models.py.
+2.6 B model. The steps teach them generated pictures (see teach_models.py), which takes about half an hour on one CPU core;
+without them the weights stay random.
 """
 
 from __future__ import annotations

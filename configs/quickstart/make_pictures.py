@@ -2,8 +2,8 @@
 
     python configs/quickstart/make_pictures.py --output_dir configs/quickstart/pictures
 
-The small model of the quickstart knows discs and colours, but no zorp: the LoRA teaches it one. Sizes and file formats
-differ on purpose, as in real folders: PNG, JPEG (one of them turned by its EXIF entry), WebP, and a transparent PNG.
+The small model of the quickstart knows plain shapes and colours, but no zorp: the LoRA teaches it one. Sizes and file
+formats differ on purpose, as in real folders: PNG, JPEG (one turned by its EXIF entry), WebP, and a transparent PNG.
 """
 
 from __future__ import annotations

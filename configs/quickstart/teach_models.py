@@ -162,10 +162,10 @@ def teach_next_dit(models: Models, steps: int, seed: int = 0, num_pictures: int 
 def _examples(models: Models, pictures: tuple[Tensor, list[str]]) -> tuple[Tensor, list[Tensor]]:
     """Returns latents (B,C,H,W) and text features; some captions have the system prompt, some are empty."""
     pixels, captions = pictures
-    ae = Autoencoder(build_autoencoder(models.ae_config, models.ae), models.ae_config, "")
+    ae = Autoencoder(build_autoencoder(models.ae_config, models.ae), models.ae_config)
     tensors = {name: models.gemma2[name] for name in models.gemma2_config.tensor_shapes()}
     encoder = Gemma2Encoder(
-        build_gemma2(models.gemma2_config, tensors), GemmaTokenizer(models.tokenizer, 256), SYSTEM_PROMPT, ""
+        build_gemma2(models.gemma2_config, tensors), GemmaTokenizer(models.tokenizer, 256), SYSTEM_PROMPT
     )
     features: list[Tensor] = []
     with torch.no_grad():

@@ -83,7 +83,7 @@ class Batch:
         pixels: (B, 3, H, W) float32 in [-1, 1], or ``None`` where latents are given.
         text: per sample (L_i, D) bfloat16 from the cache, or ``None`` where captions are to be encoded.
         loss_weights: (B,) float32.
-        num_global: samples of this step over all processes; what the loss is divided by.
+        num_global: samples of the whole global batch, over all processes.
     """
 
     draws: tuple[Draw, ...]

@@ -51,13 +51,11 @@ class Autoencoder:
     Attributes:
         model: diffusers' ``AutoencoderKL``; move it with ``.model.to(device)``.
         config: sizes, shift and scale.
-        fingerprint: hash of all that latents depend on besides the picture: weights, scale and dtype.
     """
 
-    def __init__(self, model: nn.Module, config: AutoencoderConfig, fingerprint: str) -> None:
+    def __init__(self, model: nn.Module, config: AutoencoderConfig) -> None:
         self.model: Any = model
         self.config = config
-        self.fingerprint = fingerprint
 
     @property
     def latent_channels(self) -> int:

@@ -15,6 +15,7 @@ from typing import TYPE_CHECKING, Any, Generic, TypeVar
 from tqdm import tqdm
 
 from library.errors import ModelFileError
+from library.file_hashes import remembered
 from library.lumina.checkpoint_files import Checkpoint, TensorEntry
 from library.lumina.key_maps import Found, Layout, find_layout, is_harmless
 from library.lumina.model_guess import guess_model
@@ -28,7 +29,6 @@ ConfigT = TypeVar("ConfigT")
 _FLOAT_DTYPES = {"F64", "F32", "BF16", "F16", "F8_E4M3", "F8_E5M2"}
 _FP8_DTYPES = {"F8_E4M3", "F8_E5M2"}
 _SCALE_SUFFIXES = ("scale_weight", "weight_scale")
-_FINGERPRINT_BYTES = 4096
 _NAMES_SHOWN = 5
 
 
@@ -63,16 +63,29 @@ class ComponentFile(Generic[ConfigT]):
 
     @cached_property
     def fingerprint(self) -> str:
-        """A hash over each tensor's name, dtype, shape and first 4 KiB: cheap, and different for other weights."""
-        digest = hashlib.blake2b(digest_size=16)
-        digest.update(json.dumps(dataclasses.asdict(self.config), sort_keys=True).encode())  # type: ignore[call-overload]
-        with _OpenFiles() as files:
-            for name in sorted(self.sources):
-                source = self.sources[name]
-                for entry in (*source.entries, *filter(None, source.scales)):
-                    digest.update(f"{name} {entry.dtype} {list(source.shape)}".encode())
-                    digest.update(files.read(entry, limit=_FINGERPRINT_BYTES))
-        return digest.hexdigest()
+        """A hash over each tensor's name, dtype, shape and bytes; made once for a file, then remembered."""
+        entries = [
+            (name, entry)
+            for name, source in sorted(self.sources.items())
+            for entry in (*source.entries, *filter(None, source.scales))
+        ]
+        layout = hashlib.blake2b(json.dumps(dataclasses.asdict(self.config), sort_keys=True).encode())  # type: ignore[call-overload]
+        for name, entry in entries:
+            layout.update(f"{name} {entry.dtype} {list(self.sources[name].shape)} {entry.start}".encode())
+
+        def compute() -> str:
+            digest = hashlib.blake2b(digest_size=16)
+            total = sum(entry.end - entry.start for _, entry in entries)
+            bar = tqdm(total=total, desc=f"Hashing {self.path.name}", unit="B", unit_scale=True, delay=2, leave=False)
+            with _OpenFiles() as files, bar:
+                for name, entry in entries:
+                    digest.update(f"{name} {entry.dtype} {list(self.sources[name].shape)}".encode())
+                    for part in files.parts(entry):
+                        digest.update(part)
+                        bar.update(len(part))
+            return digest.hexdigest()
+
+        return remembered(f"component {layout.hexdigest()}", sorted({entry.file for _, entry in entries}), compute)
 
     @property
     def num_parameters(self) -> int:
@@ -102,17 +115,21 @@ class _OpenFiles:
         for file in self._files.values():
             file.close()
 
-    def read(self, entry: TensorEntry, limit: int | None = None) -> bytearray:
-        """Returns the entry's bytes, at most ``limit``."""
+    def read(self, entry: TensorEntry) -> bytearray:
+        """Returns the entry's bytes."""
+        return next(self.parts(entry, entry.end - entry.start), bytearray())
+
+    def parts(self, entry: TensorEntry, size: int = 16 * 2**20) -> Iterator[bytearray]:
+        """Yields the entry's bytes in parts of at most ``size``."""
         if entry.file not in self._files:
             self._files[entry.file] = entry.file.open("rb")
         file = self._files[entry.file]
-        size = entry.end - entry.start
-        data = bytearray(size if limit is None else min(limit, size))
-        file.seek(entry.start)
-        if file.readinto(data) != len(data):
-            raise ModelFileError(f"{entry.file} became shorter while it was read. Start again when it is complete.")
-        return data
+        for start in range(entry.start, entry.end, max(size, 1)):
+            data = bytearray(min(size, entry.end - start))
+            file.seek(start)
+            if file.readinto(data) != len(data):
+                raise ModelFileError(f"{entry.file} became shorter while it was read. Start again when it is complete.")
+            yield data
 
 
 class _TensorReader:

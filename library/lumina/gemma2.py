@@ -89,15 +89,12 @@ class Gemma2Encoder:
             is chosen when it is loaded (converting it later would round the rotary frequencies too).
         tokenizer: text -> tokens.
         system_prompt: put in front of every caption that is not empty.
-        fingerprint: hash of all that a feature depends on besides its caption: weights, dtype, system prompt, token
-            limit and tokenizer.
     """
 
-    def __init__(self, model: nn.Module, tokenizer: GemmaTokenizer, system_prompt: str, fingerprint: str) -> None:
+    def __init__(self, model: nn.Module, tokenizer: GemmaTokenizer, system_prompt: str) -> None:
         self.model: Any = model
         self.tokenizer = tokenizer
         self.system_prompt = system_prompt
-        self.fingerprint = fingerprint
 
     @property
     def device(self) -> torch.device:

@@ -94,7 +94,7 @@ class ModelFiles:
 
 
 def gemma2_fingerprint(files: ModelFiles, dtype: torch.dtype, max_token_length: int, system_prompt: str) -> str:
-    """Returns ``Gemma2Encoder.fingerprint`` without loading the model: filled caches need neither it nor transformers.
+    """Returns a hash of all that a text feature depends on besides its caption; the model is not loaded for it.
 
     Raises:
         ModelFileError: the tokenizer is missing or does not fit.
@@ -104,7 +104,7 @@ def gemma2_fingerprint(files: ModelFiles, dtype: torch.dtype, max_token_length: 
 
 
 def autoencoder_fingerprint(file: ComponentFile[AutoencoderConfig], dtype: torch.dtype) -> str:
-    """Returns ``Autoencoder.fingerprint`` without loading the model."""
+    """Returns a hash of all that latents depend on besides their picture; the model is not loaded for it."""
     return _hash(file.fingerprint, dtype)
 
 
@@ -335,8 +335,7 @@ def load_gemma2(
 
     tokenizer = files.load_tokenizer(max_token_length)
     model = build_gemma2(files.gemma2.config, files.gemma2.tensors(dtype, show_progress))
-    fingerprint = gemma2_fingerprint(files, dtype, max_token_length, system_prompt)
-    return Gemma2Encoder(model, tokenizer, system_prompt, fingerprint)
+    return Gemma2Encoder(model, tokenizer, system_prompt)
 
 
 def load_autoencoder(
@@ -346,4 +345,4 @@ def load_autoencoder(
     from library.lumina.autoencoder import Autoencoder, build_autoencoder
 
     model = build_autoencoder(file.config, file.tensors(dtype, show_progress))
-    return Autoencoder(model, file.config, autoencoder_fingerprint(file, dtype))
+    return Autoencoder(model, file.config)

@@ -143,8 +143,11 @@ def _read_config_file(path: Path, specs: Mapping[str, FlagSpec]) -> dict[str, An
     except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
         raise SettingsError(f"--config_file: {path} is not valid TOML: {error}") from error
     flat: dict[str, Any] = {}
-    for key, value in content.items():
-        flat.update(value if isinstance(value, dict) else {key: value})
+    for section, content_of in content.items():
+        for key, value in (content_of if isinstance(content_of, dict) else {section: content_of}).items():
+            if key in flat:
+                raise SettingsError(f"{path}: {key} stands in two sections, as {flat[key]!r} and {value!r}; keep one")
+            flat[key] = value
     aliases = {alias: spec.name for spec in specs.values() for alias in spec.aliases}
     result = {}
     for key, value in flat.items():
@@ -196,6 +199,8 @@ def warn_of_ignored(given: Mapping[str, Any]) -> None:
         logger.warning("These flags have no effect here: %s", "; ".join(parts))
 
 
+_WITH_MIN_LR = ("cosine_with_min_lr", "cosine_warmup_with_min_lr", "warmup_stable_decay")
+
 _NEEDS: tuple[tuple[tuple[str, ...], str, Callable[[TrainConfig], bool]], ...] = (
     (("text_encoder_lr",), "Gemma2 is not trained", lambda c: c.trains_text_encoder),
     (("unet_lr",), "the Next-DiT is not trained", lambda c: c.trains_dit),
@@ -237,7 +242,46 @@ _NEEDS: tuple[tuple[tuple[str, ...], str, Callable[[TrainConfig], bool]], ...] =
         "nothing is cached to disk",
         lambda c: c.data.cache_latents_to_disk or c.data.cache_text_encoder_outputs_to_disk,
     ),
-    (("train_data_dir",), "--dataset_config says where the pictures are", lambda c: c.data.dataset_config is None),
+    (
+        ("sample_prompts",),
+        "nothing says when to draw; add --sample_every_n_epochs, --sample_every_n_steps or --sample_at_first",
+        lambda c: bool(c.samples.sample_every_n_epochs or c.samples.sample_every_n_steps or c.samples.sample_at_first),
+    ),
+    (
+        ("lr_warmup_steps", "lr_scheduler_num_cycles", "lr_scheduler_power", "lr_scheduler_min_lr_ratio"),
+        "--lr_scheduler_type takes its arguments from --lr_scheduler_args",
+        lambda c: not c.optimizer.lr_scheduler_type,
+    ),
+    (
+        ("lr_scheduler_power",),
+        "--lr_scheduler is not polynomial",
+        lambda c: bool(c.optimizer.lr_scheduler_type) or c.optimizer.lr_scheduler == "polynomial",
+    ),
+    (
+        ("lr_scheduler_timescale",),
+        "--lr_scheduler is not inverse_sqrt",
+        lambda c: c.optimizer.lr_scheduler == "inverse_sqrt",
+    ),
+    (
+        ("lr_decay_steps",),
+        "--lr_scheduler is not warmup_stable_decay",
+        lambda c: c.optimizer.lr_scheduler == "warmup_stable_decay",
+    ),
+    (
+        ("lr_scheduler_min_lr_ratio",),
+        "this --lr_scheduler goes down to its own end",
+        lambda c: bool(c.optimizer.lr_scheduler_type) or c.optimizer.lr_scheduler in _WITH_MIN_LR,
+    ),
+    (
+        ("wandb_run_name", "wandb_api_key"),
+        "--log_with does not name wandb",
+        lambda c: c.log.log_with in ("wandb", "all"),
+    ),
+    (
+        ("log_prefix", "log_tracker_name", "log_tracker_config", "log_config"),
+        "there is no tracker; add --logging_dir or --log_with",
+        lambda c: c.log.logging_dir is not None or c.log.log_with is not None,
+    ),
     (("lr_scheduler",), "--lr_scheduler_type goes before it", lambda c: not c.optimizer.lr_scheduler_type),
     (("no_half_vae",), "--mixed_precision no computes in float32 anyway", lambda c: c.memory.mixed_precision != "no"),
     (("max_train_steps",), "--max_train_epochs goes before it", lambda c: c.schedule.max_train_epochs is None),
@@ -265,6 +309,16 @@ def warn_of_unused(config: TrainConfig) -> None:
         logger.warning("These flags have no effect in this run: %s", "; ".join(parts))
 
 
+def _toml_value(name: str, value: Any) -> Any:
+    if isinstance(value, Path):
+        return str(value)
+    if isinstance(value, tuple):
+        return list(value)
+    if isinstance(value, float) and name in ("lr_warmup_steps", "lr_decay_steps"):
+        return f"{value * 100:g}%"  # 1.0 would be read back as one step
+    return value
+
+
 def _write_config_file(path: Path | None, given: Mapping[str, Any], specs: Mapping[str, FlagSpec]) -> None:
     import toml
 
@@ -277,6 +331,6 @@ def _write_config_file(path: Path | None, given: Mapping[str, Any], specs: Mappi
     plain = {}
     for name, value in given.items():
         if not specs[name].secret:
-            plain[name] = str(value) if isinstance(value, Path) else list(value) if isinstance(value, tuple) else value
+            plain[name] = _toml_value(name, value)
     write_text(path, toml.dumps(plain))
     logger.info("Wrote %s", path)

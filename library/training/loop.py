@@ -130,16 +130,18 @@ class Loop:
             loss = (losses * batch.loss_weights.to(losses.device)).sum() / num_samples
             loss.backward()
             step_loss += loss.detach()
-        loss_value = float(parts.processes.add_up(self._parameters, step_loss))
-        names = [draw.item.path.name for batch in batches for draw in batch.draws]
-        check_finite(loss_value, self.step + 1, names)
+        step_loss = parts.processes.add_up(self._parameters, step_loss)
         gradient_norm = clip_gradients(self._parameters, settings.max_grad_norm)
+        # One wait for the device, not two.
+        loss_value, norm_value = torch.stack([step_loss.float(), gradient_norm.float()]).tolist()
+        names = [draw.item.path.name for batch in batches for draw in batch.draws]
+        check_finite(loss_value, norm_value, self.step + 1, names)
         rates = {name: float(rate) for name, rate in zip(parts.group_names, parts.scheduler.get_last_lr(), strict=True)}
         parts.optimizer.step()
         parts.scheduler.step()
         parts.optimizer.zero_grad(set_to_none=True)
         self.step += 1
-        values = {"loss/current": loss_value, "norm/gradient": float(gradient_norm)}
+        values = {"loss/current": loss_value, "norm/gradient": norm_value}
         values.update({f"lr/{name}": rate for name, rate in rates.items()})
         if settings.scale_weight_norms is not None:
             scaled, mean, largest = parts.network.apply_max_norm_regularization(

@@ -20,6 +20,7 @@ from typing import Any
 
 from library.data import summary
 from library.data.dataset import TrainingData
+from library.file_hashes import remembered
 from library.files import sha256_of_file
 from library.keyed_random import key
 from library.training.arguments import TrainConfig
@@ -113,7 +114,8 @@ class FileHashes:
             with self._path.open("rb") as file:
                 file.seek(0x100000)
                 short = hashlib.sha256(file.read(0x10000)).hexdigest()[:8]
-            self._result = {"sd_model_hash": short, "new_sd_model_hash": sha256_of_file(self._path)}
+            whole = remembered("sha256", [self._path], lambda: sha256_of_file(self._path))
+            self._result = {"sd_model_hash": short, "new_sd_model_hash": whole}
         except OSError as error:
             self._error = error
 
@@ -134,8 +136,8 @@ class RunFacts:
     """What is known of a run only once it has been set up."""
 
     seed: int
-    network_dim: int
-    network_alpha: float
+    network_dim: int | str
+    network_alpha: float | str
     num_steps: int
     num_epochs: int
     num_batches_per_epoch: int

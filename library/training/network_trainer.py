@@ -136,6 +136,10 @@ class NetworkTrainer(abc.ABC):
         """Warns of captions that the text encoder cannot take whole."""
 
     @abc.abstractmethod
+    def text_cache_bytes(self, captions: Iterable[str]) -> int:
+        """Returns how many bytes the features of captions take."""
+
+    @abc.abstractmethod
     def blocks(self) -> Iterable[nn.Module]:
         """Returns the blocks whose insides gradient checkpointing computes again in backward."""
 
@@ -175,11 +179,11 @@ class NetworkTrainer(abc.ABC):
             raise SettingsError("--network_module is missing")
         try:
             found = importlib.util.find_spec(name)
-        except ModuleNotFoundError:
+        except (ImportError, ValueError):  # a package that is not there, or no module's name at all
             found = None
         if found is None:
             raise SettingsError(
-                f"--network_module: there is no Python module {name}; give networks.lora_lumina, or install the module's"
+                f"--network_module: there is no Python module {name!r}; give networks.lora_lumina, or install the module's"
                 " package"
             )
         if self._has_companion():
@@ -235,6 +239,17 @@ class NetworkTrainer(abc.ABC):
             self.config.data, self.seed, self.dataset_configs, show_progress=self.processes.is_main
         )
         self.check_captions()
+        output_dir = self.output_dir()
+        try:
+            output_dir.mkdir(parents=True, exist_ok=True)
+        except OSError as error:
+            raise SettingsError(f"--output_dir: {output_dir} cannot be made ({error}); give another folder") from error
+
+    def output_dir(self) -> Path:
+        """Returns the folder for the run's files."""
+        if self.config.output.output_dir is None:  # OutputSettings refuses that; stated for the type checker
+            raise SettingsError("--output_dir is missing")
+        return self.config.output.output_dir
 
     def cache_latents(self) -> None:
         """Encodes the pictures that have no cache entry yet, if they are to be cached, and lets the autoencoder go."""
@@ -278,6 +293,15 @@ class NetworkTrainer(abc.ABC):
             return self.ready_text_encoder().encode(captions)
 
         captions = self.data.caption_folders(range(1, self.plan.num_epochs + 1))
+        if len(captions) > len(self.data.items) + 1:  # one each, and the empty one
+            logger.warning(
+                "Shuffled, dropped and chosen tags give %d different captions for %d pictures in %d epochs; each is encoded"
+                " and kept, about %.1f GiB. Fewer epochs, or captions that stay the same, need less",
+                len(captions),
+                len(self.data.items),
+                self.plan.num_epochs,
+                self.text_cache_bytes(captions) / 2**30,
+            )
         self.data.fill_text(captions, encode, self.text_fingerprint(), self.sharing())
         self.encode_prompts()
         self.text_encoder = None
@@ -287,14 +311,14 @@ class NetworkTrainer(abc.ABC):
         """Returns the text encoder on the device, read when it is first needed."""
         if self.text_encoder is None:
             self.text_encoder = self.load_text_encoder(self.weight_dtype)
-        self.text_encoder.model.to(self.device)
+        self._to_device(self.text_encoder.model)
         return self.text_encoder
 
     def ready_autoencoder(self) -> PictureEncoder:
         """Returns the autoencoder on the device, read when it is first needed."""
         if self.autoencoder is None:
             self.autoencoder = self.load_autoencoder(self.autoencoder_dtype)
-        self.autoencoder.model.to(self.device)
+        self._to_device(self.autoencoder.model)
         return self.autoencoder
 
     def load_models(self) -> None:
@@ -304,6 +328,10 @@ class NetworkTrainer(abc.ABC):
             self.ready_text_encoder()
         if not self.config.data.cache_latents:
             self.ready_autoencoder()
+
+    def _to_device(self, model: nn.Module) -> None:
+        if next(model.parameters()).device != self.device:
+            model.to(self.device)
 
     def _free(self) -> None:
         import torch
@@ -366,6 +394,11 @@ class NetworkTrainer(abc.ABC):
                 1.0, config.network_dim, config.network_alpha, None, trained_encoders, model, **arguments
             )
         network.apply_to(trained_encoders, model, bool(trained_encoders), self.config.trains_dit)
+        if trained_encoders and not getattr(network, "text_encoder_loras", True):
+            raise SettingsError(
+                f"--dim_from_weights: {config.network_weights} holds no LoRA for the text encoder, so there is none to"
+                " train; add --network_train_unet_only or --cache_text_encoder_outputs"
+            )
         if config.network_weights is not None and not config.dim_from_weights:
             network.load_weights(str(config.network_weights))
         return network
@@ -398,23 +431,19 @@ class NetworkTrainer(abc.ABC):
     def run_epochs(self) -> None:
         """Trains, saving and drawing on the way, and writes the final file.
 
-        On Ctrl+C what has been trained is saved before the program ends.
+        Where the run ends before its time, by Ctrl+C or by an error, what has been trained is saved first.
         """
         from library.training.loop import Loop, LoopParts, LoopSettings
         from library.training.previews import Previews
         from library.training.saving import Saver
 
         config = self.config
-        output_dir = config.output.output_dir
-        if output_dir is None:  # OutputSettings refuses that; stated for the type checker
-            raise SettingsError("--output_dir is missing")
-        output_dir.mkdir(parents=True, exist_ok=True)
         self.saver = Saver(config.output, self.plan.num_epochs, self._metadata_writer())
         self.previews = Previews(
             config.samples,
             self.prompts,
             self.seed,
-            output_dir,
+            self.output_dir(),
             config.output.output_name,
             self.processes,
             self.trackers,
@@ -444,7 +473,7 @@ class NetworkTrainer(abc.ABC):
         self.previews.at_first()
         try:
             self.loop.run()
-        except KeyboardInterrupt:
+        except BaseException:
             if self.processes.is_main and self.loop.step:
                 self.saver.at_interrupt(self.loop.step, self.loop.finished_epochs)
             raise
@@ -485,8 +514,8 @@ class NetworkTrainer(abc.ABC):
         hashes = FileHashes(base_file) if base_file is not None and self.processes.is_main else None
         facts = RunFacts(
             seed=self.seed,
-            network_dim=config.network.network_dim or DEFAULT_NETWORK_DIM,
-            network_alpha=config.network.network_alpha,
+            network_dim=self._rank_and_alpha()[0],
+            network_alpha=self._rank_and_alpha()[1],
             num_steps=self.plan.num_steps,
             num_epochs=self.plan.num_epochs,
             num_batches_per_epoch=self.plan.num_batches,
@@ -503,6 +532,15 @@ class NetworkTrainer(abc.ABC):
             self.network.save_weights(str(path), dtype, metadata.at(step, epoch))
 
         return write
+
+    def _rank_and_alpha(self) -> tuple[int | str, float | str]:
+        """Returns rank and alpha for the metadata: of the file with ``--dim_from_weights``, "Dynamic" where they vary."""
+        config = self.config.network
+        if not config.dim_from_weights or not hasattr(self.network, "loras"):
+            return config.network_dim or DEFAULT_NETWORK_DIM, config.network_alpha
+        ranks = {lora.lora_dim for lora in self.network.loras}
+        alphas = {float(lora.alpha) for lora in self.network.loras}
+        return ranks.pop() if len(ranks) == 1 else "Dynamic", alphas.pop() if len(alphas) == 1 else "Dynamic"
 
     def finish(self) -> None:
         """Ends trackers and processes together."""

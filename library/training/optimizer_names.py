@@ -113,16 +113,16 @@ def check_optimizer(name: str, arguments: tuple[str, ...]) -> None:
         SettingsError: the name is neither built in, nor a class of torch.optim, nor a dotted path.
     """
     parse_literals("--optimizer_args", arguments)
-    if name.lower() in OPTIMIZERS or "." in name:
+    if name.lower() in OPTIMIZERS:
         return
     if name in _UNUSABLE:
         raise SettingsError(f"--optimizer_type: {name} cannot train a LoRA: {_UNUSABLE[name]}")
-    if any(part in name.lower() for part in NOT_YET):
+    if any(part in name.rpartition(".")[2].lower() for part in NOT_YET):
         raise SettingsError(
             f"--optimizer_type: {name} sets its own learning rate, which this version does not support; use AdamW or"
             " AdamW8bit"
         )
-    if name not in TORCH_OPTIMIZERS:
+    if "." not in name and name not in TORCH_OPTIMIZERS:
         known = [source.class_name for source in OPTIMIZERS.values()] + list(TORCH_OPTIMIZERS)
         raise SettingsError(
             f"--optimizer_type: {name!r} is no optimizer{nearest(name, known)}; give a built-in name, a torch.optim class"
@@ -137,6 +137,11 @@ def check_scheduler(settings: OptimizerSettings) -> None:
         SettingsError: unknown name, or an argument that the scheduler needs is missing or has no effect.
     """
     arguments = parse_literals("--lr_scheduler_args", settings.lr_scheduler_args)
+    if settings.lr_scheduler_type.endswith("ReduceLROnPlateau"):
+        raise SettingsError(
+            "--lr_scheduler_type ReduceLROnPlateau goes by a validation loss, which this version does not have; use"
+            " --lr_scheduler cosine"
+        )
     if settings.lr_scheduler_type:
         return
     name = settings.lr_scheduler

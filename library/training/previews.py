@@ -8,6 +8,8 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+import torch
+
 from library.files import write_with
 from library.keyed_random import key
 from library.prompts import Prompt
@@ -73,16 +75,28 @@ class Previews:
         if not self._prompts:
             return
         mine = range(self._processes.rank, len(self._prompts), self._processes.count)
-        drawn = [(index, self._draw_one(index, moment)) for index in mine]
+        drawn = [(index, picture) for index in mine if (picture := self._draw_one(index, moment)) is not None]
+        if self._processes.on_cuda:
+            torch.cuda.empty_cache()  # what the autoencoder needed is much, and training needs it for itself
         pictures = [entry for part in self._processes.gather(drawn) for entry in part]
         for index, picture in sorted(pictures, key=lambda entry: entry[0]):
             self._trackers.log_picture(f"sample_{index}", picture, step)
-        logger.info("Drew %d pictures to %s", len(self._prompts), self._folder)
+        logger.info("Drew %d pictures to %s", len(pictures), self._folder)
 
-    def _draw_one(self, index: int, moment: str) -> Image:
+    def _draw_one(self, index: int, moment: str) -> Image | None:
+        """Returns the picture, or None where memory is too short for it: the training is worth more than a preview."""
         prompt = self._prompts[index]
         seed = prompt.seed if prompt.seed is not None else key("preview", self._seed, index) % 2**32
-        picture = self._draw(prompt, seed)
+        try:
+            picture = self._draw(prompt, seed)
+        except torch.OutOfMemoryError:
+            torch.cuda.empty_cache()
+            logger.warning(
+                "There is too little memory for a preview of %dx%d; training goes on without it",
+                prompt.width,
+                prompt.height,
+            )
+            return None
         given = "" if prompt.seed is None else f"_{prompt.seed}"
         name = f"{self._prefix}{moment}_{index:02d}_{time.strftime('%Y%m%d%H%M%S')}{given}.png"
         write_with(self._folder / name, lambda path: picture.save(path))

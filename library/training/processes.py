@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import gc
 import logging
+import math
 import os
 import shutil
 from collections.abc import Sequence
@@ -27,7 +28,7 @@ def start_accelerator(precision: str, timeout_minutes: int | None, log: LogSetti
     """Returns accelerate's view of this process, with the process group started.
 
     Raises:
-        SettingsError: the launcher started more processes than accelerate sees, or the device lacks bf16.
+        SettingsError: the launcher started more processes than accelerate sees, or the device lacks the precision.
     """
     from accelerate import Accelerator
     from accelerate.utils import InitProcessGroupKwargs
@@ -35,7 +36,10 @@ def start_accelerator(precision: str, timeout_minutes: int | None, log: LogSetti
     handlers = []
     if timeout_minutes is not None:
         handlers.append(InitProcessGroupKwargs(timeout=timedelta(minutes=timeout_minutes)))
-    accelerator = Accelerator(mixed_precision=precision, kwargs_handlers=handlers, **accelerate_arguments(log))
+    try:
+        accelerator = Accelerator(mixed_precision=precision, kwargs_handlers=handlers, **accelerate_arguments(log))
+    except ValueError as error:  # accelerate refuses precisions that the device does not have
+        raise SettingsError(f"--mixed_precision {precision}: {error}") from error
     started = int(os.environ.get("WORLD_SIZE", "1"))
     if started > accelerator.num_processes:
         raise SettingsError(
@@ -44,8 +48,9 @@ def start_accelerator(precision: str, timeout_minutes: int | None, log: LogSetti
             " --num_processes N` (on CPUs with ACCELERATE_USE_CPU=true in the environment)"
         )
     if precision == "bf16" and accelerator.device.type == "cuda" and not torch.cuda.is_bf16_supported(False):
-        raise SettingsError(
-            f"--mixed_precision bf16: {torch.cuda.get_device_name()} cannot compute in bf16; use --mixed_precision no"
+        logger.warning(
+            "%s has no bf16 units: torch computes bf16 in a slow detour. --mixed_precision no needs twice the memory",
+            torch.cuda.get_device_name(),
         )
     if accelerator.device.type == "cpu" and shutil.which("nvidia-smi") and torch.version.cuda is None:
         logger.warning(
@@ -63,6 +68,7 @@ class Processes:
         self.rank: int = accelerator.process_index
         self.count: int = accelerator.num_processes
         self.is_main: bool = accelerator.is_main_process
+        self.on_cuda: bool = accelerator.device.type == "cuda"
         self._accelerator = accelerator
         # Lists are exchanged on the host, also where gradients go from GPU to GPU, and may be waited for as long as one
         # process encodes or draws; the launcher ends all of them when one fails.
@@ -107,14 +113,15 @@ class Processes:
             distributed.destroy_process_group()
 
 
-def check_finite(loss: float, step: int, names: Sequence[str]) -> None:
-    """Ends the run where the loss is no number any more, before the LoRA is spoilt.
+def check_finite(loss: float, gradient_norm: float, step: int, names: Sequence[str]) -> None:
+    """Ends the run where loss or gradient are no numbers any more, before they spoil the LoRA.
 
     Raises:
-        UserError: ``loss`` is NaN or infinite.
+        UserError: one of the two is NaN or infinite.
     """
-    if loss - loss != 0:
-        raise UserError(
-            f"the loss of step {step} is {loss}, so training cannot go on (pictures of this step: {', '.join(names)})."
-            " A lower --learning_rate usually helps; the files saved before this step are good"
-        )
+    for what, value in (("loss", loss), ("gradient's norm", gradient_norm)):
+        if not math.isfinite(value):
+            raise UserError(
+                f"the {what} of step {step} is {value}, so training cannot go on (pictures of this step:"
+                f" {', '.join(names)}). A lower --learning_rate usually helps; what was trained before this step is good"
+            )

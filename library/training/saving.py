@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import logging
+import time
 from collections.abc import Callable
 from pathlib import Path
 
+from library.errors import UserError
 from library.training.settings import OutputSettings
 
 logger = logging.getLogger(__name__)
@@ -79,17 +81,33 @@ class Saver:
 
     def at_end(self, step: int, epoch: int) -> Path:
         """Saves the final file and returns its path."""
-        self._save(self.final_path(), step, epoch)
-        return self.final_path()
+        return self._save(self.final_path(), step, epoch)
 
-    def at_interrupt(self, step: int, epoch: int) -> Path:
-        """Saves what has been trained so far under the step's name and returns its path."""
+    def at_interrupt(self, step: int, epoch: int) -> None:
+        """Saves what has been trained so far under the step's name, where a run ends before its time."""
         self._save(self.step_path(step), step, epoch)
-        return self.step_path(step)
 
-    def _save(self, path: Path, step: int, epoch: int) -> None:
-        self._write(path, step, epoch)
+    def _save(self, path: Path, step: int, epoch: int) -> Path:
+        """Writes the file, under another name where that one cannot be written, and returns its path.
+
+        Raises:
+            UserError: neither can be written.
+        """
+        try:
+            self._write(path, step, epoch)
+        except OSError as error:
+            other = path.with_name(f"{path.stem}-{time.strftime('%Y%m%d%H%M%S')}{path.suffix}")
+            logger.warning("%s cannot be written (%s); trying %s", path, error, other.name)
+            try:
+                self._write(other, step, epoch)
+            except OSError as second:
+                raise UserError(
+                    f"--output_dir: nothing can be written to {self._folder} ({second}); free some space there or give"
+                    " another folder"
+                ) from second
+            path = other
         logger.info("Saved %s", path)
+        return path
 
     def _remove(self, path: Path) -> None:
         if path.exists():

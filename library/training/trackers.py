@@ -48,6 +48,9 @@ class Trackers:
             accelerator: made with :func:`accelerate_arguments`.
             settings: names and keys.
             run_settings: flags of the run, stored with ``--log_config``; secrets must not be among them.
+
+        Raises:
+            SettingsError: ``--log_tracker_config`` is no TOML file.
         """
         self._accelerator = accelerator
         if not accelerator.log_with:
@@ -60,7 +63,10 @@ class Trackers:
         if settings.wandb_run_name:
             arguments = {"wandb": {"name": settings.wandb_run_name}}
         if settings.log_tracker_config is not None:
-            arguments = tomllib.loads(settings.log_tracker_config.read_text(encoding="utf-8"))
+            try:
+                arguments = tomllib.loads(settings.log_tracker_config.read_text(encoding="utf-8"))
+            except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
+                raise SettingsError(f"--log_tracker_config: {settings.log_tracker_config}: {error}") from error
         # Trackers take plain numbers and texts only.
         config = {name: str(value) for name, value in run_settings.items()} if settings.log_config else None
         accelerator.init_trackers(settings.log_tracker_name or "network_train", config=config, init_kwargs=arguments)

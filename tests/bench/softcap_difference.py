@@ -71,7 +71,7 @@ def load_encoder(path: Path, tokenizer_dir: Path | None, dtype: torch.dtype, max
     file = inspect_gemma2(checkpoint, ModelPaths(dit=path, gemma2=path), path, "--gemma2")
     source = find_tokenizer(checkpoint, path, tokenizer_dir, "--tokenizer_cache_dir")
     model = build_gemma2(file.config, file.tensors(dtype))
-    return Gemma2Encoder(model, GemmaTokenizer(source.proto, max_tokens), SYSTEM_PROMPT, "")
+    return Gemma2Encoder(model, GemmaTokenizer(source.proto, max_tokens), SYSTEM_PROMPT)
 
 
 @torch.no_grad()

@@ -128,6 +128,8 @@ def test_interactive(job: Job, lora: Path, tmp_path: Path) -> None:
         (["--dtype=fp16"], "draws black"),
         (["--lora_weights", "{models}/quickstart_ae.safetensors"], "--lora_weights: "),
         (["--steps=0"], "--steps"),
+        (["--seed=99999999999999999999"], "--seed"),
+        (["--device=gpu"], "--device: 'gpu'"),
         (["--gemma2=x"], "--gemma2"),
         (["--ae_path=nowhere"], "--ae_path"),
     ],

@@ -62,6 +62,9 @@ def replaced(flags: list[str], **values: object) -> list[str]:
         ({"network_weights": "{folder}/nowhere.safetensors"}, ["--network_weights", "nowhere"]),
         ({"network_weights": "{models}/quickstart_ae.safetensors"}, ["--network_weights", "no LoRA keys"]),
         ({"network_args": "train_blocks=nowhere"}, ["train_blocks", "nowhere"]),
+        ({"network_module": ".networks"}, ["--network_module", ".networks"]),
+        ({"lr_scheduler_type": "ReduceLROnPlateau"}, ["ReduceLROnPlateau", "cosine"]),
+        ({"optimizer_type": "schedulefree.AdamWScheduleFree"}, ["AdamWScheduleFree", "AdamW8bit"]),
         ({"metadata_thumbnail": "nowhere.png"}, ["--metadata_thumbnail", "nowhere.png"]),
         ({"sample_prompts": "{folder}/bad_prompts.txt"}, ["bad_prompts.txt, line 2", "--w"]),
         ({"gemma2_max_token_length": "-3"}, ["--gemma2_max_token_length"]),
@@ -151,6 +154,47 @@ def test_loss_that_is_no_number_ends_the_run(job: Job, tmp_path: Path, train: Ca
         train(
             job.train_flags(tmp_path / "out", "--learning_rate=1e30", "--max_grad_norm=0", "--network_train_unet_only")
         )
+
+
+def test_what_was_trained_is_saved_when_a_run_ends_in_an_error(
+    job: Job, tmp_path: Path, train: Callable, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from library.training.saving import Saver
+
+    def fail(self: Saver, step: int, epoch: int) -> None:
+        if step == 3:
+            raise RuntimeError("a defect")
+
+    monkeypatch.setattr(Saver, "after_step", fail)
+    with pytest.raises(RuntimeError, match="a defect"):
+        train(job.train_flags(tmp_path / "out", "--network_train_unet_only"))
+    assert [path.name for path in (tmp_path / "out").iterdir()] == ["my-step00000003.safetensors"]
+
+
+def test_a_system_prompt_that_leaves_no_room(job: Job, tmp_path: Path, train: Callable) -> None:
+    with pytest.raises(UserError, match="--system_prompt fills the 4 tokens"):
+        train(job.train_flags(tmp_path / "out", "--gemma2_max_token_length=4", "--system_prompt=a b c d e f g"))
+
+
+def test_many_captions_are_announced(job: Job, tmp_path: Path, train: Callable, capfd: pytest.CaptureFixture) -> None:
+    train(job.train_flags(tmp_path / "out", "--cache_text_encoder_outputs", "--shuffle_caption"))
+    log = capfd.readouterr().err
+    assert "different captions for 5 pictures in 2 epochs" in log
+    assert "GiB" in log
+
+
+def test_dim_from_weights_is_recorded_as_it_is(job: Job, tmp_path: Path, train: Callable) -> None:
+    from safetensors import safe_open
+
+    train(job.train_flags(tmp_path / "a", "--network_train_unet_only", "--network_dim=6", "--network_alpha=3"))
+    start = f"--network_weights={tmp_path / 'a' / 'my.safetensors'}"
+    flags = [flag for flag in job.train_flags(tmp_path / "b") if not flag.startswith("--network_dim")]
+    train([*flags, start, "--dim_from_weights", "--network_train_unet_only"])
+    with safe_open(tmp_path / "b" / "my.safetensors", "pt") as file:
+        metadata = file.metadata()
+    assert (metadata["ss_network_dim"], metadata["ss_network_alpha"]) == ("6", "3.0")
+    with pytest.raises(UserError, match="no LoRA for the text encoder"):
+        train([*flags, start, "--dim_from_weights"])
 
 
 def test_pictures_folder_that_cannot_be_written(job: Job, tmp_path: Path) -> None:

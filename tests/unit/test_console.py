@@ -58,7 +58,7 @@ def test_other_packages_are_quiet(capsys: pytest.CaptureFixture) -> None:
 
 @pytest.mark.parametrize(
     ("error", "code", "says"),
-    [(SettingsError("--x: wrong"), 2, "ERROR: --x: wrong"), (KeyboardInterrupt(), 130, "Stopped by Ctrl+C")],
+    [(SettingsError("--x: wrong"), 2, "ERROR: --x: wrong"), (KeyboardInterrupt(), 130, "Stopped by the user")],
 )
 def test_a_users_error_becomes_a_message(
     error: BaseException, code: int, says: str, capsys: pytest.CaptureFixture

@@ -91,6 +91,9 @@ def test_toml_subset_overrides_common_keys(tmp_path: Path) -> None:
         ("p.toml", '[[prompt.subset]]\nwidth = "wide"', "width = 'wide'"),
         ("p.json", '{"prompt": "a"}', "no list"),
         ("p.json", "[", "cannot be read"),
+        ("p.json", "[5]", "no prompt"),
+        ("p.toml", 'prompt = "x"', "[[prompt.subset]]"),
+        ("p.txt", "a --d 99999999999999999999", "seeds go from 0"),
     ],
 )
 def test_wrong_files(tmp_path: Path, name: str, content: str, says: str) -> None:

@@ -18,7 +18,7 @@ def autoencoder(dtype: torch.dtype = torch.float32, **changes: float) -> Autoenc
     models = tiny_models()
     config = dataclasses.replace(models.ae_config, **changes)
     tensors = {name: tensor.to(dtype) for name, tensor in models.ae.items()}
-    return Autoencoder(build_autoencoder(config, tensors), config, "")
+    return Autoencoder(build_autoencoder(config, tensors), config)
 
 
 def pixels() -> torch.Tensor:

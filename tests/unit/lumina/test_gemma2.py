@@ -14,7 +14,7 @@ def encoder() -> Gemma2Encoder:
     models = tiny_models()
     tensors = {name: models.gemma2[name].clone() for name in models.gemma2_config.tensor_shapes()}
     tokenizer = GemmaTokenizer(models.tokenizer, max_tokens=40)
-    return Gemma2Encoder(build_gemma2(models.gemma2_config, tensors), tokenizer, "Draw well.", "")
+    return Gemma2Encoder(build_gemma2(models.gemma2_config, tensors), tokenizer, "Draw well.")
 
 
 def test_features_equal_the_whole_models_hidden_states() -> None:
@@ -91,7 +91,7 @@ def test_nothing_is_trainable_until_the_caller_says_so(encoder: Gemma2Encoder) -
 def test_the_dtype_of_the_weights_is_that_of_the_features() -> None:
     models = tiny_models()
     tensors = {name: models.gemma2[name].bfloat16() for name in models.gemma2_config.tensor_shapes()}
-    encoder = Gemma2Encoder(build_gemma2(models.gemma2_config, tensors), GemmaTokenizer(models.tokenizer, 40), "", "")
+    encoder = Gemma2Encoder(build_gemma2(models.gemma2_config, tensors), GemmaTokenizer(models.tokenizer, 40), "")
     assert encoder.dtype == encoder.encode(["a cat"])[0].dtype == torch.bfloat16
     assert encoder.model.rotary_emb.inv_freq.dtype == torch.float32
     assert encoder.model.embed_tokens.weight.data_ptr() == tensors["embed_tokens.weight"].data_ptr()

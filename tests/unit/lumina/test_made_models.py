@@ -50,7 +50,7 @@ def test_teaching_brings_the_models_nearer_to_the_pictures(tmp_path: Path) -> No
     assert caption.startswith("a ")
     errors = []
     for each in (models, taught):
-        ae = Autoencoder(build_autoencoder(each.ae_config, each.ae), each.ae_config, "")
+        ae = Autoencoder(build_autoencoder(each.ae_config, each.ae), each.ae_config)
         errors.append((ae.decode(ae.encode(picture[None])) - picture).abs().mean().item())
     assert errors[1] < 0.8 * errors[0]
     assert any(not torch.equal(models.dit[name], taught.dit[name]) for name in models.dit)

@@ -50,4 +50,4 @@ def test_no_mask_reaches_the_kernel_where_nothing_is_padded(monkeypatch: pytest.
 
     monkeypatch.setattr(torch.nn.functional, "scaled_dot_product_attention", spy)
     sdpa_attention(*inputs(kv_heads=2), None)
-    assert calls == [(2, {"enable_gqa": True})]
+    assert calls == [(2, {"attn_mask": None, "enable_gqa": True})]

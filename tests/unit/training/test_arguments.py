@@ -182,6 +182,7 @@ def test_config_file_under_the_command_line(tmp_path: Path) -> None:
     ("line", "says"),
     [
         ("learnin_rate = 1", "did you mean 'learning_rate'"),
+        ("[a]\nseed = 1\n[b]\nseed = 2", "seed stands in two sections"),
         ('learning_rate = "oops"', "learning_rate: 'oops' is not a number"),
         ('mixed_precision = "int4"', "none of"),
         ("gradient_checkpointing = 3", "neither true nor false"),
@@ -242,7 +243,8 @@ def test_help_and_wrong_flags_import_nothing_heavy(script: str, argument: str, c
         (["--sigmoid_scale=2", "--timestep_sampling=uniform"], "--sigmoid_scale"),
         (["--save_last_n_epochs=2"], "--save_every_n_epochs"),
         (["--vae_batch_size=4"], "latents are not cached"),
-        (["--dataset_config=x.toml"], "--train_data_dir"),
+        (["--lr_scheduler=cosine", "--lr_scheduler_power=2"], "--lr_scheduler is not polynomial"),
+        (["--log_prefix=a"], "there is no tracker"),
     ],
 )
 def test_flags_without_effect_are_named(argv: list[str], named: str, caplog: pytest.LogCaptureFixture) -> None:

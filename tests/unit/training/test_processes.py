@@ -56,8 +56,10 @@ def test_missing_tracker_package(monkeypatch: pytest.MonkeyPatch) -> None:
 @pytest.mark.parametrize("loss", [float("nan"), float("inf"), float("-inf")])
 def test_a_loss_that_is_no_number(loss: float) -> None:
     with pytest.raises(UserError, match=r"step 3 .*a\.png"):
-        processes.check_finite(loss, 3, ["a.png"])
+        processes.check_finite(loss, 1.0, 3, ["a.png"])
+    with pytest.raises(UserError, match=r"gradient's norm of step 3 .*a\.png"):
+        processes.check_finite(1.0, loss, 3, ["a.png"])
 
 
 def test_a_loss_that_is_a_number() -> None:
-    processes.check_finite(0.5, 1, [])
+    processes.check_finite(0.5, 0.0, 1, [])

@@ -4,6 +4,7 @@ from pathlib import Path
 
 import pytest
 
+from library.errors import UserError
 from library.training.saving import Saver
 from library.training.settings import OutputSettings
 
@@ -66,3 +67,23 @@ def test_last_n_steps(tmp_path: Path) -> None:
 def test_save_n_epoch_ratio(tmp_path: Path, ratio: int, files: int) -> None:
     names, _ = run(tmp_path, output_name="my", save_n_epoch_ratio=ratio)
     assert len(names) == files + 1
+
+
+def test_a_file_that_cannot_be_written_goes_beside_it(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    (tmp_path / "my.safetensors").mkdir()  # as on Windows, where another program may hold the file
+    saver = Saver(
+        OutputSettings(output_dir=tmp_path, output_name="my"), 1, lambda path, *_: path.write_text("x") and None
+    )
+    written = saver.at_end(1, 1)
+    assert written.is_file()
+    assert written.name.startswith("my-2")
+    assert "my.safetensors cannot be written" in caplog.text
+
+
+def test_a_folder_that_takes_nothing_is_a_users_error(tmp_path: Path) -> None:
+    def refuse(path: Path, step: int, epoch: int) -> None:
+        raise OSError("disk full")
+
+    saver = Saver(OutputSettings(output_dir=tmp_path, output_name="my"), 1, refuse)
+    with pytest.raises(UserError, match="disk full"):
+        saver.at_end(1, 1)
