@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import logging
 import os
 import signal
@@ -108,8 +109,9 @@ def run_program(main: Callable[[], None]) -> None:
         else:
             # Mostly all processes find the same error, and the launcher ends the others as soon as the first has said
             # it. What only this process has found is heard a moment later.
-            time.sleep(_LET_THE_FIRST_SPEAK_S)
-            logging.getLogger(__name__).error("process %d: %s", process_rank(), error)
+            with contextlib.suppress(KeyboardInterrupt):
+                time.sleep(_LET_THE_FIRST_SPEAK_S)
+                logging.getLogger(__name__).error("process %d: %s", process_rank(), error)
         sys.exit(2)
     except KeyboardInterrupt:
         logging.getLogger(__name__).warning("Stopped by the user")

@@ -58,8 +58,27 @@ def test_processes_that_do_not_see_each_other_are_refused(job: Job, output: Path
     )
     done = launch("--config_file", str(config), "lumina_train_network.py", *job.train_flags(output))
     assert done.returncode != 0
-    assert done.stderr.count("the launcher started 2 processes, but accelerate sees 1") == 1
+    # Said by the first process, and by the other one where the launcher does not end it quickly enough.
+    assert "ERROR: the launcher started 2 processes, but accelerate sees 1" in done.stderr
     assert not output.exists()
+
+
+def test_an_error_that_only_the_second_process_finds_is_heard(job: Job, tmp_path: Path) -> None:
+    cache = tmp_path / "cache"
+    flags = ["--train_batch_size=1", "--cache_latents_to_disk", "--cache_text_encoder_outputs_to_disk"]
+    flags += [f"--cache_dir={cache}", "--max_train_epochs=1"]
+    done = launch(*TWO, "lumina_train_network.py", *job.train_flags(tmp_path / "a", *flags), environment=ON_CPU)
+    assert done.returncode == 0, done.stderr
+    # One step of two pictures: each process reads one of them, so each damaged file is met by one process only.
+    damaged = 0
+    for path in sorted((cache / "latents").iterdir()):
+        path.write_bytes(b"damaged")
+        damaged += 1
+    assert damaged >= 5
+    done = launch(*TWO, "lumina_train_network.py", *job.train_flags(tmp_path / "b", *flags), environment=ON_CPU)
+    assert done.returncode != 0
+    assert "ERROR: " in done.stderr
+    assert str(cache / "latents") in done.stderr
 
 
 @pytest.mark.slow
