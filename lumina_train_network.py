@@ -18,7 +18,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from library.console import run_program, set_up_logging
-from library.errors import SettingsError
+from library.errors import SettingsError, some
 from library.prompts import Prompt
 from library.training.arguments import parse_arguments
 from library.training.network_trainer import NetworkTrainer
@@ -79,7 +79,9 @@ class LuminaNetworkTrainer(NetworkTrainer):
         from library.lumina.loading import load_gemma2
 
         settings = self.config.model
-        return load_gemma2(self.files, dtype, settings.gemma2_max_token_length, settings.system_prompt)
+        return load_gemma2(
+            self.files, dtype, settings.gemma2_max_token_length, settings.system_prompt, self.processes.is_main
+        )
 
     def text_fingerprint(self) -> str:
         return self._text_fingerprint(self.config.model.system_prompt)
@@ -95,7 +97,7 @@ class LuminaNetworkTrainer(NetworkTrainer):
     def load_autoencoder(self, dtype: torch.dtype) -> Autoencoder:
         from library.lumina.loading import load_autoencoder
 
-        return load_autoencoder(self.files.ae, dtype)
+        return load_autoencoder(self.files.ae, dtype, self.processes.is_main)
 
     def latent_fingerprint(self) -> str:
         from library.lumina.loading import autoencoder_fingerprint
@@ -108,7 +110,7 @@ class LuminaNetworkTrainer(NetworkTrainer):
         from library.lumina.loading import load_next_dit
         from library.memory.attention import sdpa_attention
 
-        self.dit = load_next_dit(self.files.dit, dtype, attention=sdpa_attention)
+        self.dit = load_next_dit(self.files.dit, dtype, sdpa_attention, self.processes.is_main)
         return self.dit
 
     def empty_models(self) -> tuple[list[nn.Module], nn.Module]:
@@ -142,11 +144,10 @@ class LuminaNetworkTrainer(NetworkTrainer):
         if too_long:
             logger.warning(
                 "%d captions are longer than --gemma2_max_token_length %d with the system prompt; their ends are cut off:"
-                " %s%s",
+                " %s",
                 len(too_long),
                 limit,
-                ", ".join(too_long[:5]),
-                " ..." if len(too_long) > 5 else "",
+                some(too_long),
             )
 
     def text_cache_bytes(self, captions: Iterable[str]) -> int:
@@ -258,7 +259,9 @@ class LuminaNetworkTrainer(NetworkTrainer):
             cfg_trunc_ratio=prompt.cfg_trunc_ratio,
             renorm_cfg=prompt.renorm_cfg,
         )
-        latents = draw_latents(self.dit, positive, negative, (prompt.width, prompt.height), seed, options, self.device)
+        size_px = (prompt.width, prompt.height)
+        show_progress = self.processes.is_main
+        latents = draw_latents(self.dit, positive, negative, size_px, seed, options, self.device, show_progress)
         return to_picture(self.ready_autoencoder().decode, latents)
 
     # ---- metadata ----

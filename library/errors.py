@@ -36,3 +36,10 @@ def nearest(name: str, candidates: Iterable[str]) -> str:
     known = {candidate.lower(): candidate for candidate in candidates}
     close = difflib.get_close_matches(name.lower(), known, n=1, cutoff=0.6)
     return f" (did you mean '{known[close[0]]}'?)" if close else ""
+
+
+def some(names: Iterable[str], limit: int = 5) -> str:
+    """Returns the first names and how many more there are: ``"a, b and 3 more"``."""
+    listed = list(names)
+    more = f" and {len(listed) - limit} more" if len(listed) > limit else ""
+    return ", ".join(listed[:limit]) + more

@@ -17,14 +17,14 @@ import json
 import logging
 import pickle
 import re
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
 import torch
 from torch import Tensor
 
-from library.errors import NetworkError
+from library.errors import NetworkError, some
 
 logger = logging.getLogger(__name__)
 
@@ -241,13 +241,6 @@ def _fuse(name: str, parts: Mapping[str, Factors], qkv_rows: Sequence[int], sour
             column += block.shape[1]
         row += rows
     return Factors(down, up, scales[0] * rank if equal else float(rank))
-
-
-def some(names: Iterable[str], limit: int = 3) -> str:
-    """Returns the first names and how many more there are, for messages."""
-    listed = list(names)
-    more = f" and {len(listed) - limit} more" if len(listed) > limit else ""
-    return ", ".join(listed[:limit]) + more
 
 
 _OTHER_MODEL = "; the LoRA is for another model"

@@ -13,8 +13,8 @@ from typing import Any
 
 from torch import Tensor, nn
 
-from library.errors import NetworkError
-from networks.lora_files import Factors, drop_unused_layers, guess, read_lora_file, some, to_factors
+from library.errors import NetworkError, some
+from networks.lora_files import Factors, drop_unused_layers, guess, read_lora_file, to_factors
 from networks.lora_lumina_args import GEMMA2, LUMINA, NetworkArgs, check_network_args
 from networks.lora_network import (
     Dropouts,

@@ -17,7 +17,7 @@ import torch
 from torch import Tensor, nn
 
 from library import files
-from library.errors import NetworkError
+from library.errors import NetworkError, some
 from networks.lora import DropoutKeys, LoRAModule, SplitLoRAModule, is_block_diagonal
 from networks.lora_files import (
     Factors,
@@ -25,7 +25,6 @@ from networks.lora_files import (
     drop_unused_layers,
     guess,
     read_lora_file,
-    some,
     to_factors,
 )
 from networks.lora_table import Assignment, Table

@@ -19,11 +19,9 @@ from library.data.folders import pictures
 from library.data.items import Item
 from library.data.picture_index import PictureIndex, PictureRow
 from library.data.prefetch import prefetch
-from library.errors import DatasetError
+from library.errors import DatasetError, some
 
 logger = logging.getLogger(__name__)
-
-_NAMES_SHOWN = 5
 
 
 @dataclass
@@ -96,7 +94,7 @@ def warn_unreadable(pairs: Sequence[tuple[Path, str]]) -> None:
         count = (
             "1 picture cannot be read and is" if len(pairs) == 1 else f"{len(pairs)} pictures cannot be read and are"
         )
-        logger.warning("%s left out: %s", count, _some([f"{path} ({why})" for path, why in pairs]))
+        logger.warning("%s left out: %s", count, some([f"{path} ({why})" for path, why in pairs]))
 
 
 def _sharing(chooser: BucketChooser) -> Callable[[Size], Placement | None]:
@@ -171,7 +169,7 @@ def _report(findings: _Findings, num_items: int) -> None:
         logger.warning(
             "%d pictures are left out: with bucket_no_upscale, a side would be shorter than bucket_reso_steps: %s",
             len(findings.too_small),
-            _some([str(path) for path in findings.too_small]),
+            some([str(path) for path in findings.too_small]),
         )
     looked_for = ", ".join(sorted(findings.extensions))
     for paths, instead in ((findings.class_tokens, "their class tokens"), (findings.no_caption, "an empty caption")):
@@ -182,7 +180,7 @@ def _report(findings: _Findings, num_items: int) -> None:
                 num_items,
                 looked_for,
                 instead,
-                _some([path.name for path in paths]),
+                some([path.name for path in paths]),
             )
 
 
@@ -194,8 +192,3 @@ def _why_none(findings: _Findings) -> str:
     if findings.too_small:
         reasons.append(f"{len(findings.too_small)} are too small for a bucket, for example {findings.too_small[0]}")
     return ("; ".join(reasons) or "the folders are empty") + "."
-
-
-def _some(names: Sequence[str]) -> str:
-    more = f" and {len(names) - _NAMES_SHOWN} more" if len(names) > _NAMES_SHOWN else ""
-    return ", ".join(names[:_NAMES_SHOWN]) + more

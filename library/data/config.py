@@ -18,7 +18,7 @@ from typing import Any
 from library.data import schema
 from library.data.folders import first_picture, named_subfolders
 from library.data.settings import DataSettings
-from library.errors import DatasetError, nearest
+from library.errors import DatasetError, nearest, some
 
 logger = logging.getLogger(__name__)
 
@@ -91,7 +91,7 @@ def _dataset_of_folder(folder: Path, settings: DataSettings) -> DatasetConfig:
     loose = first_picture(folder)
     if others:
         logger.warning(
-            "%s: sub-folders without a repeat count in front (N_name) are not used: %s", folder, _some(others)
+            "%s: sub-folders without a repeat count in front (N_name) are not used: %s", folder, some(others)
         )
     subsets = []
     for sub_folder, repeats, class_tokens in named:
@@ -323,8 +323,3 @@ def _backslash_hint(content: str, message: str) -> str:
     if found and int(found[1]) <= len(lines) and "\\" in lines[int(found[1]) - 1]:
         return " Write Windows paths with forward slashes or in single quotes."
     return ""
-
-
-def _some(names: Sequence[str], limit: int = 5) -> str:
-    more = f" and {len(names) - limit} more" if len(names) > limit else ""
-    return ", ".join(names[:limit]) + more

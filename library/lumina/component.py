@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Any, Generic, TypeVar
 
 from tqdm import tqdm
 
-from library.errors import ModelFileError
+from library.errors import ModelFileError, some
 from library.file_hashes import remembered
 from library.lumina.checkpoint_files import Checkpoint, TensorEntry
 from library.lumina.key_maps import Found, Layout, find_layout, is_harmless
@@ -29,7 +29,6 @@ ConfigT = TypeVar("ConfigT")
 _FLOAT_DTYPES = {"F64", "F32", "BF16", "F16", "F8_E4M3", "F8_E5M2"}
 _FP8_DTYPES = {"F8_E4M3", "F8_E5M2"}
 _SCALE_SUFFIXES = ("scale_weight", "weight_scale")
-_NAMES_SHOWN = 5
 
 
 @dataclass(frozen=True)
@@ -290,23 +289,19 @@ def _report(
 ) -> None:
     parts = []
     if missing:
-        parts.append(f"{_count(missing)} missing ({_some(missing)})")
+        parts.append(f"{_count(missing)} missing ({some(missing)})")
     if unexpected:
-        parts.append(f"{_count(unexpected)} unexpected ({_some(unexpected)})")
+        parts.append(f"{_count(unexpected)} unexpected ({some(unexpected)})")
     if misshaped:
-        parts.append(f"{_count(misshaped)} of another shape ({_some(misshaped)})")
+        parts.append(f"{_count(misshaped)} of another shape ({some(misshaped)})")
     if quantised:
-        parts.append(f"{_count(quantised)} in a quantised format that cannot be read ({_some(quantised)})")
+        parts.append(f"{_count(quantised)} in a quantised format that cannot be read ({some(quantised)})")
     if parts:
         raise ModelFileError(describe("; ".join(parts)))
 
 
 def _count(names: Sequence[str]) -> str:
     return f"{len(names)} tensor{'s are' if len(names) > 1 else ' is'}"
-
-
-def _some(names: Sequence[str]) -> str:
-    return ", ".join(names[:_NAMES_SHOWN]) + (", ..." if len(names) > _NAMES_SHOWN else "")
 
 
 def not_this_model(flag: str, path: Path, wanted: str, shapes: Mapping[str, Shape], report: str = "") -> str:

@@ -29,6 +29,7 @@ def draw_latents(
     seed: int,
     options: SamplingOptions,
     device: torch.device,
+    show_progress: bool = True,
 ) -> Tensor:
     """Returns the latents (1,C,H,W) float32 of one picture, with a progress bar.
 
@@ -40,13 +41,14 @@ def draw_latents(
         seed: of the initial noise.
         options: steps and guidance.
         device: where the model is.
+        show_progress: with a bar.
     """
 
     def predict(latents: Tensor, lumina_time: Tensor, features: Tensor, mask: Tensor | None) -> Tensor:
         return model(latents.to(model.dtype), lumina_time, features, mask)
 
     noise = initial_noise(seed, model.config.channels, *size_px).to(device)
-    with tqdm(total=options.steps, desc="drawing", leave=False) as bar:
+    with tqdm(total=options.steps, desc="drawing", leave=False, disable=not show_progress) as bar:
         return sample(
             predict,
             noise,
