@@ -23,6 +23,7 @@ from tqdm import tqdm
 from library.data.dataset import Batch, TrainingData
 from library.training.optimizers import clip_gradients
 from library.training.processes import Processes, check_finite
+from library.training.report import RunPlan
 
 logger = logging.getLogger(__name__)
 
@@ -55,8 +56,7 @@ class LoopParts:
 class LoopSettings:
     """How the loop runs."""
 
-    num_steps: int
-    num_epochs: int
+    plan: RunPlan
     accumulation: int
     max_grad_norm: float
     scale_weight_norms: float | None
@@ -82,10 +82,12 @@ class Loop:
             UserError: the loss is no number any more.
         """
         settings, events = self.settings, self.parts.events
-        bar = tqdm(total=settings.num_steps, desc="steps", disable=not self.parts.processes.is_main, smoothing=0.05)
-        recent: deque[float] = deque(maxlen=self.steps_per_epoch())
+        bar = tqdm(
+            total=settings.plan.num_steps, desc="steps", disable=not self.parts.processes.is_main, smoothing=0.05
+        )
+        recent: deque[float] = deque(maxlen=settings.plan.steps_per_epoch)
         with bar:
-            for epoch in range(1, settings.num_epochs + 1):
+            for epoch in range(1, settings.plan.num_epochs + 1):
                 epoch_losses: list[float] = []
                 for batches, num_samples in self._steps_of(epoch):
                     values = self._train_step(batches, num_samples)
@@ -93,20 +95,17 @@ class Loop:
                     epoch_losses.append(values["loss/current"])
                     values["loss/average"] = sum(recent) / len(recent)
                     bar.update()
-                    bar.set_postfix(avr_loss=f"{values['loss/average']:.4f}", epoch=f"{epoch}/{settings.num_epochs}")
+                    bar.set_postfix(
+                        avr_loss=f"{values['loss/average']:.4f}", epoch=f"{epoch}/{settings.plan.num_epochs}"
+                    )
                     events.after_step(self.step, epoch, values)
-                    if self.step >= settings.num_steps:
+                    if self.step >= settings.plan.num_steps:
                         break
                 self.finished_epochs = epoch
                 mean = {"loss/epoch_average": sum(epoch_losses) / len(epoch_losses)}
                 events.after_epoch(epoch, self.step, mean)
-                if self.step >= settings.num_steps:
+                if self.step >= settings.plan.num_steps:
                     return
-
-    def steps_per_epoch(self) -> int:
-        """Returns the optimizer steps of one epoch."""
-        num_batches = len(self.parts.data.plan_epoch(1, self.parts.processes.count).batches)
-        return -(-num_batches // self.settings.accumulation)
 
     def _steps_of(self, epoch: int) -> Iterator[tuple[list[Batch], int]]:
         """Yields the batches of each optimizer step for this process, and the step's samples over all processes."""

@@ -462,8 +462,7 @@ class NetworkTrainer(abc.ABC):
         self.loop = Loop(
             parts,
             LoopSettings(
-                num_steps=self.plan.num_steps,
-                num_epochs=self.plan.num_epochs,
+                plan=self.plan,
                 accumulation=config.schedule.gradient_accumulation_steps,
                 max_grad_norm=config.optimizer.max_grad_norm,
                 scale_weight_norms=config.network.scale_weight_norms,

@@ -23,6 +23,7 @@ class RunPlan:
     """Length of a run."""
 
     num_batches: int  # of an epoch, over all processes
+    steps_per_epoch: int
     num_steps: int
     num_epochs: int
 
@@ -30,9 +31,10 @@ class RunPlan:
     def of(cls, schedule: ScheduleSettings, num_batches: int) -> RunPlan:
         """Returns the length that the settings ask for; the last batches of an epoch make a step of their own."""
         steps_per_epoch = -(-num_batches // schedule.gradient_accumulation_steps)
-        if schedule.max_train_epochs is not None:
-            return cls(num_batches, schedule.max_train_epochs * steps_per_epoch, schedule.max_train_epochs)
-        return cls(num_batches, schedule.max_train_steps, -(-schedule.max_train_steps // steps_per_epoch))
+        num_epochs, num_steps = schedule.max_train_epochs, schedule.max_train_steps
+        if num_epochs is not None:
+            return cls(num_batches, steps_per_epoch, num_epochs * steps_per_epoch, num_epochs)
+        return cls(num_batches, steps_per_epoch, num_steps, -(-num_steps // steps_per_epoch))
 
 
 def log_plan(
