@@ -171,7 +171,7 @@ def parse_arguments(argv: Sequence[str] | None = None) -> TrainConfig | None:
     config_file = given.pop("config_file", None)
     output_config = given.pop("output_config", False)
     if output_config:
-        _write_config_file(config_file, given, specs)
+        _write_config_file(config_file, given)
         return None
     if config_file is not None:
         given = {**_read_config_file(config_file, specs), **given}
@@ -319,7 +319,13 @@ def _toml_value(name: str, value: Any) -> Any:
     return value
 
 
-def _write_config_file(path: Path | None, given: Mapping[str, Any], specs: Mapping[str, FlagSpec]) -> None:
+def without_secrets(given: Mapping[str, Any]) -> dict[str, Any]:
+    """Returns the given flags that may be written to files and shown."""
+    specs = all_specs()
+    return {name: value for name, value in given.items() if not specs[name].secret}
+
+
+def _write_config_file(path: Path | None, given: Mapping[str, Any]) -> None:
     import toml
 
     if path is None:
@@ -328,9 +334,6 @@ def _write_config_file(path: Path | None, given: Mapping[str, Any], specs: Mappi
         path = path.with_name(path.name + ".toml")
     if path.exists():
         raise SettingsError(f"--output_config: {path} exists already; remove it or give another --config_file")
-    plain = {}
-    for name, value in given.items():
-        if not specs[name].secret:
-            plain[name] = _toml_value(name, value)
+    plain = {name: _toml_value(name, value) for name, value in without_secrets(given).items()}
     write_text(path, toml.dumps(plain))
     logger.info("Wrote %s", path)

@@ -18,7 +18,7 @@ from typing import TYPE_CHECKING, Any, Protocol
 
 from library.errors import DatasetError, NetworkError, SettingsError
 from library.prompts import Prompt, read_prompt_file
-from library.training.arguments import TrainConfig, warn_of_ignored, warn_of_unused
+from library.training.arguments import TrainConfig, warn_of_ignored, warn_of_unused, without_secrets
 from library.training.report import RunPlan, log_plan
 
 if TYPE_CHECKING:
@@ -216,9 +216,7 @@ class NetworkTrainer(abc.ABC):
         self.seed = seed
         # Our own draws are keyed; this is for network modules that draw from torch's global generators.
         torch.manual_seed(key("torch", seed))
-        secrets = ("wandb_api_key",)
-        shown = {name: value for name, value in config.given.items() if name not in secrets}
-        self.trackers = Trackers(self.accelerator, config.log, shown)
+        self.trackers = Trackers(self.accelerator, config.log, without_secrets(config.given))
         where = torch.cuda.get_device_name() if self.device.type == "cuda" else self.device.type
         count = self.processes.count
         logger.info("Device: %s, %d process%s; seed %d", where, count, "es" if count > 1 else "", seed)
