@@ -13,6 +13,7 @@ if sys.version_info < (3, 11):
     sys.exit("This program needs Python 3.11 or newer; this is Python %d.%d." % sys.version_info[:2])
 
 import dataclasses
+import io
 import logging
 import random
 import time
@@ -22,9 +23,9 @@ from typing import TYPE_CHECKING, Any, Literal
 
 from library.command_line import build_parser, read_command_line
 from library.console import run_program
-from library.errors import NetworkError, SettingsError
-from library.files import write_with
-from library.prompts import MAX_SEED, Prompt, PromptError, parse_line
+from library.errors import NetworkError, SettingsError, UserError
+from library.files import check_writable, read_safetensors_header, write_with
+from library.prompts import MAX_SEED, Prompt, PromptError, parse_line, parse_multiplier
 from library.settings import flag, from_given, specs_of
 
 if TYPE_CHECKING:
@@ -35,6 +36,10 @@ if TYPE_CHECKING:
 
 logger = logging.getLogger(__name__)
 
+HELP = (
+    "Type a prompt, with options behind it: --w --h size, --s steps, --g guidance, --d seed, --n negative prompt, --ctr,"
+    " --rcfg, --m multipliers of the LoRAs. All but --d and --n hold for the prompts that follow. exit ends."
+)
 Dtype = Literal["bf16", "bfloat16", "fp16", "float16", "fp32", "float32", "float"]
 
 
@@ -123,7 +128,7 @@ def split_lora(text: str) -> tuple[Path, float]:
     if not semicolon:
         return Path(text), 1.0
     try:
-        return Path(path), float(multiplier or 1.0)
+        return Path(path), parse_multiplier(multiplier or "1")
     except ValueError as error:
         raise SettingsError(f"--lora_weights: {multiplier!r} of {text!r} is no multiplier; write path;0.8") from error
 
@@ -153,6 +158,13 @@ def _device(name: str) -> torch.device:
     return device
 
 
+def read_metadata(path: Path) -> dict[str, str]:
+    """Returns the metadata of a LoRA file; empty where its format has none."""
+    if path.suffix != ".safetensors":
+        return {}
+    return read_safetensors_header(path)[0].get("__metadata__", {})
+
+
 class Painter:
     """The three models with their LoRAs, drawing one prompt after the other."""
 
@@ -180,6 +192,7 @@ class Painter:
                 ae_flag="--ae_path",
             )
         )
+        check_writable("--output_dir", pictures.output_dir)
         self._check_loras(models, files)
         logger.info("Reading the models")
         self.encoder = loading.load_gemma2(
@@ -225,6 +238,13 @@ class Painter:
             network.apply_to([self.encoder.model], self.dit)
             network.to(self.device).eval()
         logger.info("LoRA %s, multiplier %g, %s", path, multiplier, "merged" if merge else "attached")
+        trained_with = read_metadata(path).get("ss_system_prompt", "")
+        if trained_with not in ("", "None", self._pictures.system_prompt):
+            logger.warning(
+                'This LoRA was trained with the system prompt "%s"; draw with the same: --system_prompt "%s"',
+                trained_with,
+                trained_with,
+            )
         return network
 
     def set_multipliers(self, multipliers: Sequence[float]) -> None:
@@ -236,7 +256,7 @@ class Painter:
         if self._merged:
             raise PromptError("--m has no effect on merged LoRAs; start without --merge_lora_weights")
         if len(multipliers) > len(self.networks):
-            raise PromptError(f"--m gives {len(multipliers)} multipliers for {len(self.networks)} LoRAs")
+            raise PromptError(f"--m gives {len(multipliers)} multipliers; the number of LoRAs is {len(self.networks)}")
         padded = [*multipliers, *[multipliers[-1]] * (len(self.networks) - len(multipliers))]
         for network, multiplier in zip(self.networks, padded, strict=True):
             network.set_multiplier(multiplier)
@@ -269,12 +289,23 @@ class Painter:
             picture = to_picture(self.autoencoder.decode, latents)
             self._put_away(self.autoencoder.model)
         path = self._free_path(seed)
+        logger.info("Prompt: %s", prompt.prompt or "(none)")
         write_with(path, lambda temporary: picture.save(temporary))
         logger.info("Saved %s (seed %d)", path, seed)
         return path
 
     def _encode(self, prompt: Prompt) -> tuple[Tensor, Tensor]:
+        from library.lumina.gemma2 import prompt_text
+
         self._place(self.encoder.model)
+        num_tokens = self.encoder.tokenizer.count(prompt_text(self.encoder.system_prompt, prompt.prompt))
+        if num_tokens > self._pictures.gemma2_max_token_length:
+            logger.warning(
+                "The prompt has %d tokens with its system prompt; what is behind the first %d is cut off"
+                " (--gemma2_max_token_length)",
+                num_tokens,
+                self._pictures.gemma2_max_token_length,
+            )
         (positive,) = self.encoder.encode([prompt.prompt])
         against = self._pictures.system_prompt if self._pictures.add_system_prompt_to_negative_prompt else ""
         (negative,) = self.encoder.encode([prompt.negative_prompt], system_prompt=against)
@@ -308,7 +339,9 @@ def interact(painter: Painter, first: Prompt) -> None:
 
     Sizes, steps, guidance and multipliers hold until they are changed; seed and negative prompt are for one prompt.
     """
-    logger.info("Type a prompt, with options such as --w 512 --h 512 --s 20 --g 3.5 --d 1 --n text; exit ends.")
+    logger.info("%s", HELP)
+    if isinstance(sys.stdin, io.TextIOWrapper):
+        sys.stdin.reconfigure(errors="replace")
     current = dataclasses.replace(first, seed=None)
     while True:
         try:
@@ -317,13 +350,20 @@ def interact(painter: Painter, first: Prompt) -> None:
             return
         if line.lower() == "exit":
             return
-        if not line:
+        if line.lower() in ("help", "?"):
+            logger.info("%s", HELP)
+        if not line or line.lower() in ("help", "?"):
             continue
         try:
-            prompt = parse_line(line, current, "prompt", interactive=True)
+            prompt = parse_line(line, current, "prompt", interactive=True).rounded()
+            # A line of options alone draws the last prompt again.
+            prompt = dataclasses.replace(prompt, prompt=prompt.prompt or current.prompt)
             painter.draw(prompt)
-        except PromptError as error:
+        except UserError as error:
             logger.error("%s", error)
+            continue
+        except (RuntimeError, OSError) as error:  # too large a picture, a full disk: the next prompt may do
+            logger.error("This prompt could not be drawn: %s", str(error).splitlines()[0])
             continue
         current = dataclasses.replace(prompt, seed=None, negative_prompt=first.negative_prompt)
 

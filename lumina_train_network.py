@@ -227,6 +227,7 @@ class LuminaNetworkTrainer(NetworkTrainer):
             lambda texts: self.ready_text_encoder().encode(texts),
             self.text_fingerprint(),
             self.sharing(),
+            "sample prompts",
         )
         # As in sd-scripts, the system prompt is not part of the negative prompt.
         negative = self.data.extra_text(
@@ -234,6 +235,7 @@ class LuminaNetworkTrainer(NetworkTrainer):
             lambda texts: self.ready_text_encoder().encode(texts, system_prompt=""),
             self._text_fingerprint(""),
             self.sharing(),
+            "negative prompts",
         )
         self._prompt_features.update(zip(self.prompts, zip(positive, negative, strict=True), strict=True))
 

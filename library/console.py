@@ -7,6 +7,7 @@ import logging
 import os
 import signal
 import sys
+import threading
 import time
 import warnings
 from collections.abc import Callable
@@ -93,14 +94,37 @@ def set_up_logging(level: str | None = None, file: Path | None = None, simple: b
         os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "3")
 
 
-def _as_ctrl_c(*_: object) -> None:
+_stopped = threading.Event()
+
+
+def _stop(*_: object) -> None:
+    _stopped.set()
     raise KeyboardInterrupt
+
+
+def raise_if_stopped() -> None:
+    """Raises KeyboardInterrupt where the user stopped the program and the exception was lost.
+
+    Python drops it where it comes up in a destructor, and some imports swallow it.
+    """
+    if _stopped.is_set():
+        raise KeyboardInterrupt
 
 
 def run_program(main: Callable[[], None]) -> None:
     """Runs an entry script: a user's error becomes one message and exit code 2, Ctrl+C exit code 130."""
     set_up_logging()
-    signal.signal(signal.SIGTERM, _as_ctrl_c)  # how schedulers and containers end a program
+    _stopped.clear()
+    signal.signal(signal.SIGINT, _stop)
+    signal.signal(signal.SIGTERM, _stop)  # how schedulers and containers end a program
+    try:
+        _run(main)
+    except KeyboardInterrupt:
+        logging.getLogger(__name__).warning("Stopped by the user")
+        sys.exit(130)
+
+
+def _run(main: Callable[[], None]) -> None:
     try:
         main()
     except UserError as error:
@@ -113,6 +137,12 @@ def run_program(main: Callable[[], None]) -> None:
                 time.sleep(_LET_THE_FIRST_SPEAK_S)
                 logging.getLogger(__name__).error("process %d: %s", process_rank(), error)
         sys.exit(2)
-    except KeyboardInterrupt:
-        logging.getLogger(__name__).warning("Stopped by the user")
-        sys.exit(130)
+    except OSError as error:
+        if error.filename is None:
+            raise
+        logging.getLogger(__name__).debug("where it happened:", exc_info=True)
+        logging.getLogger(__name__).error("%s: %s", error.filename, error.strerror)
+        sys.exit(2)
+    except Exception:
+        raise_if_stopped()  # what went wrong after Ctrl+C went wrong because of it
+        raise

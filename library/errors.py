@@ -27,6 +27,10 @@ class DatasetError(UserError):
     """The dataset file, a picture folder or a caption is wrong."""
 
 
+class DrawingError(UserError):
+    """The models gave no picture."""
+
+
 class NetworkError(UserError):
     """A network argument or a LoRA file is wrong."""
 

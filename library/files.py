@@ -7,6 +7,7 @@ half-way leaves either the old file or the new one, never a torn one.
 from __future__ import annotations
 
 import contextlib
+import errno
 import hashlib
 import json
 import os
@@ -14,6 +15,8 @@ import tempfile
 from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
+
+from library.errors import SettingsError
 
 if TYPE_CHECKING:
     import torch
@@ -57,16 +60,21 @@ def write_text(path: Path, text: str) -> None:
 
 def write_json(path: Path, value: Any) -> None:
     """Writes ``value`` as readable JSON to ``path`` atomically."""
-    write_text(path, json.dumps(value, ensure_ascii=False, indent=1) + "\n")
+    # ASCII, so that file names that are no valid Unicode survive too.
+    write_text(path, json.dumps(value, indent=1) + "\n")
 
 
 def write_safetensors(path: Path, tensors: Mapping[str, torch.Tensor], metadata: Mapping[str, str] | None) -> None:
     """Writes tensors (made contiguous, moved to the CPU) and string metadata to ``path`` atomically."""
+    from safetensors import SafetensorError
     from safetensors.torch import save_file
 
     plain = {name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()}
     with replacing(path) as temporary:
-        save_file(plain, temporary, metadata=dict(metadata) if metadata else None)
+        try:
+            save_file(plain, temporary, metadata=dict(metadata) if metadata else None)
+        except SafetensorError as error:  # a full disk comes as this, and not as what it is
+            raise OSError(errno.EIO, str(error), str(path)) from error
 
 
 def write_with(path: Path, write: Callable[[Path], None]) -> None:
@@ -103,3 +111,18 @@ def read_safetensors_header(path: Path) -> tuple[dict[str, Any], int]:
     if not isinstance(header, dict):
         raise ValueError("its safetensors header is not a JSON object")
     return header, 8 + length
+
+
+def check_writable(flag: str, folder: Path) -> None:
+    """Makes a folder, and makes sure that files can be written to it, before hours are spent on what goes there.
+
+    Raises:
+        SettingsError: they cannot.
+    """
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryFile(dir=folder):
+            pass
+    except OSError as error:
+        reason = error.strerror or error
+        raise SettingsError(f"{flag}: {folder} cannot be written to ({reason}); give another folder") from error

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import json
 import logging
+import math
 import re
 import tomllib
 from collections.abc import Callable, Mapping
@@ -21,6 +22,7 @@ logger = logging.getLogger(__name__)
 
 SIZE_STEP_PX = 16  # two latent cells a token, eight pixels a cell
 _MIN_SIZE_PX = 64
+_MAX_SIZE_PX = 16384
 
 
 class PromptError(UserError):
@@ -58,8 +60,16 @@ class Prompt:
         return replace(self, width=width, height=height)
 
 
+def parse_multiplier(text: str) -> float:
+    """Returns a finite number; raises ``ValueError`` for everything else."""
+    number = float(text)
+    if not math.isfinite(number):
+        raise ValueError("a number is expected")
+    return number
+
+
 def _multipliers(text: str) -> tuple[float, ...]:
-    return tuple(float(part) for part in text.split(","))
+    return tuple(parse_multiplier(part) for part in text.split(","))
 
 
 MAX_SEED = 2**63 - 1
@@ -81,8 +91,8 @@ def _steps(text: str) -> int:
 
 def _size(text: str) -> int:
     size = int(text)
-    if size <= 0:
-        raise ValueError("a size is above 0")
+    if not 0 < size <= _MAX_SIZE_PX:
+        raise ValueError(f"sizes go from 1 to {_MAX_SIZE_PX}")
     return size
 
 
@@ -92,10 +102,10 @@ _OPTIONS: dict[str, tuple[str, Callable[[str], Any]]] = {
     "h": ("height", _size),
     "d": ("seed", _seed),
     "s": ("sample_steps", _steps),
-    "l": ("scale", float),
-    "g": ("scale", float),
-    "ctr": ("cfg_trunc_ratio", float),
-    "rcfg": ("renorm_cfg", float),
+    "l": ("scale", parse_multiplier),
+    "g": ("scale", parse_multiplier),
+    "ctr": ("cfg_trunc_ratio", parse_multiplier),
+    "rcfg": ("renorm_cfg", parse_multiplier),
     "m": ("multipliers", _multipliers),
 }
 """Option of a prompt line -> (field, conversion)."""
@@ -151,6 +161,8 @@ def _from_table(table: Any, defaults: Prompt, origin: str) -> Prompt:
     for key, value in table.items():
         if key in _FOREIGN_KEYS:
             logger.warning("%s: %s has no effect for this model", origin, key)
+        elif not isinstance(value, (str, int, float)) or isinstance(value, bool):
+            raise PromptError(f"{origin}: {key} = {value!r} is neither a text nor a number")
         elif key not in fields:
             raise PromptError(f"{origin}: {key!r} is no key of a prompt{nearest(key, fields)}; mend or remove it")
         else:
@@ -199,6 +211,8 @@ def _read_toml(text: str, defaults: Prompt, path: Path) -> list[Prompt]:
     if not isinstance(content, dict):
         raise PromptError(f"--sample_prompts: {path}: prompt is no table; write [[prompt.subset]] and its keys below")
     subsets = content.pop("subset", [])
+    if not isinstance(subsets, list):
+        raise PromptError(f"--sample_prompts: {path}: subset is no list of tables; write [[prompt.subset]]")
     common = _from_table(content, defaults, f"{path}: [prompt]")
     origins = [f"{path}: prompt.subset[{index}]" for index in range(len(subsets))]
     return [_from_table(table, common, origin) for table, origin in zip(subsets, origins, strict=True)]

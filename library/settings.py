@@ -11,6 +11,7 @@ Supported annotations: ``bool``, ``int``, ``float``, ``str``, ``Path``, ``Litera
 from __future__ import annotations
 
 import dataclasses
+import math
 import types
 import typing
 from collections.abc import Callable, Mapping
@@ -22,6 +23,7 @@ from library.errors import SettingsError
 T = TypeVar("T")
 
 _TRUE = {"true", "1", "yes", "on"}
+_LARGEST = 2**63 - 1
 _FALSE = {"false", "0", "no", "off"}
 
 
@@ -95,9 +97,15 @@ class FlagSpec:
         if self.kind in (str, Path) and not isinstance(value, (str, int, float)):
             raise wrong
         try:
-            return self.kind(value)
-        except (ValueError, TypeError) as error:
+            converted = self.kind(value)
+        except (ValueError, TypeError, OverflowError) as error:
             raise wrong from error
+        if isinstance(converted, float) and not math.isfinite(converted):
+            raise wrong
+        if isinstance(converted, int) and abs(converted) > _LARGEST:
+            raise SettingsError(f"{origin}: {value!r} is beyond every sensible size")
+        # A shell leaves ~ alone behind an equals sign.
+        return converted.expanduser() if isinstance(converted, Path) else converted
 
 
 _KIND_NAMES = {int: "a whole number", float: "a number", str: "a text", Path: "a path"}

@@ -243,7 +243,7 @@ class LoRANetwork(nn.Module):
             self.load_tensors(weights_sd, "the given weights")
         for lora in self.loras:
             lora.merge(dtype, device)
-        logger.info("merged %d LoRA modules into the model, multiplier %g", len(self.loras), self.multiplier)
+        logger.debug("merged %d LoRA modules into the model, multiplier %g", len(self.loras), self.multiplier)
 
     # ---- files
 
@@ -254,7 +254,7 @@ class LoRANetwork(nn.Module):
             NetworkError: the file cannot be read, or does not fit; the message counts and names what is wrong.
         """
         self.load_tensors(read_lora_file(Path(file)), str(file))
-        logger.info("loaded %d LoRA modules from %s", len(self.loras), file)
+        logger.debug("loaded %d LoRA modules from %s", len(self.loras), file)
 
     def load_tensors(self, tensors: Mapping[str, Tensor], source: str) -> None:
         """Loads a LoRA file's tensors; see :meth:`load_weights`."""

@@ -245,6 +245,7 @@ class TextCache:
         fingerprint: str,
         batch_size: int,
         sharing: Sharing,
+        what: str = "text features",
     ) -> None:
         """Encodes the captions that are missing.
 
@@ -254,6 +255,7 @@ class TextCache:
             fingerprint: of the encoder, with everything that it adds to a caption.
             batch_size: captions that are encoded at a time.
             sharing: who shares the work.
+            what: is encoded, for the progress bar.
 
         Raises:
             DatasetError: the cache folder cannot be written to, or a feature is not finite.
@@ -268,7 +270,7 @@ class TextCache:
         made = []
         total = sum(len(chunk) for chunk in mine)
         hidden = not (sharing.show_progress and missing)
-        with tqdm(total=total, desc="Caching text features", unit="caption", disable=hidden) as bar:
+        with tqdm(total=total, desc=f"Caching {what}", unit="caption", disable=hidden) as bar:
             for chunk in mine:
                 with torch.no_grad():
                     features = encode(chunk)

@@ -280,7 +280,8 @@ class _FileReader:
             folder = beside_file
         if not folder.is_dir():
             what = "is not a folder" if folder.exists() else "does not exist"
-            looked = "" if folder.is_absolute() else f" (looked in {Path.cwd()} and {self._path.resolve().parent})"
+            places = list(dict.fromkeys([Path.cwd(), self._path.resolve().parent]))
+            looked = "" if folder.is_absolute() else f" (looked in {' and '.join(map(str, places))})"
             raise self._error(where, f"image_dir = {given!r} {what}{looked}")
         if first_picture(folder) is None:
             raise self._error(where, f"image_dir = {given!r} holds no pictures (sub-folders are not searched)")

@@ -242,6 +242,7 @@ class TrainingData:
         encode: EncodeCaptions,
         fingerprint: str,
         sharing: Sharing = ALONE,
+        what: str = "texts",
     ) -> list[torch.Tensor]:
         """Returns the features (L_i, D) of texts that belong to no picture, such as sample prompts.
 
@@ -252,9 +253,10 @@ class TrainingData:
             encode: texts -> one (L_i, D) tensor each.
             fingerprint: of the text encoder with what it adds to these texts.
             sharing: with whom the work is shared.
+            what: they are, for the progress bar.
         """
         cache = self._new_text_cache()
-        cache.fill(dict.fromkeys(texts), encode, fingerprint, max(1, len(texts)), sharing)
+        cache.fill(dict.fromkeys(texts), encode, fingerprint, max(1, len(texts)), sharing, what)
         return [cache.get(text) for text in texts]
 
     def _new_text_cache(self) -> TextCache:

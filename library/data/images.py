@@ -5,6 +5,7 @@ Sizes are (width, height) in pixels after EXIF orientation. Colour profiles are 
 
 from __future__ import annotations
 
+import math
 import struct
 import zlib
 from pathlib import Path
@@ -14,6 +15,9 @@ import torch
 from PIL import Image
 
 from library.data.buckets import Placement, Size
+
+# A picture whose resized form has this many times the bucket's area is resized in its middle only.
+_MOSTLY_CUT_OFF = 16
 
 # Part of every cached latent's key: raise it when pixels of the same file would come out differently.
 PIXELS_VERSION = 1
@@ -112,15 +116,28 @@ def load_pixels(path: Path, placement: Placement, interpolation: str | None) -> 
     """
     image = open_rgb(path)
     method = resize_method(interpolation, image.size, placement.resized_px)
-    if method != "none":
-        image = image.resize(placement.resized_px, _FILTERS[method])
     width, height = placement.bucket_px
+    if method != "none" and math.prod(placement.resized_px) > _MOSTLY_CUT_OFF * width * height:
+        # Very long pictures would become gigabytes before most of them is cut off: resize the middle alone.
+        image = image.resize((width, height), _FILTERS[method], box=_middle(image.size, placement))
+    elif method != "none":
+        image = image.resize(placement.resized_px, _FILTERS[method])
     left, top = (image.width - width) // 2, (image.height - height) // 2
     if min(left, top) < 0:
         raise ValueError(f"its size is {image.width} x {image.height} now, less than the bucket: it has changed")
     image = image.crop((left, top, left + width, top + height))
     pixels = torch.from_numpy(np.array(image)).permute(2, 0, 1)
     return pixels.to(torch.float32).div_(127.5).sub_(1.0).contiguous()
+
+
+def _middle(size: Size, placement: Placement) -> tuple[float, float, float, float]:
+    """Returns the part of a picture, in its own pixels, that lies in the bucket once it is resized."""
+    edges = []
+    for side, resized, bucket in zip(size, placement.resized_px, placement.bucket_px, strict=True):
+        start = (resized - bucket) // 2
+        edges.append((start * side / resized, (start + bucket) * side / resized))
+    (left, right), (top, bottom) = edges
+    return left, top, right, bottom
 
 
 def open_rgb(path: Path) -> Image.Image:

@@ -116,7 +116,7 @@ def resolution(value: Any) -> tuple[int, int]:
     try:
         sides = [int(part) for part in parts]
         exact = all(float(part) == side for part, side in zip(parts, sides, strict=True))
-    except (ValueError, TypeError) as error:
+    except (ValueError, TypeError, OverflowError) as error:
         raise ValueError(expected) from error
     if not exact or min(sides) < 1:
         raise ValueError(expected)

@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 from tqdm import tqdm
 
+from library.errors import DrawingError
 from library.lumina.next_dit import NextDiT
 from library.lumina.sampler import Conditioning, SamplingOptions, initial_noise, sample
 
@@ -65,6 +66,11 @@ def to_picture(decode: Callable[[Tensor], Tensor], latents: Tensor) -> Image:
     from PIL import Image
 
     pixels = decode(latents)[0]  # (3,H,W), about [-1, 1]
+    if not bool(torch.isfinite(pixels).all()):
+        raise DrawingError(
+            "the picture came out as numbers that are not finite; a model or LoRA file is damaged, or its precision is too"
+            " low for it (try float32)"
+        )
     # Rounded, not cut off: cutting would darken every picture by half a level.
     levels = ((pixels.float() / 2 + 0.5).clamp(0, 1) * 255).round().to(torch.uint8)
     return Image.fromarray(levels.permute(1, 2, 0).cpu().numpy())

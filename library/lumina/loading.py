@@ -175,7 +175,7 @@ def inspect_next_dit(paths: ModelPaths) -> ComponentFile[NextDiTConfig]:
         config = NextDiTConfig.from_shapes(shapes)
     except KeyError as error:
         raise ModelFileError(describe(f"the tensor {found.prefix}{error.args[0]} is missing")) from error
-    except ValueError as error:
+    except (ValueError, IndexError) as error:
         raise ModelFileError(describe(str(error))) from error
     optional = frozenset({"norm_final.weight"})
     sources = bind(checkpoint, found, config.tensor_shapes(), (), describe, optional)

@@ -61,11 +61,16 @@ class GemmaTokenizer:
 
     def encode(self, text: str) -> list[int]:
         """Returns BOS and the text's tokens, cut off at ``max_tokens``."""
-        return [self.bos_id, *self._processor.EncodeAsIds(text)][: self.max_tokens]
+        return [self.bos_id, *self._processor.EncodeAsIds(_valid(text))][: self.max_tokens]
 
     def count(self, text: str) -> int:
         """Returns how many tokens the text has, BOS included, without cutting off."""
-        return 1 + len(self._processor.EncodeAsIds(text))
+        return 1 + len(self._processor.EncodeAsIds(_valid(text)))
+
+
+def _valid(text: str) -> str:
+    """Returns the text with ``?`` for what is no Unicode, as folder names of other code pages give it."""
+    return text.encode("utf-8", "replace").decode("utf-8")
 
 
 @dataclass(frozen=True)

@@ -20,6 +20,7 @@ from torch.optim import Optimizer
 from torch.optim.lr_scheduler import LRScheduler
 from tqdm import tqdm
 
+from library.console import raise_if_stopped
 from library.data.dataset import Batch, TrainingData
 from library.training.optimizers import clip_gradients
 from library.training.processes import Processes, check_finite
@@ -121,6 +122,7 @@ class Loop:
 
     def _train_step(self, batches: Sequence[Batch], num_samples: int) -> dict[str, float]:
         parts, settings = self.parts, self.settings
+        raise_if_stopped()
         step_loss = torch.zeros((), device=self._parameters[0].device)
         for batch in batches:
             if not batch.draws:  # fewer samples than processes: this one has none

@@ -10,6 +10,7 @@ from __future__ import annotations
 import base64
 import hashlib
 import json
+import logging
 import mimetypes
 import threading
 import time
@@ -27,6 +28,8 @@ from library.training.arguments import TrainConfig
 
 VERSION = "0.1.0"
 PROGRAM = "lumina-lora-trainer"
+_LARGEST_METADATA = 10_000_000  # characters; a file's header may have 100 MB, and readers load all of it
+logger = logging.getLogger(__name__)
 _KEPT_WITHOUT_METADATA = (
     "ss_v2",
     "ss_base_model_version",
@@ -122,12 +125,12 @@ class FileHashes:
     def result(self) -> dict[str, str]:
         """Returns ``sd_model_hash`` and ``new_sd_model_hash``, waiting until they are there.
 
-        Raises:
-            OSError: the file could not be read.
+        Empty, with a warning, where the file could not be read: a LoRA without these two entries is better than none.
         """
         self._thread.join()
         if self._error is not None:
-            raise self._error
+            logger.warning("The base model's hash is left out of the metadata: %s", self._error)
+            self._error = None
         return self._result
 
 
@@ -164,6 +167,12 @@ class RunMetadata:
         self._hashes = hashes
         self._thumbnail = thumbnail_url(config.output.metadata_thumbnail)
         self._base = {name: _text(value) for name, value in self._base_entries().items()}
+        if sum(map(len, self._base.values())) > _LARGEST_METADATA:
+            logger.warning(
+                "The counts of tags are left out of the metadata, because they would make its header too large"
+            )
+            self._base.pop("tag_frequency", None)
+            self._base.pop("datasets", None)
 
     def _base_entries(self) -> dict[str, Any]:
         config, facts = self._config, self._facts
@@ -236,7 +245,9 @@ class RunMetadata:
 
 
 def _text(value: Any) -> str:
-    return json.dumps(value) if isinstance(value, (dict, list)) else str(value)
+    text = json.dumps(value, ensure_ascii=False) if isinstance(value, (dict, list)) else str(value)
+    # File names may hold bytes that are no Unicode; a file's header may not.
+    return text.encode("utf-8", "replace").decode("utf-8")
 
 
 def thumbnail_url(thumbnail: str | None) -> str | None:

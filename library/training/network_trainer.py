@@ -16,7 +16,8 @@ import os
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import TYPE_CHECKING, Any, Protocol
 
-from library.errors import DatasetError, NetworkError, SettingsError
+from library.errors import DatasetError, NetworkError, SettingsError, UserError
+from library.files import check_writable
 from library.prompts import Prompt, read_prompt_file
 from library.training.arguments import TrainConfig, warn_of_ignored, warn_of_unused, without_secrets
 from library.training.report import RunPlan, log_plan
@@ -237,11 +238,7 @@ class NetworkTrainer(abc.ABC):
             self.config.data, self.seed, self.dataset_configs, show_progress=self.processes.is_main
         )
         self.check_captions()
-        output_dir = self.output_dir()
-        try:
-            output_dir.mkdir(parents=True, exist_ok=True)
-        except OSError as error:
-            raise SettingsError(f"--output_dir: {output_dir} cannot be made ({error}); give another folder") from error
+        check_writable("--output_dir", self.output_dir())
 
     def output_dir(self) -> Path:
         """Returns the folder for the run's files."""
@@ -344,6 +341,11 @@ class NetworkTrainer(abc.ABC):
         A rank that reaches nothing or a LoRA file that does not fit must show now, not when everything is encoded.
         """
         config = self.config.network
+        if not hasattr(importlib.import_module(str(config.network_module)), "create_network"):
+            raise SettingsError(
+                f"--network_module: {config.network_module} is no network module (it has no create_network); give"
+                " networks.lora_lumina"
+            )
         if not self._has_companion() or (config.network_weights is None and not config.network_args):
             return
         networks_log = logging.getLogger(str(config.network_module).split(".")[0])
@@ -526,6 +528,11 @@ class NetworkTrainer(abc.ABC):
         dtype = precision[config.output.save_precision]
 
         def write(path: Path, step: int, epoch: int) -> None:
+            if not all(bool(torch.isfinite(parameter).all()) for parameter in self.network.parameters()):
+                raise UserError(
+                    f"the LoRA of step {step} holds numbers that are not finite, so it is not saved; a lower --learning_rate"
+                    " usually helps"
+                )
             self.network.save_weights(str(path), dtype, metadata.at(step, epoch))
 
         return write

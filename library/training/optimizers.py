@@ -21,6 +21,8 @@ logger = logging.getLogger(__name__)
 
 def _import_class(path: str, flag: str) -> type:
     module_name, _, class_name = path.rpartition(".")
+    if not module_name.strip(".") or not class_name:
+        raise SettingsError(f"{flag}: {path} is no path of the form package.module.Class")
     try:
         found = getattr(importlib.import_module(module_name), class_name)
     except ImportError as error:
@@ -79,7 +81,7 @@ def build_optimizer(settings: OptimizerSettings, groups: list[dict[str, Any]]) -
     make: Callable[..., Optimizer] = optimizer_class(settings)
     try:
         return make(groups, lr=settings.learning_rate, **{**defaults, **arguments})
-    except (TypeError, ValueError) as error:
+    except (TypeError, ValueError, IndexError, AttributeError, RuntimeError) as error:
         raise SettingsError(f"--optimizer_type {settings.resolved_optimizer} with --optimizer_args: {error}") from error
 
 
@@ -113,7 +115,7 @@ def build_scheduler(settings: OptimizerSettings, optimizer: Optimizer, num_steps
         if custom is not None:
             return custom(optimizer, **arguments)
         return _known_scheduler(settings, optimizer, warmup, num_steps, arguments)
-    except (TypeError, ValueError) as error:
+    except (TypeError, ValueError, ZeroDivisionError) as error:
         name = settings.lr_scheduler_type or settings.lr_scheduler
         raise SettingsError(f"--lr_scheduler {name}: {error}") from error
 

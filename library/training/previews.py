@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING
 
 import torch
 
+from library.errors import DrawingError
 from library.files import write_with
 from library.keyed_random import key
 from library.prompts import Prompt
@@ -96,6 +97,9 @@ class Previews:
                 prompt.width,
                 prompt.height,
             )
+            return None
+        except DrawingError as error:
+            logger.warning("No preview: %s", error)
             return None
         given = "" if prompt.seed is None else f"_{prompt.seed}"
         name = f"{self._prefix}{moment}_{index:02d}_{time.strftime('%Y%m%d%H%M%S')}{given}.png"

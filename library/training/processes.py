@@ -121,7 +121,13 @@ def check_finite(loss: float, gradient_norm: float, step: int, names: Sequence[s
     """
     for what, value in (("loss", loss), ("gradient's norm", gradient_norm)):
         if not math.isfinite(value):
+            advice = (
+                "nothing has been learned yet, so a model file, --network_weights or a setting such as --network_alpha is"
+                " the cause"
+                if step == 1
+                else "a lower --learning_rate usually helps"
+            )
             raise UserError(
                 f"the {what} of step {step} is {value}, so training cannot go on (pictures of this step:"
-                f" {', '.join(names)}). A lower --learning_rate usually helps; what was trained before this step is good"
+                f" {', '.join(names)}); {advice}"
             )

@@ -5,6 +5,7 @@ Nothing heavy is imported here: these dataclasses are read to answer ``--help``.
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
@@ -12,6 +13,9 @@ from typing import Any, Literal
 from library.errors import SettingsError
 from library.settings import flag
 from library.training import optimizer_names
+
+_LONGEST_NAME_BYTES = 200  # file systems take 255, and steps, dates and endings come behind it
+_LARGEST_THUMBNAIL_BYTES = 4 * 2**20
 
 
 def _parse_steps_or_ratio(value: Any) -> int | float:
@@ -23,6 +27,8 @@ def _parse_steps_or_ratio(value: Any) -> int | float:
             raise ValueError("a percentage from 0% to 100% is expected")
         return ratio
     number = float(text)
+    if not math.isfinite(number):
+        raise ValueError("a number is expected")
     if number < 0 or (number >= 1 and not number.is_integer()):
         raise ValueError(
             "a whole number of steps, a share below 1 such as 0.1, or a percentage such as 10% is expected"
@@ -208,10 +214,20 @@ class OutputSettings:
             "save_last_n_epochs",
             "save_last_n_steps",
         )
+        name = self.output_name or ""
+        _require(
+            len(name.encode("utf-8", "replace")) <= _LONGEST_NAME_BYTES and name.isprintable(),
+            f"--output_name: {name[:50]!r} ... is too long, or holds characters that no file name should hold",
+        )
         thumbnail = self.metadata_thumbnail
         _require(
             thumbnail is None or thumbnail.startswith("data:") or Path(thumbnail).is_file(),
             f"--metadata_thumbnail: {thumbnail} is no file; give a picture file or a data: URL",
+        )
+        is_file = thumbnail is not None and not thumbnail.startswith("data:")
+        _require(
+            not is_file or Path(str(thumbnail)).stat().st_size <= _LARGEST_THUMBNAIL_BYTES,
+            f"--metadata_thumbnail: {thumbnail} is larger than {_LARGEST_THUMBNAIL_BYTES >> 20} MiB; give a smaller picture",
         )
         _require(
             self.output_name is None or not set(self.output_name) & set('/\\:*?"<>|'),

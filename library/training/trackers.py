@@ -69,7 +69,12 @@ class Trackers:
                 raise SettingsError(f"--log_tracker_config: {settings.log_tracker_config}: {error}") from error
         # Trackers take plain numbers and texts only.
         config = {name: str(value) for name, value in run_settings.items()} if settings.log_config else None
-        accelerator.init_trackers(settings.log_tracker_name or "network_train", config=config, init_kwargs=arguments)
+        try:
+            accelerator.init_trackers(
+                settings.log_tracker_name or "network_train", config=config, init_kwargs=arguments
+            )
+        except (TypeError, AttributeError) as error:
+            raise SettingsError(f"--log_tracker_config: {settings.log_tracker_config}: {error}") from error
 
     def flush(self) -> None:
         """Closes the trackers' files where a run ends early; a run that ends well closes them with its processes."""

@@ -116,7 +116,7 @@ def test_interactive(job: Job, lora: Path, tmp_path: Path) -> None:
         with Image.open(folder / name) as picture:
             sizes.add(picture.size)
     assert sizes == {(64, 80)}  # the size holds until it is changed
-    assert "2 multipliers for 1 LoRA" in done.stderr
+    assert "2 multipliers; the number of LoRAs is 1" in done.stderr
     assert "--s 'x'" in done.stderr
 
 

@@ -63,6 +63,10 @@ def replaced(flags: list[str], **values: object) -> list[str]:
         ({"network_weights": "{models}/quickstart_ae.safetensors"}, ["--network_weights", "no LoRA keys"]),
         ({"network_args": "train_blocks=nowhere"}, ["train_blocks", "nowhere"]),
         ({"network_module": ".networks"}, ["--network_module", ".networks"]),
+        ({"network_module": "os"}, ["--network_module", "no create_network"]),
+        ({"learning_rate": "inf"}, ["--learning_rate", "a number"]),
+        ({"output_dir": "{folder}/broken.safetensors/x"}, ["--output_dir"]),
+        ({"output_name": "n" * 250}, ["--output_name", "too long"]),
         ({"lr_scheduler_type": "ReduceLROnPlateau"}, ["ReduceLROnPlateau", "cosine"]),
         ({"optimizer_type": "schedulefree.AdamWScheduleFree"}, ["AdamWScheduleFree", "AdamW8bit"]),
         ({"metadata_thumbnail": "nowhere.png"}, ["--metadata_thumbnail", "nowhere.png"]),
@@ -169,6 +173,21 @@ def test_what_was_trained_is_saved_when_a_run_ends_in_an_error(
     with pytest.raises(RuntimeError, match="a defect"):
         train(job.train_flags(tmp_path / "out", "--network_train_unet_only"))
     assert [path.name for path in (tmp_path / "out").iterdir()] == ["my-step00000003.safetensors"]
+
+
+def test_a_lora_that_is_spoilt_is_not_saved(
+    job: Job, tmp_path: Path, train: Callable, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def spoil(optimizer: torch.optim.AdamW, *_: object) -> None:
+        for group in optimizer.param_groups:
+            for parameter in group["params"]:
+                parameter.data.fill_(float("nan"))
+
+    monkeypatch.setattr(torch.optim.AdamW, "step", spoil)
+    flags = replaced(job.train_flags(tmp_path / "out", "--network_train_unet_only"), max_train_epochs=None)
+    with pytest.raises(UserError, match="not finite, so it is not saved"):
+        train([*flags, "--max_train_steps=1"])
+    assert list((tmp_path / "out").iterdir()) == []
 
 
 def test_a_system_prompt_that_leaves_no_room(job: Job, tmp_path: Path, train: Callable) -> None:

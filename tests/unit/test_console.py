@@ -1,5 +1,6 @@
 """What reaches the screen and the log file."""
 
+import contextlib
 import logging
 import sys
 from collections.abc import Iterator
@@ -70,6 +71,39 @@ def test_a_users_error_becomes_a_message(
         run_program(main)
     assert caught.value.code == code
     assert says in capsys.readouterr().err
+
+
+def test_a_lost_ctrl_c_still_ends_the_program(capsys: pytest.CaptureFixture) -> None:
+    import os
+    import signal
+
+    from library import console
+
+    def main() -> None:
+        with contextlib.suppress(KeyboardInterrupt):  # as an import that swallows it
+            signal.raise_signal(signal.SIGINT)
+        console.raise_if_stopped()
+        os._exit(3)
+
+    before = signal.getsignal(signal.SIGINT), signal.getsignal(signal.SIGTERM)
+    try:
+        with pytest.raises(SystemExit) as caught:
+            run_program(main)
+    finally:
+        signal.signal(signal.SIGINT, before[0])
+        signal.signal(signal.SIGTERM, before[1])
+        console._stopped.clear()
+    assert caught.value.code == 130
+
+
+def test_a_file_that_cannot_be_opened_is_one_line(capsys: pytest.CaptureFixture, tmp_path: Path) -> None:
+    def main() -> None:
+        (tmp_path / "missing" / "x").read_text(encoding="utf-8")
+
+    with pytest.raises(SystemExit) as caught:
+        run_program(main)
+    assert caught.value.code == 2
+    assert "No such file" in capsys.readouterr().err
 
 
 def test_a_defect_keeps_its_traceback() -> None:

@@ -9,6 +9,7 @@ import torch
 from safetensors.torch import load_file
 
 from library import files
+from library.errors import SettingsError
 
 
 def test_a_failed_write_leaves_the_old_file_and_nothing_else(tmp_path: Path) -> None:
@@ -51,3 +52,29 @@ def test_what_is_no_safetensors_file_is_refused(tmp_path: Path, content: bytes) 
 def test_sha256(tmp_path: Path) -> None:
     (tmp_path / "a").write_bytes(b"abc")
     assert files.sha256_of_file(tmp_path / "a") == hashlib.sha256(b"abc").hexdigest()
+
+
+def test_what_safetensors_cannot_write_is_an_oserror(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    import safetensors.torch
+
+    def full(*_: object, **__: object) -> None:
+        raise safetensors.SafetensorError("No space left on device")
+
+    monkeypatch.setattr(safetensors.torch, "save_file", full)
+    with pytest.raises(OSError, match="No space left"):
+        files.write_safetensors(tmp_path / "a.safetensors", {"t": torch.zeros(1)}, None)
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_folders_are_tried_before_they_are_needed(tmp_path: Path) -> None:
+    files.check_writable("--output_dir", tmp_path / "a" / "b")
+    assert list((tmp_path / "a" / "b").iterdir()) == []
+    (tmp_path / "file").write_text("x")
+    with pytest.raises(SettingsError, match=r"--output_dir: .*file.* cannot be written to"):
+        files.check_writable("--output_dir", tmp_path / "file")
+
+
+def test_names_that_are_no_unicode_survive_in_json(tmp_path: Path) -> None:
+    name = b"\x83\x65.png".decode("utf-8", "surrogateescape")
+    files.write_json(tmp_path / "a.json", {name: 1})
+    assert json.loads((tmp_path / "a.json").read_text(encoding="utf-8")) == {name: 1}

@@ -62,6 +62,9 @@ def test_values_from_texts_and_toml(name: str, given: object, expected: object) 
         ("count", True, "a whole number"),
         ("rate", "fast", "a number"),
         ("rate", [1.0], "a number"),
+        ("rate", "nan", "a number"),
+        ("rate", "1e999", "a number"),
+        ("count", "9" * 30, "beyond every sensible size"),
         ("kind", "c", "none of a, b"),
         ("on", "maybe", "neither true nor false"),
     ],
@@ -79,3 +82,7 @@ def test_nearest() -> None:
     assert nearest("learnin_rate", ["learning_rate", "seed"]) == " (did you mean 'learning_rate'?)"
     assert nearest("adamw", ["AdamW"]) == " (did you mean 'AdamW'?)"
     assert nearest("qqqq", ["learning_rate"]) == ""
+
+
+def test_paths_begin_at_home_where_the_shell_did_not_say_so() -> None:
+    assert SPECS["folder"].convert("~/x", "--folder") == Path.home() / "x"
