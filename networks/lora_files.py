@@ -15,6 +15,7 @@ from __future__ import annotations
 import hashlib
 import json
 import logging
+import math
 import pickle
 import re
 from collections.abc import Mapping, Sequence
@@ -182,8 +183,14 @@ def _one(name: str, parts: Mapping[str, Tensor], source: str) -> Factors:
             f"{source}: the LoRA of {name} has the shapes {tuple(down.shape)} and {tuple(up.shape)}, which do not"
             " multiply as (rank, in) and (out, rank)"
         )
-    alpha = float(parts["alpha"]) if "alpha" in parts else float(down.shape[0])
-    return Factors(down, up, alpha)
+    if down.shape[0] == 0:
+        raise NetworkError(f"{source}: the LoRA of {name} has rank 0; the file is damaged")
+    given = parts.get("alpha")
+    if given is not None and (given.numel() != 1 or not math.isfinite(float(given))):
+        raise NetworkError(f"{source}: the alpha of {name} is no number; the file is damaged")
+    if not (down.is_floating_point() and up.is_floating_point()):
+        raise NetworkError(f"{source}: the LoRA of {name} holds {down.dtype} and {up.dtype} instead of fractions")
+    return Factors(down, up, float(down.shape[0] if given is None else given))
 
 
 def _join_qkv(factors: Mapping[str, Factors], qkv_rows: Sequence[int] | None, source: str) -> dict[str, Factors]:

@@ -35,7 +35,8 @@ def read_caption(picture: Path, extension: str, all_lines: bool) -> str | None:
     parts = picture.stem.split("_")
     if content is None and len(parts) >= 5:
         content = _read(picture.with_name("_".join(parts[:-4]) + extension))
-    lines = [line.strip() for line in (content or "").splitlines() if line.strip()]
+    # Not splitlines(), which also ends lines at characters that are part of a text, such as U+2028.
+    lines = [line.strip() for line in re.split(r"\r\n|\r|\n", content or "") if line.strip()]
     if not lines:
         return None
     return "\n".join(lines) if all_lines else lines[0]
@@ -43,7 +44,10 @@ def read_caption(picture: Path, extension: str, all_lines: bool) -> str | None:
 
 def _read(path: Path) -> str | None:
     try:
-        return path.read_bytes().decode("utf-8-sig")
+        content = path.read_bytes()
+        if b"\0" in content:
+            raise DatasetError(f"The caption file {path} holds NUL bytes, so it is not UTF-8 text; save it as UTF-8.")
+        return content.decode("utf-8-sig")
     except FileNotFoundError:
         return None
     except UnicodeDecodeError as error:

@@ -13,6 +13,7 @@ from typing import Any
 GENERAL, DATASET, SUBSET = "[general]", "[[datasets]]", "[[datasets.subsets]]"
 EVERYWHERE = (GENERAL, DATASET, SUBSET)
 
+_LARGEST_SIDE_PX = 16384
 # The model folds 8 x 8 pixels into a latent cell and 2 x 2 cells into a token.
 PIXEL_MULTIPLE = 16
 
@@ -40,6 +41,9 @@ class Key:
     harmless: Callable[[Any], bool] | None = None
 
 
+_LARGEST = 10_000_000  # repeats, batch sizes, bucket sides: beyond it a run only seems to hang
+
+
 def boolean(value: Any) -> bool:
     """Returns a bool; raises ``ValueError`` for everything else."""
     if not isinstance(value, bool):
@@ -64,6 +68,8 @@ def filled_text(value: Any) -> str:
 def extension(value: Any) -> str:
     """Returns a file extension with its leading dot."""
     name = filled_text(value)
+    if set(name) & set('/\\\0:*?"<>|'):
+        raise ValueError('expected an extension such as ".txt"')
     return name if name.startswith(".") else f".{name}"
 
 
@@ -79,6 +85,8 @@ def whole(minimum: int | None = None, multiple_of: int = 1) -> Reader:
         is_whole = isinstance(value, int) or (isinstance(value, float) and value.is_integer())
         if isinstance(value, bool) or not is_whole or value % multiple_of or (minimum is not None and value < minimum):
             raise ValueError(expected)
+        if value > _LARGEST:
+            raise ValueError(f"{expected}, at most {_LARGEST}")
         return int(value)
 
     return read
@@ -120,6 +128,8 @@ def resolution(value: Any) -> tuple[int, int]:
         raise ValueError(expected) from error
     if not exact or min(sides) < 1:
         raise ValueError(expected)
+    if max(sides) > _LARGEST_SIDE_PX:
+        raise ValueError(f"{expected}, at most {_LARGEST_SIDE_PX}")
     return sides[0], sides[-1]
 
 

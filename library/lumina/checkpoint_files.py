@@ -178,6 +178,8 @@ def _read_file(path: Path, flag: str) -> tuple[dict[str, TensorEntry], dict[str,
         raise ModelFileError(f"{flag}: {path} is not a safetensors file: {_what_it_is(path) or error}") from error
     metadata = header.pop("__metadata__", None) or {}
     try:
+        if not isinstance(metadata, dict):
+            raise TypeError("its __metadata__ is no table")
         entries = {name: _entry(path, name, fields, data_start) for name, fields in header.items()}
     except (KeyError, TypeError, ValueError) as error:
         raise ModelFileError(f"{flag}: {path} has a broken safetensors header ({error}). Download it again.") from error

@@ -155,3 +155,14 @@ def test_a_caption_that_is_not_utf8_is_named(tmp_path: Path) -> None:
     (tmp_path / "a.txt").write_bytes("Grüße".encode("latin-1"))
     with pytest.raises(DatasetError, match=r"a\.txt is not UTF-8 text \(byte 2\)"):
         read_caption(tmp_path / "a.png", ".txt", all_lines=False)
+
+
+def test_a_caption_with_nul_bytes_is_named(tmp_path: Path) -> None:
+    (tmp_path / "a.txt").write_bytes("a cat".encode("utf-16-le"))
+    with pytest.raises(DatasetError, match=r"a\.txt holds NUL bytes"):
+        read_caption(tmp_path / "a.png", ".txt", all_lines=False)
+
+
+def test_only_line_ends_end_lines(tmp_path: Path) -> None:
+    (tmp_path / "a.txt").write_bytes("a\u2028b\rc".encode())
+    assert read_caption(tmp_path / "a.png", ".txt", all_lines=True) == "a\u2028b\nc"

@@ -8,7 +8,7 @@ from safetensors.torch import load_file, save_file
 from torch import nn
 
 from library.errors import NetworkError
-from networks.lora_files import content_hashes
+from networks.lora_files import content_hashes, to_factors
 from networks.lora_lumina import create_network, create_network_from_weights
 
 GOLDEN_LORA = GOLDEN / "lora.safetensors"
@@ -424,3 +424,19 @@ def test_the_network_is_a_module_whose_state_dict_round_trips(dit):
     again.load_state_dict(network.state_dict())
     assert_same(state(again), state(network))
     assert isinstance(network, nn.Module)
+
+
+@pytest.mark.parametrize(
+    ("tensors", "says"),
+    [
+        ({"down": torch.zeros(0, 4), "up": torch.zeros(3, 0)}, "rank 0"),
+        ({"down": torch.zeros(2, 4), "up": torch.zeros(3, 2), "alpha": torch.zeros(2)}, "alpha"),
+        ({"down": torch.zeros(2, 4), "up": torch.zeros(3, 2), "alpha": torch.tensor(float("nan"))}, "alpha"),
+        ({"down": torch.zeros(2, 4, dtype=torch.int8), "up": torch.zeros(3, 2)}, "int8"),
+    ],
+)
+def test_damaged_modules_are_named(tensors: dict[str, torch.Tensor], says: str) -> None:
+    names = {"down": "lora_down.weight", "up": "lora_up.weight", "alpha": "alpha"}
+    file = {f"lora_unet_layers_0_attention_out.{names[part]}": tensor for part, tensor in tensors.items()}
+    with pytest.raises(NetworkError, match=says):
+        to_factors(file, None, "x.safetensors")
