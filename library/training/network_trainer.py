@@ -1,4 +1,4 @@
-"""A training run as a sequence of named steps, and the hooks that a model family fills in.
+"""A training run as a sequence of named steps; what depends on the model is in the hooks of :class:`ModelFamily`.
 
 ``NetworkTrainer.train`` is the table of contents. The order keeps memory small: pictures are encoded and the autoencoder
 is let go, captions are encoded and the text encoder is let go, and only then is the large model read. Modules that import
@@ -7,19 +7,19 @@ torch are imported where they are used, so that an entry script can check its co
 
 from __future__ import annotations
 
-import abc
 import gc
 import importlib
 import importlib.util
 import logging
 import os
-from collections.abc import Callable, Iterable, Mapping, Sequence
-from typing import TYPE_CHECKING, Any, Protocol
+from collections.abc import Callable, Mapping, Sequence
+from typing import TYPE_CHECKING, Any
 
 from library.errors import DatasetError, NetworkError, SettingsError, UserError
 from library.files import check_writable
 from library.prompts import Prompt, read_prompt_file
 from library.training.arguments import TrainConfig, warn_of_ignored, warn_of_unused, without_secrets
+from library.training.hooks import ModelFamily, PictureEncoder, TextEncoder
 from library.training.report import RunPlan, log_plan
 
 if TYPE_CHECKING:
@@ -30,39 +30,14 @@ if TYPE_CHECKING:
     from torch import Tensor, nn
 
     from library.data.cache import Sharing
-    from library.data.dataset import Batch, TrainingData
+    from library.data.dataset import TrainingData
 
 logger = logging.getLogger(__name__)
 
 DEFAULT_NETWORK_DIM = 4  # sd-scripts' rank where --network_dim is left out
 
 
-class TextEncoder(Protocol):
-    """What the base needs of a text encoder."""
-
-    @property
-    def model(self) -> nn.Module:
-        """The module that is moved between devices and trained on."""
-
-    def encode(self, captions: Sequence[str], system_prompt: str | None = None) -> list[Tensor]:
-        """Returns (L_i, D) features of each caption's real tokens, with its own system prompt or another."""
-
-
-class PictureEncoder(Protocol):
-    """What the base needs of an autoencoder."""
-
-    @property
-    def model(self) -> nn.Module:
-        """The module that is moved between devices."""
-
-    def encode(self, pixels: Tensor) -> Tensor:
-        """Returns latents of pixels (B,3,H,W) in [-1, 1]."""
-
-    def decode(self, latents: Tensor) -> Tensor:
-        """Returns pixels (B,3,H,W), about in [-1, 1]."""
-
-
-class NetworkTrainer(abc.ABC):
+class NetworkTrainer(ModelFamily):
     """Trains a network (LoRA) on a frozen model."""
 
     def __init__(self, config: TrainConfig) -> None:
@@ -97,70 +72,6 @@ class NetworkTrainer(abc.ABC):
             self.trackers.flush()  # what has been reported so far must not be lost
             raise
         self.finish()
-
-    # ---- hooks of a model family ----
-
-    @abc.abstractmethod
-    def inspect_models(self) -> None:
-        """Checks the model files without reading their weights."""
-
-    @abc.abstractmethod
-    def load_text_encoder(self, dtype: torch.dtype) -> TextEncoder:
-        """Returns the text encoder on the CPU, frozen."""
-
-    @abc.abstractmethod
-    def text_fingerprint(self) -> str:
-        """Returns what every cached text feature depends on apart from the caption."""
-
-    @abc.abstractmethod
-    def encode_prompts(self) -> None:
-        """Encodes and keeps what :meth:`draw` needs of the prompts' texts, because the text encoder is let go next."""
-
-    @abc.abstractmethod
-    def load_autoencoder(self, dtype: torch.dtype) -> PictureEncoder:
-        """Returns the autoencoder on the CPU, frozen."""
-
-    @abc.abstractmethod
-    def latent_fingerprint(self) -> str:
-        """Returns what every cached latent depends on apart from the picture."""
-
-    @abc.abstractmethod
-    def load_model(self, dtype: torch.dtype) -> nn.Module:
-        """Returns the model that the network is trained on, on the CPU, frozen."""
-
-    @abc.abstractmethod
-    def empty_models(self) -> tuple[list[nn.Module], nn.Module]:
-        """Returns the text encoders that are trained and the model, both without weights (on the meta device)."""
-
-    @abc.abstractmethod
-    def check_captions(self) -> None:
-        """Warns of captions that the text encoder cannot take whole."""
-
-    @abc.abstractmethod
-    def text_cache_bytes(self, captions: Iterable[str]) -> int:
-        """Returns how many bytes the features of captions take."""
-
-    @abc.abstractmethod
-    def blocks(self) -> Iterable[nn.Module]:
-        """Returns the blocks whose insides gradient checkpointing computes again in backward."""
-
-    @abc.abstractmethod
-    def losses_of(self, batch: Batch) -> Tensor:
-        """Returns one loss a sample, (B,) float32, with gradients."""
-
-    @abc.abstractmethod
-    def draw(self, prompt: Prompt, seed: int) -> Image:
-        """Returns a picture of a prompt with the network as it is."""
-
-    @abc.abstractmethod
-    def model_metadata(self) -> dict[str, str]:
-        """Returns the metadata entries (without ``ss_``) that name the model's files."""
-
-    @abc.abstractmethod
-    def base_model_file(self) -> Path | None:
-        """Returns the base model's file for its hash in the metadata, or None where it is a folder."""
-
-    # ---- the steps ----
 
     def check_inputs(self) -> None:
         """Checks everything that can be checked before torch is imported or a model is read."""

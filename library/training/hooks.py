@@ -1,0 +1,107 @@
+"""What a model family fills in: its models, its loss, its previews. All policy is in ``NetworkTrainer``."""
+
+from __future__ import annotations
+
+import abc
+from collections.abc import Iterable, Sequence
+from typing import TYPE_CHECKING, Protocol
+
+from library.prompts import Prompt
+
+if TYPE_CHECKING:
+    from pathlib import Path
+
+    import torch
+    from PIL.Image import Image
+    from torch import Tensor, nn
+
+    from library.data.dataset import Batch
+
+
+class TextEncoder(Protocol):
+    """What the base needs of a text encoder."""
+
+    @property
+    def model(self) -> nn.Module:
+        """The module that is moved between devices and trained on."""
+
+    def encode(self, captions: Sequence[str], system_prompt: str | None = None) -> list[Tensor]:
+        """Returns (L_i, D) features of each caption's real tokens, with its own system prompt or another."""
+
+
+class PictureEncoder(Protocol):
+    """What the base needs of an autoencoder."""
+
+    @property
+    def model(self) -> nn.Module:
+        """The module that is moved between devices."""
+
+    def encode(self, pixels: Tensor) -> Tensor:
+        """Returns latents of pixels (B,3,H,W) in [-1, 1]."""
+
+    def decode(self, latents: Tensor) -> Tensor:
+        """Returns pixels (B,3,H,W), about in [-1, 1]."""
+
+
+class ModelFamily(abc.ABC):
+    """The hooks of a model family."""
+
+    @abc.abstractmethod
+    def inspect_models(self) -> None:
+        """Checks the model files without reading their weights."""
+
+    @abc.abstractmethod
+    def load_text_encoder(self, dtype: torch.dtype) -> TextEncoder:
+        """Returns the text encoder on the CPU, frozen."""
+
+    @abc.abstractmethod
+    def text_fingerprint(self) -> str:
+        """Returns what every cached text feature depends on apart from the caption."""
+
+    @abc.abstractmethod
+    def encode_prompts(self) -> None:
+        """Encodes and keeps what :meth:`draw` needs of the prompts' texts, because the text encoder is let go next."""
+
+    @abc.abstractmethod
+    def load_autoencoder(self, dtype: torch.dtype) -> PictureEncoder:
+        """Returns the autoencoder on the CPU, frozen."""
+
+    @abc.abstractmethod
+    def latent_fingerprint(self) -> str:
+        """Returns what every cached latent depends on apart from the picture."""
+
+    @abc.abstractmethod
+    def load_model(self, dtype: torch.dtype) -> nn.Module:
+        """Returns the model that the network is trained on, on the CPU, frozen."""
+
+    @abc.abstractmethod
+    def empty_models(self) -> tuple[list[nn.Module], nn.Module]:
+        """Returns the text encoders that are trained and the model, both without weights (on the meta device)."""
+
+    @abc.abstractmethod
+    def check_captions(self) -> None:
+        """Warns of captions that the text encoder cannot take whole."""
+
+    @abc.abstractmethod
+    def text_cache_bytes(self, captions: Iterable[str]) -> int:
+        """Returns how many bytes the features of captions take."""
+
+    @abc.abstractmethod
+    def blocks(self) -> Iterable[nn.Module]:
+        """Returns the blocks whose insides gradient checkpointing computes again in backward."""
+
+    @abc.abstractmethod
+    def losses_of(self, batch: Batch) -> Tensor:
+        """Returns one loss a sample, (B,) float32, with gradients."""
+
+    @abc.abstractmethod
+    def draw(self, prompt: Prompt, seed: int) -> Image:
+        """Returns a picture of a prompt with the network as it is."""
+
+    @abc.abstractmethod
+    def model_metadata(self) -> dict[str, str]:
+        """Returns the metadata entries (without ``ss_``) that name the model's files."""
+
+    @abc.abstractmethod
+    def base_model_file(self) -> Path | None:
+        """Returns the base model's file for its hash in the metadata, or None where it is a folder."""
