@@ -24,7 +24,7 @@ SIGMAS = (0.2, 0.4, 0.6, 0.8, 0.95)
 
 @pytest.fixture
 def trained(train: Callable, tmp_path: Path) -> tuple[TrainConfig, Path]:
-    """Runs a quarter of the quickstart and returns its settings and its LoRA."""
+    """Runs a third of the quickstart and returns its settings and its LoRA."""
     shorter = ["--max_train_epochs=10", "--sample_every_n_epochs=5", "--save_every_n_epochs=5"]
     train([f"--config_file={CONFIG}", f"--output_dir={tmp_path}", f"--logging_dir={tmp_path / 'logs'}", *shorter])
     config = parse_arguments([f"--config_file={CONFIG}", f"--output_dir={tmp_path}"])
