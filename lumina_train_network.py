@@ -21,6 +21,7 @@ from library.console import run_program, set_up_logging
 from library.errors import SettingsError, some
 from library.prompts import Prompt
 from library.training.arguments import parse_arguments
+from library.training.hooks import Losses
 from library.training.network_trainer import NetworkTrainer
 
 if TYPE_CHECKING:
@@ -159,7 +160,7 @@ class LuminaNetworkTrainer(NetworkTrainer):
 
     # ---- one training step ----
 
-    def losses_of(self, batch: Batch) -> Tensor:
+    def losses_of(self, batch: Batch) -> Losses:
         import torch
 
         from library import keyed_random
@@ -179,7 +180,11 @@ class LuminaNetworkTrainer(NetworkTrainer):
         noisy = flow.add_noise(latents, self._input_noise(noise, keys), sigma)
         features, mask = self._caption_features(batch)
         velocity = self.dit(noisy.to(self.dit.dtype), flow.lumina_time(sigma), features, mask)
-        return flow.loss_map(settings, velocity, latents, noise, noisy, sigma).mean(dim=(1, 2, 3))
+        losses = flow.loss_map(settings, velocity, latents, noise, noisy, sigma).mean(dim=(1, 2, 3))
+        return Losses(losses, sigma)
+
+    def validation_losses(self, batch: Batch, sigma: float) -> Tensor:
+        raise NotImplementedError
 
     def _latents(self, batch: Batch) -> Tensor:
         import torch
@@ -248,7 +253,10 @@ class LuminaNetworkTrainer(NetworkTrainer):
             (negative,) = encoder.encode([prompt.negative_prompt], system_prompt="")
         return positive.cpu(), negative.cpu()
 
-    def draw(self, prompt: Prompt, seed: int) -> Image:
+    def draw(self, prompts: Sequence[Prompt], seeds: Sequence[int]) -> list[Image]:
+        return [self._draw_one(prompt, seed) for prompt, seed in zip(prompts, seeds, strict=True)]
+
+    def _draw_one(self, prompt: Prompt, seed: int) -> Image:
         from library.lumina.drawing import draw_latents, to_picture
         from library.lumina.sampler import SamplingOptions
 

@@ -41,11 +41,17 @@ _OWN_TYPES = {
     "resolution": "`N` or `W,H`",
     "lr_warmup_steps": "steps, share or `%`",
     "lr_decay_steps": "steps, share or `%`",
+    "token_warmup_step": "steps or share",
+    "face_crop_aug_range": "`lo,hi`",
 }
 # Keys of the dataset file that no flag describes.
 _KEY_HELP = {
     "image_dir": "folder of the pictures; its sub-folders are not searched",
+    "metadata_file": "file (.json or .jsonl) with the captions of pictures, instead of caption files",
+    "conditioning_data_dir": "folder of mask pictures, named as the pictures; acts with `--masked_loss`",
+    "is_reg": "these are regularisation pictures: repeated to the number of the others, weighed by `--prior_loss_weight`",
     "class_tokens": "caption of pictures that have no caption file",
+    "custom_attributes": "`diff_output_preservation = true`: these pictures keep the base model's prediction as it is",
 }
 _NONE = "–"
 
@@ -132,11 +138,7 @@ def _dataset_keys() -> str:
 
 
 def _dataset_keys_refused() -> str:
-    rows = []
-    for key in schema.KEYS.values():
-        if key.harmless is not None:
-            rows.append((f"`{key.name}`", "not available yet; accepted where its value changes nothing"))
-    rows.append((f"`{schema.WITHOUT_EFFECT.name}`", "accepted, without effect"))
+    rows = [(f"`{schema.WITHOUT_EFFECT.name}`", "accepted, without effect")]
     return _table(("Key", "What happens"), rows)
 
 

@@ -125,6 +125,19 @@ def parse_bool(value: Any, origin: str) -> bool:
     raise SettingsError(f"{origin}: {value!r} is neither true nor false; write the flag alone, or with =true or =false")
 
 
+def require(ok: bool, message: str) -> None:
+    """Raises ``SettingsError`` with the message unless ``ok``."""
+    if not ok:
+        raise SettingsError(message)
+
+
+def require_positive(settings: object, *names: str) -> None:
+    """Raises ``SettingsError`` where one of these settings is given and not above 0."""
+    for name in names:
+        value = getattr(settings, name)
+        require(value is None or value > 0, f"--{name}: {value} must be above 0")
+
+
 def specs_of(settings_class: type) -> list[FlagSpec]:
     """Returns the flags of a settings dataclass in the order of its fields."""
     hints = typing.get_type_hints(settings_class)

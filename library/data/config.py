@@ -30,6 +30,9 @@ class SubsetConfig:
     """One folder of pictures and how its captions are treated; see ``schema.py`` for the values."""
 
     image_dir: Path
+    metadata_file: Path | None = None
+    conditioning_data_dir: Path | None = None
+    is_reg: bool | None = None
     class_tokens: str | None = None
     num_repeats: int = 1
     caption_extension: str = ".caption"
@@ -44,8 +47,24 @@ class SubsetConfig:
     caption_dropout_rate: float = 0.0
     caption_dropout_every_n_epochs: int = 0
     caption_tag_dropout_rate: float = 0.0
+    token_warmup_min: int = 1
+    token_warmup_step: int | float = 0
+    color_aug: bool = False
     flip_aug: bool = False
+    random_crop: bool = False
+    face_crop_aug_range: tuple[float, float] | None = None
+    alpha_mask: bool = False
+    custom_attributes: Mapping[str, bool] | None = None
+    validation_split: float = 0.0
+    validation_seed: int | None = None
+    cache_info: bool = False
     resize_interpolation: str | None = None
+
+    @property
+    def preserves_output(self) -> bool:
+        """Whether these pictures are trained to leave the base model's prediction as it is (difference output
+        preservation): their target is the prediction without the network."""
+        return bool((self.custom_attributes or {}).get("diff_output_preservation"))
 
 
 @dataclass(frozen=True)
@@ -229,13 +248,7 @@ class _FileReader:
                 )
             if value is None:
                 continue
-            if key.harmless is not None:
-                if not key.harmless(value):
-                    raise self._error(
-                        where,
-                        f"{name} = {value!r} is not available yet in this trainer; remove the key to train without it",
-                    )
-            elif key is schema.WITHOUT_EFFECT:
+            if key is schema.WITHOUT_EFFECT:
                 self._warn_once(name, f"{self._path}: {name} has no effect.")
             else:
                 try:

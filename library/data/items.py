@@ -83,6 +83,7 @@ class Batch:
         pixels: (B, 3, H, W) float32 in [-1, 1], or ``None`` where latents are given.
         text: per sample (L_i, D) bfloat16 from the cache, or ``None`` where captions are to be encoded.
         loss_weights: (B,) float32.
+        masks: (B, h, w) float32 in [0, 1], the loss masks at the latents' size, or ``None`` where no picture has one.
         num_global: samples of the whole global batch, over all processes.
     """
 
@@ -92,6 +93,12 @@ class Batch:
     text: tuple[torch.Tensor, ...] | None
     loss_weights: torch.Tensor
     num_global: int
+    masks: torch.Tensor | None = None
+
+    @property
+    def preserves_output(self) -> list[bool]:
+        """Which samples are trained towards the base model's own prediction."""
+        return [draw.item.subset.preserves_output for draw in self.draws]
 
     @property
     def captions(self) -> list[str]:

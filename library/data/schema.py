@@ -31,14 +31,12 @@ class Key:
         levels: the tables that may hold it.
         read: returns the checked value; raises ``ValueError`` saying what is expected.
         flag: the field of ``DataSettings`` that gives the value where no table does; ``None``: there is no such flag.
-        harmless: only for keys of features that are not built yet: tells values that change nothing from the others.
     """
 
     name: str
     levels: tuple[str, ...]
     read: Reader
     flag: str | None = None
-    harmless: Callable[[Any], bool] | None = None
 
 
 _LARGEST = 10_000_000  # repeats, batch sizes, bucket sides: beyond it a run only seems to hang
@@ -133,33 +131,48 @@ def resolution(value: Any) -> tuple[int, int]:
     return sides[0], sides[-1]
 
 
+def count_or_share(value: Any) -> int | float:
+    """Returns a number of steps, or a share of all steps where it is below 1."""
+    try:
+        number = float(value)
+    except (ValueError, TypeError) as error:
+        raise ValueError("expected a number of steps, or a share below 1") from error
+    if isinstance(value, bool) or not 0 <= number <= _LARGEST or (number >= 1 and not number.is_integer()):
+        raise ValueError("expected a whole number of steps, or a share below 1")
+    return int(number) if number.is_integer() else number
+
+
+def face_crop_range(value: Any) -> tuple[float, float]:
+    """Returns (low, high), factors of the face's size, from ``"lo,hi"`` or a list of two numbers."""
+    expected = "expected two numbers such as 2.0,4.0, the first above 0 and not above the second"
+    parts = value.split(",") if isinstance(value, str) else value
+    if not isinstance(parts, (list, tuple)) or len(parts) != 2 or any(isinstance(part, bool) for part in parts):
+        raise ValueError(expected)
+    try:
+        low, high = (float(part) for part in parts)
+    except (ValueError, TypeError) as error:
+        raise ValueError(expected) from error
+    if not 0 < low <= high < 1e6:
+        raise ValueError(expected)
+    return low, high
+
+
+ATTRIBUTES = ("diff_output_preservation",)
+
+
+def attributes(value: Any) -> dict[str, bool]:
+    """Returns ``custom_attributes``, a table of :data:`ATTRIBUTES`."""
+    if not isinstance(value, dict):
+        raise ValueError("expected a table such as { diff_output_preservation = true }")
+    for name, setting in value.items():
+        if name not in ATTRIBUTES or not isinstance(setting, bool):
+            raise ValueError(f"expected {ATTRIBUTES[0]} = true or false and nothing else")
+    return dict(value)
+
+
 def _anything(value: Any) -> Any:
     return value
 
-
-def _falsy(value: Any) -> bool:
-    return not value
-
-
-def _always(value: Any) -> bool:
-    return True
-
-
-_NOT_BUILT = (
-    Key("is_reg", (SUBSET,), _anything, harmless=_falsy),
-    Key("metadata_file", (SUBSET,), _anything, harmless=_falsy),
-    Key("conditioning_data_dir", (SUBSET,), _anything, harmless=_falsy),
-    Key("alpha_mask", EVERYWHERE, _anything, harmless=_falsy),
-    Key("custom_attributes", EVERYWHERE, _anything, harmless=_falsy),
-    Key("validation_split", EVERYWHERE, _anything, harmless=_falsy),
-    Key("validation_seed", EVERYWHERE, _anything, harmless=_always),  # nothing without validation_split
-    Key("color_aug", EVERYWHERE, _anything, harmless=_falsy),
-    Key("random_crop", EVERYWHERE, _anything, harmless=_falsy),
-    Key("face_crop_aug_range", EVERYWHERE, _anything, harmless=_falsy),
-    Key("token_warmup_step", EVERYWHERE, _anything, harmless=_falsy),
-    Key("token_warmup_min", EVERYWHERE, _anything, harmless=_always),  # nothing without token_warmup_step
-    Key("cache_info", EVERYWHERE, _anything, harmless=_falsy),
-)
 
 DATASET_KEYS = (
     Key("resolution", (GENERAL, DATASET), resolution, flag="resolution"),
@@ -173,6 +186,9 @@ DATASET_KEYS = (
 
 SUBSET_KEYS = (
     Key("image_dir", (SUBSET,), filled_text),
+    Key("metadata_file", (SUBSET,), filled_text),
+    Key("conditioning_data_dir", (SUBSET,), filled_text),
+    Key("is_reg", (SUBSET,), boolean),
     Key("class_tokens", EVERYWHERE, text),
     Key("num_repeats", EVERYWHERE, whole(), flag="dataset_repeats"),
     Key("caption_extension", EVERYWHERE, extension, flag="caption_extension"),
@@ -187,11 +203,21 @@ SUBSET_KEYS = (
     Key("caption_dropout_rate", EVERYWHERE, number(0, 1), flag="caption_dropout_rate"),
     Key("caption_dropout_every_n_epochs", EVERYWHERE, whole(0), flag="caption_dropout_every_n_epochs"),
     Key("caption_tag_dropout_rate", EVERYWHERE, number(0, 1), flag="caption_tag_dropout_rate"),
+    Key("token_warmup_min", EVERYWHERE, whole(0), flag="token_warmup_min"),
+    Key("token_warmup_step", EVERYWHERE, count_or_share, flag="token_warmup_step"),
+    Key("color_aug", EVERYWHERE, boolean, flag="color_aug"),
     Key("flip_aug", EVERYWHERE, boolean, flag="flip_aug"),
+    Key("random_crop", EVERYWHERE, boolean, flag="random_crop"),
+    Key("face_crop_aug_range", EVERYWHERE, face_crop_range, flag="face_crop_aug_range"),
+    Key("alpha_mask", EVERYWHERE, boolean, flag="alpha_mask"),
+    Key("custom_attributes", EVERYWHERE, attributes),
+    Key("validation_split", EVERYWHERE, number(0, 1), flag="validation_split"),
+    Key("validation_seed", EVERYWHERE, whole(0), flag="validation_seed"),
+    Key("cache_info", EVERYWHERE, boolean, flag="cache_info"),
     Key("resize_interpolation", EVERYWHERE, one_of(RESIZE_NAMES), flag="resize_interpolation"),
 )
 
 # Accepted because dataset files in circulation hold it; sd-scripts never used its value either.
 WITHOUT_EFFECT = Key("network_multiplier", (GENERAL, DATASET), _anything)
 
-KEYS = {key.name: key for key in (*DATASET_KEYS, *SUBSET_KEYS, *_NOT_BUILT, WITHOUT_EFFECT)}
+KEYS = {key.name: key for key in (*DATASET_KEYS, *SUBSET_KEYS, WITHOUT_EFFECT)}

@@ -25,6 +25,13 @@ class DataSettings:
     train_data_dir: str | None = flag(
         None, "without a dataset file: a folder of pictures, or of sub-folders named {repeats}_{class tokens}"
     )
+    reg_data_dir: str | None = flag(
+        None, "without a dataset file: regularisation pictures, in sub-folders named {repeats}_{class tokens}"
+    )
+    in_json: str | None = flag(
+        None, "without a dataset file: metadata file (.json or .jsonl) with captions; --train_data_dir has the pictures"
+    )
+    prior_loss_weight: float = flag(1.0, "weight of regularisation pictures in the loss")
     dataset_repeats: int = flag(1, "how often a picture is shown per epoch, where the dataset file does not say it")
     train_batch_size: int = flag(1, "pictures per step and process")
     resolution: tuple[int, int] | None = flag(
@@ -58,7 +65,37 @@ class DataSettings:
     caption_dropout_rate: float = flag(0.0, "probability that a caption is left empty")
     caption_dropout_every_n_epochs: int = flag(0, "every N-th epoch is trained with empty captions")
     caption_tag_dropout_rate: float = flag(0.0, "probability that a tag is left out")
+    token_warmup_min: int = flag(1, "tags that a caption begins with while --token_warmup_step lasts")
+    token_warmup_step: int | float = flag(
+        0,
+        "optimizer steps until captions have all their tags (below 1: a share of all steps)",
+        parse=schema.count_or_share,
+    )
+    caption_variants: int | None = flag(
+        None, "at most this many different captions a picture from shuffling and choosing, drawn once and used in turn"
+    )
+    color_aug: bool = flag(False, "vary hue or brightness a little in a third of the showings")
     flip_aug: bool = flag(False, "mirror a picture left to right half of the time")
+    random_crop: bool = flag(False, "cut the bucket out at a random place instead of the centre")
+    face_crop_aug_range: tuple[float, float] | None = flag(
+        None,
+        "cut around the face whose place is in the file name (_cx_cy_w_h), enlarged by a factor from lo,hi",
+        parse=schema.face_crop_range,
+    )
+    alpha_mask: bool = flag(False, "train only where pictures are not transparent: their alpha is the loss mask")
+    masked_loss: bool = flag(False, "weigh the loss with the mask pictures of conditioning_data_dir")
+    conditioning_data_dir: str | None = flag(
+        None, "without a dataset file: folder of mask pictures (bright is trained), named as the pictures"
+    )
+    normalize_masked_loss: bool = flag(
+        False, "divide a masked loss by the mask's area, so that small masks weigh as much as large ones"
+    )
+    validation_split: float = flag(0.0, "share of the pictures that is held out to measure the validation loss on")
+    validation_seed: int | None = flag(None, "seed of that choice; --seed when left out")
+    cache_info: bool = flag(False, "remember picture sizes on disk also where nothing else is cached there")
+    debug_dataset: bool = flag(
+        False, "write a page that shows what the model would see, debug_dataset.html in --output_dir, and end"
+    )
     cache_latents: bool = flag(False, "encode every picture once, before training, and keep the result in memory")
     cache_latents_to_disk: bool = flag(False, "as --cache_latents, kept on disk for the next run")
     vae_batch_size: int = flag(1, "pictures that are encoded at a time")
@@ -78,6 +115,8 @@ class DataSettings:
                 self._check(key.flag, key.read)
         for name, minimum in _MINIMA.items():
             self._check(name, schema.whole(minimum))
+        self._check("prior_loss_weight", schema.number(0, 1e6))
+        self._check("caption_variants", schema.whole(1))
         if self.cache_latents_to_disk:
             self._set("cache_latents", True)
         if self.cache_text_encoder_outputs_to_disk:

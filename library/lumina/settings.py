@@ -33,6 +33,9 @@ class ModelSettings:
     )
     gemma2_max_token_length: int = flag(256, "longest caption in tokens, system prompt included; the rest is cut off")
     system_prompt: str = flag("", 'text before every caption: "{system_prompt} <Prompt Start> {caption}"')
+    system_prompt_on_empty_caption: bool = flag(
+        False, "put the system prompt also before empty captions and empty negative prompts, unlike the official code"
+    )
     tokenizer_cache_dir: Path | None = flag(
         None, "folder with Gemma's tokenizer.model (or a Hugging Face cache), where the Gemma2 file has none inside"
     )

@@ -22,13 +22,14 @@ from library.lumina.settings import FlowSettings, ModelSettings
 from library.memory.settings import MemorySettings
 from library.settings import FlagSpec, flag, from_given, specs_of
 from library.training.legacy_flags import IGNORED, REFUSED
+from library.training.output_settings import HubSettings, OutputSettings, StateSettings
 from library.training.settings import (
     LogSettings,
     NetworkSettings,
     OptimizerSettings,
-    OutputSettings,
     SampleSettings,
     ScheduleSettings,
+    ValidationSettings,
 )
 
 logger = logging.getLogger(__name__)
@@ -51,8 +52,11 @@ GROUPS: dict[str, tuple[str, type]] = {
     "schedule": ("length and seed", ScheduleSettings),
     "memory": ("precision and memory", MemorySettings),
     "output": ("saving", OutputSettings),
+    "state": ("continuing a run", StateSettings),
     "samples": ("previews", SampleSettings),
+    "validation": ("validation", ValidationSettings),
     "log": ("logging", LogSettings),
+    "hub": ("upload", HubSettings),
 }
 """Field of :class:`TrainConfig` -> (title in ``--help``, settings class)."""
 
@@ -69,8 +73,11 @@ class TrainConfig:
     schedule: ScheduleSettings
     memory: MemorySettings
     output: OutputSettings
+    state: StateSettings
     samples: SampleSettings
+    validation: ValidationSettings
     log: LogSettings
+    hub: HubSettings
     given: Mapping[str, Any] = dataclasses.field(default_factory=dict)
 
     def __post_init__(self) -> None:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import abc
 from collections.abc import Iterable, Sequence
-from typing import TYPE_CHECKING, Protocol
+from typing import TYPE_CHECKING, NamedTuple, Protocol
 
 from library.prompts import Prompt
 
@@ -41,6 +41,15 @@ class PictureEncoder(Protocol):
 
     def decode(self, latents: Tensor) -> Tensor:
         """Returns pixels (B,3,H,W), about in [-1, 1]."""
+
+
+class Losses(NamedTuple):
+    """What a training step learns from a batch."""
+
+    values: Tensor
+    """(B,) float32, one loss a sample, with gradients."""
+    sigma: Tensor
+    """(B,) float32, the noise level that each was measured at."""
 
 
 class ModelFamily(abc.ABC):
@@ -91,12 +100,17 @@ class ModelFamily(abc.ABC):
         """Returns the blocks whose insides gradient checkpointing computes again in backward."""
 
     @abc.abstractmethod
-    def losses_of(self, batch: Batch) -> Tensor:
-        """Returns one loss a sample, (B,) float32, with gradients."""
+    def losses_of(self, batch: Batch) -> Losses:
+        """Returns each sample's loss at a noise level that is drawn for it, with gradients."""
 
     @abc.abstractmethod
-    def draw(self, prompt: Prompt, seed: int) -> Image:
-        """Returns a picture of a prompt with the network as it is."""
+    def validation_losses(self, batch: Batch, sigma: float) -> Tensor:
+        """Returns each sample's loss (B,) float32 at a given noise level, with noise that belongs to the picture, without
+        gradients, masks and weights."""
+
+    @abc.abstractmethod
+    def draw(self, prompts: Sequence[Prompt], seeds: Sequence[int]) -> list[Image]:
+        """Returns the pictures of prompts of one size and one set of sampling options, drawn as one batch."""
 
     @abc.abstractmethod
     def model_metadata(self) -> dict[str, str]:

@@ -317,6 +317,8 @@ class NetworkTrainer(ModelFamily):
     def build_optimizer(self) -> None:
         """Makes parameter groups, optimizer and schedule."""
         from library.training import optimizers
+        from library.training.updater import Updater
+        from library.training.weights import Weights
 
         settings = self.config.optimizer
         text_rates = list(settings.text_encoder_lr) or None
@@ -333,6 +335,15 @@ class NetworkTrainer(ModelFamily):
         self.group_names = [name or f"group{i}" for i, name in enumerate(names or [None] * len(groups))]
         self.optimizer = optimizers.build_optimizer(settings, groups)
         self.scheduler = optimizers.build_scheduler(settings, self.optimizer, self.plan.num_steps)
+        self.weights = Weights(self.network, self.optimizer)
+        self.updater = Updater(
+            self.network,
+            self.optimizer,
+            self.scheduler,
+            self.group_names,
+            settings.max_grad_norm,
+            self.config.network.scale_weight_norms,
+        )
         self.network.train()
 
     def report_plan(self) -> None:
@@ -346,7 +357,9 @@ class NetworkTrainer(ModelFamily):
         """
         from library.training.loop import Loop, LoopParts, LoopSettings
         from library.training.previews import Previews
+        from library.training.progress import Progress
         from library.training.saving import Saver
+        from library.training.step import TrainStep
 
         config = self.config
         self.saver = Saver(config.output, self.plan.num_epochs, self._metadata_writer())
@@ -358,28 +371,17 @@ class NetworkTrainer(ModelFamily):
             config.output.output_name,
             self.processes,
             self.trackers,
-            self._draw_in_eval_mode,
+            self._draw_in_use,
         )
         parts = LoopParts(
             data=self.data,
-            network=self.network,
-            optimizer=self.optimizer,
-            scheduler=self.scheduler,
-            group_names=self.group_names,
-            losses_of=self.losses_of,
+            train_step=TrainStep(self.losses_of, self.updater, self.processes),
+            progress=Progress(self.plan, visible=self.processes.is_main),
             processes=self.processes,
             events=self,
         )
-        self.loop = Loop(
-            parts,
-            LoopSettings(
-                plan=self.plan,
-                accumulation=config.schedule.gradient_accumulation_steps,
-                max_grad_norm=config.optimizer.max_grad_norm,
-                scale_weight_norms=config.network.scale_weight_norms,
-                num_readers=config.data.max_data_loader_n_workers,
-            ),
-        )
+        accumulation, readers = config.schedule.gradient_accumulation_steps, config.data.max_data_loader_n_workers
+        self.loop = Loop(parts, LoopSettings(self.plan, accumulation, readers))
         self.previews.at_first()
         try:
             self.loop.run()
@@ -404,12 +406,11 @@ class NetworkTrainer(ModelFamily):
             self.saver.after_epoch(epoch, step)
         self.previews.after_epoch(epoch, step)
 
-    def _draw_in_eval_mode(self, prompt: Prompt, seed: int) -> Image:
-        self.network.eval()  # no dropout in previews
+    def _draw_in_use(self, prompts: Sequence[Prompt], seeds: Sequence[int]) -> list[Image]:
         try:
-            return self.draw(prompt, seed)
+            with self.weights.in_use():
+                return self.draw(prompts, seeds)
         finally:
-            self.network.train()
             if self.config.data.cache_latents and self.autoencoder is not None:
                 self.autoencoder.model.to("cpu")  # training does not need it, and memory may be short
 

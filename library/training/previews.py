@@ -24,8 +24,8 @@ if TYPE_CHECKING:
 
 logger = logging.getLogger(__name__)
 
-Draw = Callable[[Prompt, int], "Image"]
-"""(prompt, seed) -> RGB picture."""
+Draw = Callable[[Sequence[Prompt], Sequence[int]], "list[Image]"]
+"""(prompts of one size and set of options, their seeds) -> RGB pictures."""
 
 
 class Previews:
@@ -89,7 +89,7 @@ class Previews:
         prompt = self._prompts[index]
         seed = prompt.seed if prompt.seed is not None else key("preview", self._seed, index) % 2**32
         try:
-            picture = self._draw(prompt, seed)
+            (picture,) = self._draw([prompt], [seed])
         except torch.OutOfMemoryError:
             torch.cuda.empty_cache()
             logger.warning(

@@ -8,7 +8,7 @@ from collections.abc import Callable
 from pathlib import Path
 
 from library.errors import UserError
-from library.training.settings import OutputSettings
+from library.training.output_settings import OutputSettings
 
 logger = logging.getLogger(__name__)
 

@@ -11,11 +11,8 @@ from pathlib import Path
 from typing import Any, Literal
 
 from library.errors import SettingsError
-from library.settings import flag
+from library.settings import flag, require, require_positive
 from library.training import optimizer_names
-
-_LONGEST_NAME_BYTES = 200  # file systems take 255, and steps, dates and endings come behind it
-_LARGEST_THUMBNAIL_BYTES = 4 * 2**20
 
 
 def _parse_steps_or_ratio(value: Any) -> int | float:
@@ -36,17 +33,6 @@ def _parse_steps_or_ratio(value: Any) -> int | float:
     return int(number) if number.is_integer() else number
 
 
-def _require(ok: bool, message: str) -> None:
-    if not ok:
-        raise SettingsError(message)
-
-
-def _require_positive(settings: object, *names: str) -> None:
-    for name in names:
-        value = getattr(settings, name)
-        _require(value is None or value > 0, f"--{name}: {value} must be above 0")
-
-
 @dataclass(frozen=True)
 class ScheduleSettings:
     """How long the run is and what its randomness starts from."""
@@ -58,8 +44,8 @@ class ScheduleSettings:
     ddp_timeout: int | None = flag(None, "minutes that one process waits for the others")
 
     def __post_init__(self) -> None:
-        _require_positive(self, "max_train_steps", "max_train_epochs", "gradient_accumulation_steps", "ddp_timeout")
-        _require(self.seed is None or 0 <= self.seed < 2**32, f"--seed: {self.seed} is outside 0 to 2^32-1")
+        require_positive(self, "max_train_steps", "max_train_epochs", "gradient_accumulation_steps", "ddp_timeout")
+        require(self.seed is None or 0 <= self.seed < 2**32, f"--seed: {self.seed} is outside 0 to 2^32-1")
 
 
 @dataclass(frozen=True)
@@ -76,6 +62,9 @@ class OptimizerSettings:
     unet_lr: float | None = flag(None, "learning rate of the Next-DiT LoRA, instead of --learning_rate")
     text_encoder_lr: tuple[float, ...] = flag((), "learning rate of the Gemma2 LoRA, instead of --learning_rate")
     max_grad_norm: float = flag(1.0, "gradients are scaled down to this norm; 0 turns that off")
+    ema_decay: float | None = flag(
+        None, "also keep a moving average of the LoRA with this decay, such as 0.999, saved beside it as ...-ema"
+    )
     lr_scheduler: str = flag("constant", f"one of {', '.join(optimizer_names.SCHEDULERS)}")
     lr_scheduler_type: str = flag("", "scheduler class instead: a torch.optim.lr_scheduler name or a dotted path")
     lr_scheduler_args: tuple[str, ...] = flag((), "further scheduler arguments as name=value")
@@ -92,18 +81,21 @@ class OptimizerSettings:
 
     def __post_init__(self) -> None:
         legacy = [name for name in ("use_8bit_adam", "use_lion_optimizer") if getattr(self, name)]
-        _require(
+        require(
             not legacy or not self.optimizer_type,
             f"--{legacy[0] if legacy else ''} and --optimizer_type both name an optimizer; keep --optimizer_type",
         )
-        _require(len(legacy) < 2, "--use_8bit_adam and --use_lion_optimizer exclude each other; keep one")
+        require(len(legacy) < 2, "--use_8bit_adam and --use_lion_optimizer exclude each other; keep one")
         optimizer_names.check_optimizer(self.resolved_optimizer, self.optimizer_args)
         optimizer_names.check_scheduler(self)
         for name in ("learning_rate", "unet_lr", "max_grad_norm"):
             value = getattr(self, name)
-            _require(value is None or value >= 0, f"--{name}: {value} is below 0")
-        _require(all(rate >= 0 for rate in self.text_encoder_lr), "--text_encoder_lr: a rate is below 0")
-        _require_positive(self, "lr_scheduler_num_cycles", "lr_scheduler_timescale")
+            require(value is None or value >= 0, f"--{name}: {value} is below 0")
+        require(all(rate >= 0 for rate in self.text_encoder_lr), "--text_encoder_lr: a rate is below 0")
+        require_positive(self, "lr_scheduler_num_cycles", "lr_scheduler_timescale")
+        require(
+            self.ema_decay is None or 0 < self.ema_decay < 1, f"--ema_decay: {self.ema_decay} is not between 0 and 1"
+        )
 
     @property
     def resolved_optimizer(self) -> str:
@@ -126,26 +118,35 @@ class NetworkSettings:
     dim_from_weights: bool = flag(False, "take ranks and alphas from --network_weights")
     network_train_unet_only: bool = flag(False, "train no Gemma2 LoRA")
     network_train_text_encoder_only: bool = flag(False, "train the Gemma2 LoRA only")
+    base_weights: tuple[Path, ...] = flag((), "LoRA files that are merged into the base model before training")
+    base_weights_multiplier: tuple[float, ...] = flag((), "strength of each of --base_weights; 1 where left out")
     scale_weight_norms: float | None = flag(None, "largest norm of a module's LoRA weight; larger ones are scaled down")
 
     def __post_init__(self) -> None:
-        _require(
+        require(
             not (self.network_train_unet_only and self.network_train_text_encoder_only),
             "--network_train_unet_only and --network_train_text_encoder_only leave nothing to train; keep one",
         )
-        _require_positive(self, "network_dim", "scale_weight_norms")
-        _require(self.network_alpha >= 0, f"--network_alpha: {self.network_alpha} is below 0")
-        _require(
+        require_positive(self, "network_dim", "scale_weight_norms")
+        require(self.network_alpha >= 0, f"--network_alpha: {self.network_alpha} is below 0")
+        require(
             self.network_dropout is None or 0 <= self.network_dropout < 1,
             f"--network_dropout: {self.network_dropout} is outside 0 to 1",
         )
-        _require(
+        require(
             not self.dim_from_weights or self.network_weights is not None,
             "--dim_from_weights takes the ranks from --network_weights, which is missing; add it",
         )
-        _require(
+        require(
             self.network_weights is None or self.network_weights.is_file(),
             f"--network_weights: {self.network_weights} is no file; give a LoRA file",
+        )
+        for file in self.base_weights:
+            require(file.is_file(), f"--base_weights: {file} is no file; give LoRA files")
+        require(
+            len(self.base_weights_multiplier) <= len(self.base_weights),
+            f"--base_weights_multiplier: {len(self.base_weights_multiplier)} values for {len(self.base_weights)} files of"
+            " --base_weights; leave some out",
         )
         self.arguments()
 
@@ -172,71 +173,6 @@ def split_arguments(flag_name: str, arguments: tuple[str, ...]) -> dict[str, str
 
 
 @dataclass(frozen=True)
-class OutputSettings:
-    """What is saved when, and what the file says about itself."""
-
-    output_dir: Path | None = flag(None, "folder for the LoRA files, made if missing")
-    output_name: str | None = flag(None, "file name without extension")
-    save_model_as: Literal["ckpt", "pt", "safetensors"] = flag(
-        "safetensors", "file format; ckpt and pt hold no metadata"
-    )
-    save_precision: Literal["float", "fp16", "bf16"] | None = flag(
-        None, "precision of the saved file; that of the trained LoRA (float32) when left out"
-    )
-    save_every_n_epochs: int | None = flag(None, "save after every N epochs")
-    save_every_n_steps: int | None = flag(None, "save after every N steps")
-    save_n_epoch_ratio: int | None = flag(None, "save about N times in the run, instead of --save_every_n_epochs")
-    save_last_n_epochs: int | None = flag(None, "keep the files of the last N epochs only")
-    save_last_n_steps: int | None = flag(None, "keep the files of the last N steps only")
-    no_metadata: bool = flag(False, "write only what programs need to load the file")
-    training_comment: str | None = flag(None, "comment stored in the file")
-    metadata_title: str | None = flag(None, "title stored in the file; --output_name when left out")
-    metadata_author: str | None = flag(None, "author stored in the file")
-    metadata_description: str | None = flag(None, "description stored in the file")
-    metadata_license: str | None = flag(None, "license stored in the file")
-    metadata_tags: str | None = flag(None, "tags stored in the file, comma-separated")
-    metadata_usage_hint: str | None = flag(None, "usage hint stored in the file")
-    metadata_thumbnail: str | None = flag(None, "thumbnail stored in the file: a picture file or a data: URL")
-    metadata_merged_from: str | None = flag(None, "source models stored in the file")
-    metadata_trigger_phrase: str | None = flag(None, "trigger phrase stored in the file")
-    metadata_preprocessor: str | None = flag(None, "preprocessor stored in the file")
-    metadata_is_negative_embedding: str | None = flag(None, "whether it is a negative embedding, stored in the file")
-
-    def __post_init__(self) -> None:
-        _require(self.output_dir is not None, "--output_dir is missing: the LoRA has nowhere to go; give a folder")
-        if self.output_dir is not None and self.output_dir.exists() and not self.output_dir.is_dir():
-            raise SettingsError(f"--output_dir: {self.output_dir} is a file; give a folder")
-        _require_positive(
-            self,
-            "save_every_n_epochs",
-            "save_every_n_steps",
-            "save_n_epoch_ratio",
-            "save_last_n_epochs",
-            "save_last_n_steps",
-        )
-        name = self.output_name or ""
-        _require(
-            len(name.encode("utf-8", "replace")) <= _LONGEST_NAME_BYTES and name.isprintable(),
-            f"--output_name: {name[:50]!r} ... is too long, or holds characters that no file name should hold",
-        )
-        thumbnail = self.metadata_thumbnail
-        _require(
-            thumbnail is None or thumbnail.startswith("data:") or Path(thumbnail).is_file(),
-            f"--metadata_thumbnail: {thumbnail} is no file; give a picture file or a data: URL",
-        )
-        is_file = thumbnail is not None and not thumbnail.startswith("data:")
-        _require(
-            not is_file or Path(str(thumbnail)).stat().st_size <= _LARGEST_THUMBNAIL_BYTES,
-            f"--metadata_thumbnail: {thumbnail} is larger than {_LARGEST_THUMBNAIL_BYTES >> 20} MiB; give a smaller picture",
-        )
-        _require(
-            self.output_name is None or not set(self.output_name) & set('/\\:*?"<>|'),
-            f"--output_name: {self.output_name!r} holds a character that no file name may hold; put folders"
-            " into --output_dir",
-        )
-
-
-@dataclass(frozen=True)
 class SampleSettings:
     """Pictures drawn while training."""
 
@@ -244,20 +180,38 @@ class SampleSettings:
     sample_every_n_steps: int | None = flag(None, "draw after every N steps")
     sample_every_n_epochs: int | None = flag(None, "draw after every N epochs; overrides --sample_every_n_steps")
     sample_at_first: bool = flag(False, "draw before training too")
+    sample_batch_size: int | None = flag(None, "prompts of one size drawn at a time; --train_batch_size when left out")
+    sample_weights: Literal["raw", "ema"] | None = flag(
+        None, "draw with the LoRA as it is, or with its moving average; ema where --ema_decay is given"
+    )
 
     def __post_init__(self) -> None:
         if self.sample_prompts is None:
             for name in ("sample_every_n_steps", "sample_every_n_epochs", "sample_at_first"):
-                _require(
+                require(
                     not getattr(self, name),
                     f"--{name} draws the prompts of --sample_prompts, which is missing; add a prompt file",
                 )
         else:
-            _require(
+            require(
                 self.sample_prompts.is_file(),
                 f"--sample_prompts: {self.sample_prompts} is no file; give a .txt, .toml or .json file",
             )
-        _require_positive(self, "sample_every_n_steps", "sample_every_n_epochs")
+        require_positive(self, "sample_batch_size")
+
+
+@dataclass(frozen=True)
+class ValidationSettings:
+    """When the loss on pictures that are held out (``--validation_split``) is measured."""
+
+    validate_every_n_steps: int | None = flag(None, "measure the validation loss after every N steps")
+    validate_every_n_epochs: int | None = flag(
+        None, "measure it after every N epochs; 1 when neither flag is given and pictures are held out"
+    )
+    max_validation_steps: int | None = flag(None, "measure on this many batches at most, always the same ones")
+
+    def __post_init__(self) -> None:
+        require_positive(self, "validate_every_n_steps", "validate_every_n_epochs", "max_validation_steps")
 
 
 @dataclass(frozen=True)
@@ -279,11 +233,11 @@ class LogSettings:
     console_log_simple: bool = flag(False, "plain log lines without time")
 
     def __post_init__(self) -> None:
-        _require(
+        require(
             self.log_with not in ("tensorboard", "all") or self.logging_dir is not None,
             f"--log_with {self.log_with} needs a folder for TensorBoard's files; add --logging_dir",
         )
-        _require(
+        require(
             self.log_tracker_config is None or self.log_tracker_config.is_file(),
             f"--log_tracker_config: {self.log_tracker_config} is no file",
         )

@@ -70,32 +70,12 @@ def test_precedence_is_subset_dataset_general_command_line(tmp_path: Path) -> No
         ("caption_dropout_rate = 2", "caption_dropout_rate = 2 is not valid: expected a number from 0 to 1"),
         ("resize_interpolation = 'sinc'", "resize_interpolation = 'sinc' is not valid: expected one of lanczos"),
         ("resolution = 512", r"resolution = 512 has no place here; it belongs into \[general\] or \[\[datasets\]\]"),
-        ("is_reg = true", "is_reg = True is not available yet in this trainer"),
-        ("alpha_mask = true", "alpha_mask = True is not available yet"),
-        ("metadata_file = 'm.json'", "metadata_file = 'm.json' is not available yet"),
-        ("conditioning_data_dir = 'm'", "conditioning_data_dir = 'm' is not available yet"),
-        ("validation_split = 0.1", "validation_split = 0.1 is not available yet"),
-        ("color_aug = true", "color_aug = True is not available yet"),
-        ("random_crop = true", "random_crop = True is not available yet"),
-        ("face_crop_aug_range = [1.0, 2.0]", "face_crop_aug_range = .* is not available yet"),
-        ("token_warmup_step = 10", "token_warmup_step = 10 is not available yet"),
-        ("cache_info = true", "cache_info = True is not available yet"),
-        ("custom_attributes = {diff_output_preservation = true}", "custom_attributes = .* is not available yet"),
     ],
 )
 def test_wrong_keys_and_values_name_file_table_key_and_value(tmp_path: Path, body: str, message: str) -> None:
     toml = f"[[datasets]]\n[[datasets.subsets]]\nimage_dir='$P'\n[[datasets.subsets]]\nimage_dir='$P'\n{body}\n"
     with pytest.raises(DatasetError, match=r"^--dataset_config: .*data\.toml: .*" + message):
         _load(tmp_path, toml)
-
-
-def test_harmless_values_of_later_features_pass(tmp_path: Path) -> None:
-    body = (
-        "is_reg=false\nalpha_mask=false\nvalidation_split=0.0\nvalidation_seed=4\ncolor_aug=false\nrandom_crop=false\n"
-        "token_warmup_min=3\ntoken_warmup_step=0\ncache_info=false\ncustom_attributes={}\n"
-    )
-    (dataset,) = _load(tmp_path, f"[[datasets]]\n[[datasets.subsets]]\nimage_dir='$P'\n{body}")
-    assert len(dataset.subsets) == 1
 
 
 @pytest.mark.parametrize(

@@ -1,5 +1,6 @@
 """When previews are drawn, under which names, and what a short memory does to them."""
 
+from collections.abc import Sequence
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -22,15 +23,17 @@ def previews(
     return Previews(settings, prompts, 1, folder, "my", processes, trackers, draw)  # type: ignore[arg-type]
 
 
+def blank(prompts: Sequence[Prompt], seeds: Sequence[int]) -> list[Image.Image]:
+    return [Image.new("RGB", (8, 8)) for _ in prompts]
+
+
 def names(folder: Path) -> list[str]:
     found = sorted((folder / "sample").glob("*")) if (folder / "sample").exists() else []
     return [path.name.split("_2")[0] for path in found]
 
 
 def test_epochs_go_before_steps(tmp_path: Path) -> None:
-    one = previews(
-        tmp_path, lambda *_: Image.new("RGB", (8, 8)), [Prompt("a")], sample_every_n_epochs=2, sample_every_n_steps=1
-    )
+    one = previews(tmp_path, blank, [Prompt("a")], sample_every_n_epochs=2, sample_every_n_steps=1)
     one.at_first()
     one.after_step(1)
     one.after_epoch(1, 3)
@@ -40,9 +43,7 @@ def test_epochs_go_before_steps(tmp_path: Path) -> None:
 
 
 def test_steps_and_at_first(tmp_path: Path) -> None:
-    one = previews(
-        tmp_path, lambda *_: Image.new("RGB", (8, 8)), [Prompt("a")], sample_every_n_steps=2, sample_at_first=True
-    )
+    one = previews(tmp_path, blank, [Prompt("a")], sample_every_n_steps=2, sample_at_first=True)
     one.at_first()
     for step in range(1, 5):
         one.after_step(step)
@@ -52,9 +53,9 @@ def test_steps_and_at_first(tmp_path: Path) -> None:
 def test_a_prompt_without_a_seed_has_the_same_one_each_time(tmp_path: Path) -> None:
     seeds: list[int] = []
 
-    def draw(prompt: Prompt, seed: int) -> Image.Image:
-        seeds.append(seed)
-        return Image.new("RGB", (8, 8))
+    def draw(prompts: Sequence[Prompt], given: Sequence[int]) -> list[Image.Image]:
+        seeds.extend(given)
+        return blank(prompts, given)
 
     one = previews(tmp_path, draw, [Prompt("a"), Prompt("b"), Prompt("c", seed=0)], sample_every_n_steps=1)
     one.after_step(1)
@@ -66,9 +67,7 @@ def test_a_prompt_without_a_seed_has_the_same_one_each_time(tmp_path: Path) -> N
 
 def test_processes_share_the_prompts(tmp_path: Path) -> None:
     for rank in range(2):
-        one = previews(
-            tmp_path, lambda *_: Image.new("RGB", (8, 8)), [Prompt("a")] * 3, rank, 2, sample_every_n_steps=1
-        )
+        one = previews(tmp_path, blank, [Prompt("a")] * 3, rank, 2, sample_every_n_steps=1)
         one.after_step(1)
         assert len(names(tmp_path)) == (2, 3)[rank]
 
@@ -78,10 +77,10 @@ def test_too_little_memory_for_a_preview_does_not_end_the_training(
 ) -> None:
     monkeypatch.setattr(torch.cuda, "empty_cache", lambda: None)
 
-    def draw(prompt: Prompt, seed: int) -> Image.Image:
-        if prompt.width == 4096:
+    def draw(prompts: Sequence[Prompt], seeds: Sequence[int]) -> list[Image.Image]:
+        if prompts[0].width == 4096:
             raise torch.OutOfMemoryError("CUDA out of memory")
-        return Image.new("RGB", (8, 8))
+        return blank(prompts, seeds)
 
     one = previews(tmp_path, draw, [Prompt("a", width=4096), Prompt("b")], sample_every_n_steps=1)
     one.after_step(1)

@@ -5,8 +5,8 @@ from pathlib import Path
 import pytest
 
 from library.errors import UserError
+from library.training.output_settings import OutputSettings
 from library.training.saving import Saver
-from library.training.settings import OutputSettings
 
 
 def run(folder: Path, num_epochs: int = 5, steps_per_epoch: int = 4, **values: object) -> tuple[list[str], list]:

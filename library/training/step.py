@@ -1,0 +1,56 @@
+"""One optimizer step: the gradients of its batches, added up over batches and processes, and what they say.
+
+The loss of a step is the mean over all its samples, in all batches and processes: each batch's loss is divided by the
+number of samples of the whole step, and gradients are added up. So neither the number of processes nor short last
+batches change what a sample weighs.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+
+import torch
+
+from library.console import raise_if_stopped
+from library.data.dataset import Batch
+from library.training.hooks import Losses
+from library.training.processes import Processes, check_finite
+from library.training.updater import Updater
+
+
+class TrainStep:
+    """Trains on the batches of one step."""
+
+    def __init__(self, losses_of: Callable[[Batch], Losses], updater: Updater, processes: Processes) -> None:
+        self._losses_of = losses_of
+        self._updater = updater
+        self._processes = processes
+
+    def __call__(self, batches: Sequence[Batch], num_samples: int, step: int) -> dict[str, float]:
+        """Trains and returns what is worth logging.
+
+        Args:
+            batches: this process's part of the step.
+            num_samples: of the step, over all processes.
+            step: its number, counted from 1.
+
+        Raises:
+            UserError: the loss is no number any more.
+        """
+        raise_if_stopped()
+        updater = self._updater
+        step_loss = torch.zeros((), device=updater.parameters[0].device)
+        for batch in batches:
+            if not batch.draws:  # fewer samples than processes: this one has none
+                continue
+            losses = self._losses_of(batch).values
+            loss = (losses * batch.loss_weights.to(losses.device)).sum() / num_samples
+            loss.backward()
+            step_loss += loss.detach()
+        step_loss = self._processes.add_up(updater.parameters, step_loss)
+        gradient_norm = updater.clip()
+        # One wait for the device, not two.
+        loss_value, norm_value = torch.stack([step_loss.float(), gradient_norm.float()]).tolist()
+        names = [draw.item.path.name for batch in batches for draw in batch.draws]
+        check_finite(loss_value, norm_value, step, names)
+        return {"loss/current": loss_value, "norm/gradient": norm_value, **updater.apply()}
