@@ -195,8 +195,6 @@ class TrainingData:
         """Says what was found, once at the start."""
         warn_unreadable([(self._all[index].path, why) for index, why in sorted(broken.items())])
         regularisation.report(self._all, self.items)
-        if self.validation_items:
-            logger.info("Validation: %d pictures are held out", len(self.validation_items))
         self._check_left(broken)
 
     def _drop(self, unreadable: dict[int, str]) -> None:
