@@ -9,13 +9,17 @@ from __future__ import annotations
 from array import array
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
+from functools import partial
 from typing import overload
 
 from library import keyed_random
 from library.data.buckets import Size
 from library.data.items import Draw
 
-MakeDraw = Callable[[int, int, int], Draw]
+MakeDraw = Callable[..., Draw]
+"""(item index, epoch, repeat) -> the showing; with the keyword ``step`` where the plan knows its optimizer steps."""
+StepOf = Callable[[int], int]
+"""number of a global batch in its epoch -> optimizer steps done before it."""
 
 
 @dataclass(frozen=True)
@@ -65,13 +69,20 @@ class EpochPlan:
     """The global batches of one epoch, in order."""
 
     def __init__(
-        self, epoch: int, items: array[int], repeats: array[int], starts: array[int], make_draw: MakeDraw
+        self,
+        epoch: int,
+        items: array[int],
+        repeats: array[int],
+        starts: array[int],
+        make_draw: MakeDraw,
+        step_of: StepOf | None = None,
     ) -> None:
         self.epoch = epoch
         self._items = items
         self._repeats = repeats
         self._starts = starts
         self._make_draw = make_draw
+        self._step_of = step_of
         self.batches: Sequence[GlobalBatch] = _Batches(self)
 
     def __len__(self) -> int:
@@ -86,7 +97,8 @@ class EpochPlan:
         """Returns one global batch, counted from 0."""
         part = slice(self._starts[number], self._starts[number + 1])
         slots = tuple(zip(self._items[part], self._repeats[part], strict=True))
-        return GlobalBatch(self.epoch, slots, self._make_draw)
+        make_draw = self._make_draw if self._step_of is None else partial(self._make_draw, step=self._step_of(number))
+        return GlobalBatch(self.epoch, slots, make_draw)
 
 
 class _Batches(Sequence[GlobalBatch]):
@@ -114,7 +126,14 @@ class _Batches(Sequence[GlobalBatch]):
         return map(self._plan.batch, range(len(self._plan)))
 
 
-def make_plan(groups: Sequence[Group], seed: int, epoch: int, num_processes: int, make_draw: MakeDraw) -> EpochPlan:
+def make_plan(
+    groups: Sequence[Group],
+    seed: int,
+    epoch: int,
+    num_processes: int,
+    make_draw: MakeDraw,
+    step_of: StepOf | None = None,
+) -> EpochPlan:
     """Returns the plan of one epoch.
 
     Every showing occurs exactly once. The showings of a group are shuffled and cut into global batches, of which the
@@ -125,7 +144,8 @@ def make_plan(groups: Sequence[Group], seed: int, epoch: int, num_processes: int
         seed: of the run.
         epoch: counted from 1.
         num_processes: a global batch holds ``batch_size * num_processes`` showings.
-        make_draw: called with (item index, epoch, repeat).
+        make_draw: called with (item index, epoch, repeat) and, where ``step_of`` is given, ``step=``.
+        step_of: the optimizer step of a global batch.
     """
     batches: list[list[tuple[int, int]]] = []
     for group in sorted(groups, key=lambda group: (group.dataset_index, group.bucket_px)):
@@ -139,7 +159,7 @@ def make_plan(groups: Sequence[Group], seed: int, epoch: int, num_processes: int
         items.extend(item for item, _ in batch)
         repeats.extend(repeat for _, repeat in batch)
         starts.append(len(items))
-    return EpochPlan(epoch, items, repeats, starts, make_draw)
+    return EpochPlan(epoch, items, repeats, starts, make_draw, step_of)
 
 
 def count_batches(groups: Iterable[Group], num_processes: int) -> int:

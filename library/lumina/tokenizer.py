@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import hashlib
 import logging
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
@@ -66,6 +66,10 @@ class GemmaTokenizer:
     def count(self, text: str) -> int:
         """Returns how many tokens the text has, BOS included, without cutting off."""
         return 1 + len(self._processor.EncodeAsIds(_valid(text)))
+
+    def counts(self, texts: Sequence[str]) -> list[int]:
+        """Returns :meth:`count` of each text; many at once are counted by several threads."""
+        return [1 + len(ids) for ids in self._processor.EncodeAsIds([_valid(text) for text in texts])]
 
 
 def _valid(text: str) -> str:
