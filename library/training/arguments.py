@@ -95,6 +95,8 @@ class TrainConfig:
                 "--cache_text_encoder_outputs freezes Gemma2, and --network_train_text_encoder_only trains nothing else;"
                 " leave one of them out"
             )
+        if self.samples.sample_weights == "ema" and self.optimizer.ema_decay is None:
+            raise SettingsError("--sample_weights ema: there is no moving average to draw with; add --ema_decay 0.999")
         optimizer = self.optimizer
         rates = {"Next-DiT": optimizer.unet_lr, "Gemma2": (*optimizer.text_encoder_lr, None)[0]}
         trained = {"Next-DiT": self.trains_dit, "Gemma2": self.trains_text_encoder}
@@ -109,6 +111,11 @@ class TrainConfig:
     def trains_dit(self) -> bool:
         """Whether the Next-DiT gets a LoRA."""
         return not self.network.network_train_text_encoder_only
+
+    @property
+    def draws_averaged(self) -> bool:
+        """Whether previews are drawn with the moving average of the trained weights."""
+        return self.optimizer.ema_decay is not None and self.samples.sample_weights != "raw"
 
     @property
     def trains_text_encoder(self) -> bool:
@@ -241,6 +248,35 @@ _NEEDS: tuple[tuple[tuple[str, ...], str, Callable[[TrainConfig], bool]], ...] =
         ("sample_every_n_steps",),
         "--sample_every_n_epochs goes before it",
         lambda c: not c.samples.sample_every_n_epochs,
+    ),
+    *(
+        ((name,), "a number below 1 draws nothing", lambda c, name=name: c.given.get(name, 1) > 0)
+        for name in ("sample_every_n_steps", "sample_every_n_epochs")
+    ),
+    (
+        ("sample_batch_size", "sample_weights"),
+        "no previews are drawn; add --sample_prompts",
+        lambda c: c.samples.sample_prompts is not None,
+    ),
+    (
+        ("caption_variants",),
+        "captions are neither shuffled nor chosen, and no tags are dropped",
+        lambda c: (
+            c.data.dataset_config is not None
+            or c.data.shuffle_caption
+            or c.data.enable_wildcard
+            or c.data.caption_tag_dropout_rate > 0
+        ),
+    ),
+    (
+        ("system_prompt_on_empty_caption",),
+        "there is no --system_prompt",
+        lambda c: bool(c.model.system_prompt),
+    ),
+    (
+        ("token_warmup_min",),
+        "there is no --token_warmup_step",
+        lambda c: c.data.dataset_config is not None or c.data.token_warmup_step > 0,
     ),
     (("vae_batch_size",), "latents are not cached", lambda c: c.data.cache_latents),
     (("text_encoder_batch_size",), "captions are not cached", lambda c: c.data.cache_text_encoder_outputs),

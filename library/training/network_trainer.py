@@ -367,6 +367,7 @@ class NetworkTrainer(ModelFamily):
             self.processes,
             self.trackers,
             self._draw_in_use,
+            max(dataset.batch_size for dataset in self.dataset_configs),
         )
         parts = LoopParts(
             data=self.data,
@@ -403,7 +404,7 @@ class NetworkTrainer(ModelFamily):
 
     def _draw_in_use(self, prompts: Sequence[Prompt], seeds: Sequence[int]) -> list[Image]:
         try:
-            with self.weights.in_use():
+            with self.weights.in_use(averaged=self.config.draws_averaged):
                 return self.draw(prompts, seeds)
         finally:
             if self.config.data.cache_latents and self.autoencoder is not None:

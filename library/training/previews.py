@@ -1,4 +1,4 @@
-"""Pictures drawn while training: when, under which names, by which process."""
+"""Pictures drawn while training: when, in which batches, under which names, by which process."""
 
 from __future__ import annotations
 
@@ -14,6 +14,7 @@ from library.errors import DrawingError
 from library.files import write_with
 from library.keyed_random import key
 from library.prompts import Prompt
+from library.training.contact_sheet import Entry, contact_sheet
 
 if TYPE_CHECKING:
     from PIL.Image import Image
@@ -27,12 +28,32 @@ logger = logging.getLogger(__name__)
 Draw = Callable[[Sequence[Prompt], Sequence[int]], "list[Image]"]
 """(prompts of one size and set of options, their seeds) -> RGB pictures."""
 
+SHEET_NAME = "sample_sheet"
+_JPEG_QUALITY = 92
+
+
+def batches_of(prompts: Sequence[Prompt], batch_size: int, num_processes: int) -> list[list[int]]:
+    """Returns the prompts' indexes in lists that are drawn at a time: of one size and one set of options.
+
+    Lists are shorter than ``batch_size`` where that gives every process its share.
+    """
+    groups: dict[tuple[object, ...], list[int]] = {}
+    for index, prompt in enumerate(prompts):
+        options = (prompt.sample_steps, prompt.scale, prompt.cfg_trunc_ratio, prompt.renorm_cfg)
+        groups.setdefault((prompt.width, prompt.height, *options), []).append(index)
+    batches = []
+    for group in groups.values():
+        size = min(batch_size, -(-len(group) // num_processes))
+        batches += [group[start : start + size] for start in range(0, len(group), size)]
+    return batches
+
 
 class Previews:
     """Draws the sample prompts at the times that the settings name.
 
-    Files go to ``sample/`` in the output folder under sd-scripts' names. A prompt without a seed gets one from the run's
-    seed and its place, the same at every event, so that pictures of different epochs can be compared.
+    Files go to ``sample/`` in the output folder under sd-scripts' names, and beside them a sheet with all pictures of the
+    moment. A prompt without a seed gets one from the run's seed and its place, the same at every event, so that pictures
+    of different epochs can be compared.
     """
 
     def __init__(
@@ -45,12 +66,30 @@ class Previews:
         processes: Processes,
         trackers: Trackers,
         draw: Draw,
+        batch_size: int = 1,
     ) -> None:
+        """Plans the previews.
+
+        Args:
+            settings: when to draw.
+            prompts: what to draw.
+            seed: of the run.
+            folder: the run's output folder.
+            output_name: begins the files' names.
+            processes: that share the drawing.
+            trackers: that get the pictures too.
+            draw: draws one batch.
+            batch_size: prompts drawn at a time where ``--sample_batch_size`` is left out.
+        """
         self._settings = settings
         self._prompts = prompts
-        self._seed = seed
+        self._seeds = [
+            key("preview", seed, index) % 2**32 if prompt.seed is None else prompt.seed
+            for index, prompt in enumerate(prompts)
+        ]
+        self._batches = batches_of(prompts, settings.sample_batch_size or batch_size, processes.count)
         self._folder = folder / "sample"
-        self._prefix = f"{output_name}_" if output_name else ""
+        self._output_name = output_name or ""
         self._processes = processes
         self._trackers = trackers
         self._draw = draw
@@ -58,50 +97,77 @@ class Previews:
     def at_first(self) -> None:
         """Draws before the first step, where asked for."""
         if self._settings.sample_at_first:
-            self._draw_all("e000000", 0)
+            self._draw_all("e000000", 0, "before training")
 
     def after_step(self, step: int) -> None:
         """Draws after a step, where asked for; ``--sample_every_n_epochs`` goes before ``--sample_every_n_steps``."""
         every = self._settings.sample_every_n_steps
         if every and not self._settings.sample_every_n_epochs and step % every == 0:
-            self._draw_all(f"{step:06d}", step)
+            self._draw_all(f"{step:06d}", step, f"step {step}")
 
     def after_epoch(self, epoch: int, step: int) -> None:
         """Draws after an epoch, where asked for."""
         every = self._settings.sample_every_n_epochs
         if every and epoch % every == 0:
-            self._draw_all(f"e{epoch:06d}", step)
+            self._draw_all(f"e{epoch:06d}", step, f"epoch {epoch}, step {step}")
 
-    def _draw_all(self, moment: str, step: int) -> None:
+    def _draw_all(self, moment: str, step: int, title: str) -> None:
         if not self._prompts:
             return
-        mine = range(self._processes.rank, len(self._prompts), self._processes.count)
-        drawn = [(index, picture) for index in mine if (picture := self._draw_one(index, moment)) is not None]
+        start = f"{self._output_name}_{moment}" if self._output_name else moment
+        now = time.strftime("%Y%m%d%H%M%S")
+        drawn: list[tuple[int, Image]] = []
+        for batch in self._batches[self._processes.rank :: self._processes.count]:
+            drawn += self._draw_batch(batch)
+        for index, picture in drawn:
+            given = "" if self._prompts[index].seed is None else f"_{self._seeds[index]}"
+            self._write(f"{start}_{index:02d}_{now}{given}.png", picture)
         if self._processes.on_cuda:
             torch.cuda.empty_cache()  # what the autoencoder needed is much, and training needs it for itself
-        pictures = [entry for part in self._processes.gather(drawn) for entry in part]
-        for index, picture in sorted(pictures, key=lambda entry: entry[0]):
+        gathered = [entry for part in self._processes.gather(drawn) for entry in part]
+        pictures = sorted(gathered, key=lambda entry: entry[0])
+        for index, picture in pictures:
             self._trackers.log_picture(f"sample_{index}", picture, step)
+        if pictures and self._processes.rank == 0:
+            entries = [Entry(picture, self._prompts[index].prompt, self._note(index)) for index, picture in pictures]
+            sheet = contact_sheet(entries, f"{self._output_name} {title}".strip())
+            self._write(f"{start}_sheet_{now}.jpg", sheet)
+            self._trackers.log_picture(SHEET_NAME, sheet, step)
         logger.info("Drew %d pictures to %s", len(pictures), self._folder)
 
-    def _draw_one(self, index: int, moment: str) -> Image | None:
-        """Returns the picture, or None where memory is too short for it: the training is worth more than a preview."""
-        prompt = self._prompts[index]
-        seed = prompt.seed if prompt.seed is not None else key("preview", self._seed, index) % 2**32
+    def _draw_batch(self, indexes: Sequence[int]) -> list[tuple[int, Image]]:
+        """Returns the pictures, without those that memory is too short for: the training is worth more than a preview."""
+        prompts = [self._prompts[index] for index in indexes]
         try:
-            (picture,) = self._draw([prompt], [seed])
+            pictures = self._draw(prompts, [self._seeds[index] for index in indexes])
+            return list(zip(indexes, pictures, strict=True))
         except torch.OutOfMemoryError:
-            torch.cuda.empty_cache()
-            logger.warning(
-                "There is too little memory for a preview of %dx%d; training goes on without it",
-                prompt.width,
-                prompt.height,
+            problem = (
+                f"there is too little memory for a preview of {prompts[0].width}x{prompts[0].height};"
+                " training goes on without it"
             )
-            return None
         except DrawingError as error:
-            logger.warning("No preview: %s", error)
-            return None
-        given = "" if prompt.seed is None else f"_{prompt.seed}"
-        name = f"{self._prefix}{moment}_{index:02d}_{time.strftime('%Y%m%d%H%M%S')}{given}.png"
-        write_with(self._folder / name, lambda path: picture.save(path))
-        return picture
+            problem = str(error)
+        # Out of the handlers: an exception that is being handled holds the tensors of its frames.
+        if self._processes.on_cuda:
+            torch.cuda.empty_cache()
+        if len(indexes) == 1:
+            logger.warning("No preview of prompt %d: %s", indexes[0] + 1, problem)
+            return []
+        logger.info("%d previews cannot be drawn at a time, so they are drawn one by one: %s", len(indexes), problem)
+        return [entry for index in indexes for entry in self._draw_batch([index])]
+
+    def _note(self, index: int) -> str:
+        """Returns how a picture was drawn."""
+        prompt = self._prompts[index]
+        note = (
+            f"{index}: seed {self._seeds[index]}, {prompt.width}x{prompt.height}, {prompt.sample_steps} steps,"
+            f" guidance {prompt.scale:g}"
+        )
+        return note + (f", without: {prompt.negative_prompt}" if prompt.negative_prompt else "")
+
+    def _write(self, name: str, picture: Image) -> None:
+        try:
+            write_with(self._folder / name, lambda path: picture.save(path, quality=_JPEG_QUALITY))
+        except OSError as error:
+            logger.warning("The preview %s could not be written: %s", self._folder / name, error.strerror or error)

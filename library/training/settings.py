@@ -186,6 +186,10 @@ class SampleSettings:
     )
 
     def __post_init__(self) -> None:
+        for name in ("sample_every_n_steps", "sample_every_n_epochs"):
+            every = getattr(self, name)
+            if every is not None and every < 1:  # as in sd-scripts; the log says that it draws nothing
+                object.__setattr__(self, name, None)
         if self.sample_prompts is None:
             for name in ("sample_every_n_steps", "sample_every_n_epochs", "sample_at_first"):
                 require(

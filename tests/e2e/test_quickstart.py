@@ -65,7 +65,7 @@ def test_the_loss_falls_and_the_pictures_change(trained: tuple[TrainConfig, Path
     before = loss_at_fixed_noise(config, lora, 0.0)
     after = loss_at_fixed_noise(config, lora, 1.0)
     assert after < 0.95 * before, f"{before:.4f} -> {after:.4f}"
-    pictures = sorted((lora.parent / "sample").iterdir())
+    pictures = sorted((lora.parent / "sample").glob("*.png"))
     assert [path.name.split("_2")[0] for path in pictures] == [
         f"zorp_e{epoch:06d}_{index:02d}" for epoch in (0, 5, 10) for index in (0, 1)
     ]

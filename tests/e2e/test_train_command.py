@@ -152,7 +152,7 @@ def test_previews_and_tensorboard(job: Job, output: Path, tmp_path: Path, train:
     prompts.write_text("a red disc --w 64 --h 96 --s 3 --d 0\na blue disc --n red --w 64 --h 64 --s 2\n", "utf-8")
     flags = [f"--sample_prompts={prompts}", "--sample_every_n_epochs=1", "--sample_at_first", "--max_train_epochs=2"]
     train(job.train_flags(output, *flags, f"--logging_dir={tmp_path / 'logs'}", "--network_dropout=0.5"))
-    pictures = sorted(path.name for path in (output / "sample").iterdir())
+    pictures = sorted(path.name for path in (output / "sample").glob("*.png"))
     stems = [name.split("_2")[0] for name in pictures]  # up to the date
     assert stems == [f"my_e{epoch:06d}_{index:02d}" for epoch in range(3) for index in range(2)]
     assert all(name.endswith("_0.png") == ("_00_2" in name) for name in pictures)
@@ -171,7 +171,9 @@ def test_previews_and_tensorboard(job: Job, output: Path, tmp_path: Path, train:
         log.Tags()["scalars"]
     )
     assert len(log.Scalars("loss/current")) == 2 * NUM_PICTURES
-    assert len(log.Tags()["images"]) == 2
+    assert {name.split("/")[0] for name in log.Tags()["images"]} == {"sample_0", "sample_1", "sample_sheet"}
+    sheets = sorted(path.name.split("_2")[0] for path in (output / "sample").glob("*.jpg"))
+    assert sheets == [f"my_e{epoch:06d}_sheet" for epoch in range(3)]
 
 
 def test_previews_do_not_change_the_training(job: Job, tmp_path: Path, train: Callable) -> None:

@@ -22,6 +22,8 @@ EVERYTHING_DRAWN = [
     "--flip_aug",
     "--shuffle_caption",
     "--caption_dropout_rate=0.2",
+    "--token_warmup_step=3",
+    "--caption_variants=2",
     "--ip_noise_gamma=0.1",
     "--network_args",
     "rank_dropout=0.1",

@@ -4,13 +4,22 @@ from collections.abc import Sequence
 from pathlib import Path
 from types import SimpleNamespace
 
+import numpy
 import pytest
 import torch
 from PIL import Image
 
+from library.errors import DrawingError
 from library.prompts import Prompt
-from library.training.previews import Previews
+from library.training.previews import Previews, batches_of
 from library.training.settings import SampleSettings
+
+LOGGED: list[tuple[str, tuple[int, int], int]] = []
+
+
+@pytest.fixture(autouse=True)
+def _nothing_logged() -> None:
+    LOGGED.clear()
 
 
 def previews(
@@ -18,7 +27,7 @@ def previews(
 ) -> Previews:
     (folder / "p.txt").write_text("a", encoding="utf-8")
     processes = SimpleNamespace(rank=rank, count=count, gather=lambda mine: [mine], on_cuda=False)
-    trackers = SimpleNamespace(log_picture=lambda *_: None)
+    trackers = SimpleNamespace(log_picture=lambda name, picture, step: LOGGED.append((name, picture.size, step)))
     settings = SampleSettings(sample_prompts=folder / "p.txt", **when)  # type: ignore[arg-type]
     return Previews(settings, prompts, 1, folder, "my", processes, trackers, draw)  # type: ignore[arg-type]
 
@@ -29,7 +38,7 @@ def blank(prompts: Sequence[Prompt], seeds: Sequence[int]) -> list[Image.Image]:
 
 def names(folder: Path) -> list[str]:
     found = sorted((folder / "sample").glob("*")) if (folder / "sample").exists() else []
-    return [path.name.split("_2")[0] for path in found]
+    return [path.name.split("_2")[0] for path in found if "_sheet_" not in path.name]
 
 
 def test_epochs_go_before_steps(tmp_path: Path) -> None:
@@ -60,9 +69,62 @@ def test_a_prompt_without_a_seed_has_the_same_one_each_time(tmp_path: Path) -> N
     one = previews(tmp_path, draw, [Prompt("a"), Prompt("b"), Prompt("c", seed=0)], sample_every_n_steps=1)
     one.after_step(1)
     one.after_step(2)
+    # defect 40: seed 0 is a seed, and prompts without one do not share theirs
     assert seeds[:3] == seeds[3:]
     assert len(set(seeds)) == 3
     assert seeds[2] == 0
+    files = sorted(path.name for path in (tmp_path / "sample").glob("*.png"))
+    assert [name.endswith("_0.png") for name in files] == [False, False, True] * 2
+
+
+def test_prompts_of_one_size_and_one_set_of_options_are_drawn_together(tmp_path: Path) -> None:
+    calls: list[list[str]] = []
+
+    def draw(prompts: Sequence[Prompt], seeds: Sequence[int]) -> list[Image.Image]:
+        assert (
+            len({(p.width, p.height, p.sample_steps, p.scale, p.cfg_trunc_ratio, p.renorm_cfg) for p in prompts}) == 1
+        )
+        calls.append([prompt.prompt for prompt in prompts])
+        return blank(prompts, seeds)
+
+    prompts = [Prompt("a", "not", seed=1), Prompt("b", width=512), Prompt("c"), Prompt("d", scale=2.0), Prompt("e")]
+    prompts += [Prompt("f", sample_steps=3), Prompt("g", cfg_trunc_ratio=1.0), Prompt("h", renorm_cfg=0.0), Prompt("i")]
+    previews(tmp_path, draw, prompts, sample_every_n_steps=1, sample_batch_size=3).after_step(1)
+    assert calls == [["a", "c", "e"], ["i"], ["b"], ["d"], ["f"], ["g"], ["h"]]
+    assert names(tmp_path) == [f"my_000001_{index:02d}" for index in range(9)]
+    assert [name for name, _, _ in LOGGED] == [*(f"sample_{index}" for index in range(9)), "sample_sheet"]
+
+
+def test_processes_share_a_group(tmp_path: Path) -> None:
+    prompts = [Prompt(str(number)) for number in range(5)]
+    assert batches_of(prompts, 8, 1) == [[0, 1, 2, 3, 4]]
+    assert batches_of(prompts, 8, 2) == [[0, 1, 2], [3, 4]]
+    assert batches_of(prompts, 2, 2) == [[0, 1], [2, 3], [4]]
+    assert batches_of(prompts, 1, 3) == [[0], [1], [2], [3], [4]]
+
+
+def test_one_sheet_shows_all_pictures_of_an_event(tmp_path: Path) -> None:
+    def draw(prompts: Sequence[Prompt], seeds: Sequence[int]) -> list[Image.Image]:
+        return [Image.new("RGB", (prompt.width, prompt.height), (255, 0, 0)) for prompt in prompts]
+
+    one = previews(tmp_path, draw, [Prompt("a", width=64, height=128), Prompt("b" * 500)], sample_every_n_epochs=1)
+    one.after_epoch(1, 7)
+    (path,) = (tmp_path / "sample").glob("my_e000001_sheet_*.jpg")
+    with Image.open(path) as sheet:
+        assert LOGGED[-1] == ("sample_sheet", sheet.size, 7)
+        pixels = numpy.asarray(sheet)
+        red = int(((pixels[..., 0] > 200) & (pixels[..., 1] < 60) & (pixels[..., 2] < 60)).sum())
+    # Both are half their size: the larger one has 1024 px, and cells have 512.
+    assert red == pytest.approx(32 * 64 + 512 * 512, rel=0.01)  # JPEG blurs edges
+
+
+@pytest.mark.parametrize("name", ["sample_every_n_steps", "sample_every_n_epochs"])
+@pytest.mark.parametrize("value", [0, -3])
+def test_below_one_draws_nothing(tmp_path: Path, name: str, value: int) -> None:
+    one = previews(tmp_path, blank, [Prompt("a")], **{name: value})
+    one.after_step(3)
+    one.after_epoch(3, 3)
+    assert names(tmp_path) == []
 
 
 def test_processes_share_the_prompts(tmp_path: Path) -> None:
@@ -86,3 +148,29 @@ def test_too_little_memory_for_a_preview_does_not_end_the_training(
     one.after_step(1)
     assert names(tmp_path) == ["my_000001_01"]
     assert "too little memory for a preview of 4096x1024" in caplog.text
+
+
+def test_a_batch_that_does_not_fit_is_drawn_one_by_one(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    tried: list[int] = []
+
+    def draw(prompts: Sequence[Prompt], seeds: Sequence[int]) -> list[Image.Image]:
+        tried.append(len(prompts))
+        if len(prompts) > 1:
+            raise torch.OutOfMemoryError("CUDA out of memory")
+        if prompts[0].prompt == "b":
+            raise DrawingError("the picture came out as numbers that are not finite")
+        return blank(prompts, seeds)
+
+    prompts = [Prompt("a"), Prompt("b"), Prompt("c")]
+    previews(tmp_path, draw, prompts, sample_every_n_steps=1, sample_batch_size=3).after_step(1)
+    assert tried == [3, 1, 1, 1]
+    assert names(tmp_path) == ["my_000001_00", "my_000001_02"]
+    assert "No preview of prompt 2: the picture came out" in caplog.text
+
+
+def test_a_folder_that_cannot_be_written_to_does_not_end_the_training(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    (tmp_path / "sample").write_bytes(b"")
+    previews(tmp_path, blank, [Prompt("a")], sample_every_n_steps=1).after_step(1)
+    assert "could not be written" in caplog.text
