@@ -16,6 +16,7 @@ from pathlib import Path
 from typing import Any
 
 from library.data import schema
+from library.data.augment_rules import UNCACHED, contradiction
 from library.data.folders import first_picture, named_subfolders
 from library.data.settings import DataSettings
 from library.errors import DatasetError, nearest, some
@@ -284,6 +285,11 @@ class _FileReader:
                     "%s: %s: num_repeats is %d; this subset is ignored.", self._path, where, subset.num_repeats
                 )
                 continue
+            bucketed = _lookup("enable_bucket", "enable_bucket", parents, self._settings)
+            given = [name for name in UNCACHED if getattr(subset, name)]
+            problem = contradiction(given, self._settings.cache_latents, bucketed)
+            if problem:
+                raise self._error(where, f"{problem}.")
             yield subset
 
     def _folder(self, given: str, where: str) -> Path:

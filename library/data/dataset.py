@@ -10,7 +10,6 @@ import torch
 
 from library import keyed_random
 from library.data import captions as caption_rules
-from library.data import images
 from library.data.building import build_items, undecodable, warn_unreadable
 from library.data.cache import ALONE, EncodeCaptions, EncodePixels, LatentCache, Sharing, TextCache
 from library.data.cache_places import CachePlaces
@@ -19,6 +18,7 @@ from library.data.epoch_plan import EpochPlan, GlobalBatch, Group, count_batches
 from library.data.items import Batch, Draw, Item
 from library.data.prefetch import prefetch
 from library.data.settings import DataSettings
+from library.data.showings import Showings
 from library.errors import DatasetError
 
 __all__ = ["Batch", "Draw", "EpochPlan", "GlobalBatch", "Item", "TrainingData"]
@@ -36,6 +36,7 @@ class TrainingData:
         datasets: their settings.
         items: the pictures that are trained on; pictures that turn out to be unreadable while caching disappear.
         latents: the latent cache, or ``None`` where pictures are read anew for each batch.
+        showings: what a showing of a picture looks like, and what of it counts.
         text: the text cache, or ``None`` where captions are encoded for each batch.
     """
 
@@ -60,6 +61,7 @@ class TrainingData:
         workers = settings.max_data_loader_n_workers
         if settings.cache_latents:
             self.latents = LatentCache(places if settings.cache_latents_to_disk else None, image_dirs, workers)
+        self.showings = Showings(self._all, datasets, settings, places)
         if settings.cache_text_encoder_outputs:
             self.text = self._new_text_cache()
 
@@ -89,9 +91,15 @@ class TrainingData:
         workers = settings.max_data_loader_n_workers
         items = build_items(datasets, places if settings.cache_latents_to_disk else None, workers, show_progress)
         data = cls(settings, seed, datasets, items, places)
-        if not settings.cache_latents:
-            data._drop(undecodable(items, workers, show_progress))
+        data._check_pixels(show_progress)
         return data
+
+    def _check_pixels(self, show_progress: bool) -> None:
+        """Finds out now what is wrong with pictures and masks, as far as caching them will not."""
+        self.showings.check_sizes(show_progress)
+        if not self._settings.cache_latents:
+            self._drop(undecodable(self._all, self._settings.max_data_loader_n_workers, show_progress))
+            self.showings.check_masks(self.items, show_progress)
 
     # Which pictures, in which order, with which captions
 
@@ -205,6 +213,7 @@ class TrainingData:
         if self.latents is not None:
             batch_size = self._settings.vae_batch_size
             self._drop(self.latents.fill(self.items, encode, fingerprint, batch_size, sharing))
+            self.showings.fill_masks(self.items, sharing)
 
     def missing_text(self, captions: Iterable[str], fingerprint: str, sharing: Sharing = ALONE) -> int:
         """Returns how many captions are to be encoded; 0: no text encoder is needed. All processes call it."""
@@ -281,11 +290,12 @@ class TrainingData:
         if draws and self.latents is not None:
             latents = torch.stack([self.latents.get(draw.item, draw.flip) for draw in draws])
         elif draws:
-            pixels = torch.stack([_pixels(draw) for draw in draws])
+            pixels = torch.stack([self.showings.pixels(draw) for draw in draws])
         if self.text is not None:
             text = tuple(self.text.get(draw.caption) for draw in draws)
         weights = torch.ones(len(draws), dtype=torch.float32)
-        return Batch(tuple(draws), latents, pixels, text, weights, len(draws) if num_global is None else num_global)
+        num_global = len(draws) if num_global is None else num_global
+        return Batch(tuple(draws), latents, pixels, text, weights, num_global, self.showings.masks(draws))
 
     def batches(
         self, plan: EpochPlan, rank: int = 0, num_processes: int = 1, start: int = 0, num_workers: int | None = None
@@ -316,14 +326,3 @@ class TrainingData:
             return 64
         largest = max(group.batch_size * 12 * group.bucket_px[0] * group.bucket_px[1] for group in self._groups)
         return max(2, _WAITING_PIXELS_BYTES // largest)
-
-
-def _pixels(draw: Draw) -> torch.Tensor:
-    item = draw.item
-    try:
-        pixels = images.load_pixels(item.path, item.placement, item.subset.resize_interpolation)
-    except images.BROKEN_PICTURE as error:
-        raise DatasetError(
-            f"The picture {item.path} can no longer be read ({images.reason(error)}); it was fine when the run started."
-        ) from error
-    return pixels.flip(-1) if draw.flip else pixels

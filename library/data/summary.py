@@ -124,9 +124,9 @@ def _subset_summary(subset: SubsetConfig, img_count: int) -> dict[str, Any]:
     return {
         "img_count": img_count,
         "num_repeats": subset.num_repeats,
-        "color_aug": False,
+        "color_aug": subset.color_aug,
         "flip_aug": subset.flip_aug,
-        "random_crop": False,
+        "random_crop": subset.random_crop,
         "shuffle_caption": subset.shuffle_caption,
         "keep_tokens": subset.keep_tokens,
         "keep_tokens_separator": subset.keep_tokens_separator,
