@@ -30,6 +30,7 @@ if TYPE_CHECKING:
     from torch import Tensor, nn
 
     from library.data.dataset import Batch
+    from library.data.debug_page import CaptionTokens
     from library.lumina.autoencoder import Autoencoder
     from library.lumina.gemma2 import Gemma2Encoder
 
@@ -150,6 +151,16 @@ class LuminaNetworkTrainer(NetworkTrainer):
                 limit,
                 some(too_long),
             )
+
+    def caption_tokens(self, caption: str) -> CaptionTokens:
+        from library.data.debug_page import CaptionTokens
+        from library.lumina.gemma2 import prompt_text
+
+        whole = prompt_text(self.config.model.system_prompt, caption)
+        num_in_front = len(whole) - len(caption)
+        num_kept = max(0, len(self.tokenizer.kept_part(whole)) - num_in_front)
+        num_tokens = self.tokenizer.count(whole)
+        return CaptionTokens(caption[:num_kept], caption[num_kept:], num_tokens, self.tokenizer.max_tokens)
 
     def text_cache_bytes(self, captions: Iterable[str]) -> int:
         from library.lumina.gemma2 import prompt_text

@@ -36,6 +36,7 @@ class TrainingData:
         datasets: their settings.
         items: the pictures that are trained on; pictures that turn out to be unreadable while caching disappear.
         latents: the latent cache, or ``None`` where pictures are read anew for each batch.
+        validation_items: the pictures that are held out.
         showings: what a showing of a picture looks like, and what of it counts.
         text: the text cache, or ``None`` where captions are encoded for each batch.
     """
@@ -55,6 +56,7 @@ class TrainingData:
         self._all = tuple(items)
         self._dropped: set[int] = set()
         self._set_items()
+        self.validation_items: tuple[Item, ...] = ()
         image_dirs = [subset.image_dir for config in datasets for subset in config.subsets]
         self.latents: LatentCache | None = None
         self.text: TextCache | None = None
@@ -100,6 +102,11 @@ class TrainingData:
         if not self._settings.cache_latents:
             self._drop(undecodable(self._all, self._settings.max_data_loader_n_workers, show_progress))
             self.showings.check_masks(self.items, show_progress)
+
+    @property
+    def num_workers(self) -> int:
+        """Threads that read pictures and cached files."""
+        return self._settings.max_data_loader_n_workers
 
     # Which pictures, in which order, with which captions
 

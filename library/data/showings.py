@@ -85,8 +85,7 @@ class Showings:
             pixels = images.load_pixels(item.path, self.placement(draw), item.subset.resize_interpolation)
         except images.BROKEN_PICTURE as error:
             raise DatasetError(
-                f"The picture {item.path} can no longer be read ({images.reason(error)}); it was fine when the run"
-                " started."
+                f"The picture {item.path} cannot be read ({images.reason(error)}); mend it, or take it out of its folder."
             ) from error
         change = augment.colour_change(draw)
         if change is not None:
