@@ -207,14 +207,19 @@ def _tag_section(data: TrainingData) -> str:
 
 def _dataset_section(data: TrainingData, index: int, sheets: dict[tuple[int, Size], _Sheet]) -> str:
     config = data.datasets[index]
-    counts = Counter(id(item.subset) for item in data.items if item.dataset_index == index)
+    counts: Counter[int] = Counter()
+    showings: Counter[int] = Counter()
+    for item in data.items:
+        if item.dataset_index == index:
+            counts[id(item.subset)] += 1
+            showings[id(item.subset)] += item.num_repeats
     held_out = Counter(id(item.subset) for item in data.validation_items if item.dataset_index == index)
     rows = [
         (
             subset.image_dir,
             counts[id(subset)],
             subset.num_repeats,
-            counts[id(subset)] * subset.num_repeats,
+            showings[id(subset)],
             held_out[id(subset)],
             _settings_of(subset),
         )
