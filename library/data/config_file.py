@@ -11,7 +11,8 @@ from pathlib import Path
 from typing import Any
 
 from library.data import schema
-from library.data.config import DatasetConfig, SubsetConfig, make_dataset, make_subset
+from library.data.augment_rules import UNCACHED, contradiction
+from library.data.config import DatasetConfig, SubsetConfig, look_up, make_dataset, make_subset
 from library.data.folders import first_picture
 from library.data.settings import DataSettings
 from library.errors import DatasetError, nearest
@@ -121,7 +122,15 @@ class _FileReader:
                     "%s: %s: num_repeats is %d; this subset is ignored.", self._path, where, subset.num_repeats
                 )
                 continue
+            self._check_crops(subset, [values, *parents], where)
             yield subset
+
+    def _check_crops(self, subset: SubsetConfig, tables: Sequence[Table], where: str) -> None:
+        given = [name for name in UNCACHED if getattr(subset, name)]
+        bucketed = look_up("enable_bucket", "enable_bucket", tables, self._settings)
+        problem = contradiction(given, self._settings.cache_latents, bucketed)
+        if problem:
+            raise self._error(where, f"{problem}.")
 
     def _find_files(self, values: dict[str, Any], where: str) -> None:
         """Puts paths in the place of the texts that name a subset's folders and its metadata file."""
