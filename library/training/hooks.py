@@ -104,9 +104,9 @@ class ModelFamily(abc.ABC):
         """Returns each sample's loss at a noise level that is drawn for it, with gradients."""
 
     @abc.abstractmethod
-    def validation_losses(self, batch: Batch, sigma: float) -> Tensor:
-        """Returns each sample's loss (B,) float32 at a given noise level, with noise that belongs to the picture, without
-        gradients, masks and weights."""
+    def validation_losses(self, batch: Batch, sigmas: Sequence[float]) -> Tensor:
+        """Returns each sample's loss at given noise levels, (B, len(sigmas)) float32, with noise that belongs to the
+        picture alone, without gradients, masks and weights."""
 
     @abc.abstractmethod
     def draw(self, prompts: Sequence[Prompt], seeds: Sequence[int]) -> list[Image]:

@@ -20,6 +20,7 @@ from library.files import check_writable
 from library.prompts import Prompt, read_prompt_file
 from library.training.arguments import TrainConfig, warn_of_ignored, warn_of_unused, without_secrets
 from library.training.hooks import ModelFamily, PictureEncoder, TextEncoder
+from library.training.output_preservation import check_can_be_switched_off
 from library.training.report import RunPlan, log_plan
 
 if TYPE_CHECKING:
@@ -312,6 +313,7 @@ class NetworkTrainer(ModelFamily):
             )
         if config.network_weights is not None and not config.dim_from_weights:
             network.load_weights(str(config.network_weights))
+        check_can_be_switched_off(network, self.dataset_configs, str(config.network_module))
         return network
 
     def build_optimizer(self) -> None:
