@@ -310,6 +310,15 @@ class TrainingData:
         depth = max(1, min(2 * workers, self._max_waiting()))
         return prefetch(range(start, len(plan)), read, min(workers, depth), depth)
 
+    @property
+    def validation_items(self) -> tuple[Item, ...]:
+        """The pictures that are held out."""
+        return ()
+
+    def validation_batches(self, rank: int, num_processes: int, max_batches: int | None = None) -> Iterator[Batch]:
+        """Yields this process's part of each batch of held-out pictures, always the same ones."""
+        return iter(())
+
     def _max_waiting(self) -> int:
         """Returns how many batches may wait so that decoded pictures stay within their share of the memory."""
         if self.latents is not None:

@@ -362,8 +362,19 @@ class NetworkTrainer(ModelFamily):
         from library.training.progress import Progress
         from library.training.saving import Saver
         from library.training.step import TrainStep
+        from library.training.validation import Validation, levels
 
         config = self.config
+        self.progress = Progress(self.plan, visible=self.processes.is_main, device=self.device)
+        self.validation = Validation(
+            config.validation,
+            self.data,
+            self.validation_losses,
+            self.weights,
+            self.processes,
+            levels(config.flow.timestep_range),
+            averaged_too=config.optimizer.ema_decay is not None,
+        )
         self.saver = Saver(config.output, self.plan.num_epochs, self._metadata_writer())
         self.previews = Previews(
             config.samples,
@@ -378,7 +389,7 @@ class NetworkTrainer(ModelFamily):
         parts = LoopParts(
             data=self.data,
             train_step=TrainStep(self.losses_of, self.updater, self.processes),
-            progress=Progress(self.plan, visible=self.processes.is_main),
+            progress=self.progress,
             processes=self.processes,
             events=self,
         )
@@ -399,14 +410,18 @@ class NetworkTrainer(ModelFamily):
         self.trackers.log(values, step)
         if self.processes.is_main:
             self.saver.after_step(step, epoch - 1)
+        self.trackers.log(self.validation.after_step(step, self.progress.average), step)
         self.previews.after_step(step)
+        self.progress.leave_time_out()
 
     def after_epoch(self, epoch: int, step: int, values: Mapping[str, float]) -> None:
         """Reports, saves and draws after an epoch."""
         self.trackers.log(values, step)
         if self.processes.is_main:
             self.saver.after_epoch(epoch, step)
+        self.trackers.log(self.validation.after_epoch(epoch, step, self.progress.average), step)
         self.previews.after_epoch(epoch, step)
+        self.progress.leave_time_out()
 
     def _draw_in_use(self, prompts: Sequence[Prompt], seeds: Sequence[int]) -> list[Image]:
         try:

@@ -82,7 +82,9 @@ class Trackers:
             tracker.finish()
 
     def log(self, values: Mapping[str, float], step: int) -> None:
-        """Reports numbers at an optimizer step."""
+        """Reports numbers at an optimizer step; none are no report."""
+        if not values:
+            return
         self._accelerator.log(dict(values), step=step)
 
     def log_picture(self, name: str, picture: Image, step: int) -> None:
