@@ -93,7 +93,8 @@ class LuminaNetworkTrainer(NetworkTrainer):
         if not self.config.data.cache_text_encoder_outputs_to_disk:
             return f"this run, {system_prompt}"  # gigabytes need not be hashed for what ends with the run
         max_tokens = self.config.model.gemma2_max_token_length
-        return gemma2_fingerprint(self.files, self.weight_dtype, max_tokens, system_prompt)
+        of_gemma2 = gemma2_fingerprint(self.files, self.weight_dtype, max_tokens, system_prompt)
+        return of_gemma2 + self.base_weights.text_fingerprint()
 
     def load_autoencoder(self, dtype: torch.dtype) -> Autoencoder:
         from library.lumina.loading import load_autoencoder
@@ -114,15 +115,18 @@ class LuminaNetworkTrainer(NetworkTrainer):
         self.dit = load_next_dit(self.files.dit, dtype, sdpa_attention, self.processes.is_main)
         return self.dit
 
-    def empty_models(self) -> tuple[list[nn.Module], nn.Module]:
+    def empty_text_encoder(self) -> nn.Module:
+        from library.lumina.gemma2 import empty_gemma2
+
+        return empty_gemma2(self.files.gemma2.config)
+
+    def empty_model(self) -> nn.Module:
         import torch
 
-        from library.lumina.gemma2 import empty_gemma2
         from library.lumina.next_dit import NextDiT
 
-        encoders = [empty_gemma2(self.files.gemma2.config)] if self.config.trains_text_encoder else []
         with torch.device("meta"):
-            return encoders, NextDiT(self.files.dit.config).requires_grad_(False)
+            return NextDiT(self.files.dit.config).requires_grad_(False)
 
     def blocks(self) -> Iterable[nn.Module]:
         yield from (*self.dit.noise_refiner, *self.dit.context_refiner, *self.dit.layers)

@@ -84,8 +84,12 @@ class ModelFamily(abc.ABC):
         """Returns the model that the network is trained on, on the CPU, frozen."""
 
     @abc.abstractmethod
-    def empty_models(self) -> tuple[list[nn.Module], nn.Module]:
-        """Returns the text encoders that are trained and the model, both without weights (on the meta device)."""
+    def empty_text_encoder(self) -> nn.Module:
+        """Returns the text encoder's model without weights (on the meta device)."""
+
+    @abc.abstractmethod
+    def empty_model(self) -> nn.Module:
+        """Returns the model that the network is trained on without weights (on the meta device), frozen."""
 
     @abc.abstractmethod
     def check_captions(self) -> None:

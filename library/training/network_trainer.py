@@ -19,6 +19,7 @@ from library.errors import DatasetError, NetworkError, SettingsError, UserError
 from library.files import check_writable
 from library.prompts import Prompt, read_prompt_file
 from library.training.arguments import TrainConfig, warn_of_ignored, warn_of_unused, without_secrets
+from library.training.base_weights import BaseWeights
 from library.training.hooks import ModelFamily, PictureEncoder, TextEncoder
 from library.training.output_preservation import check_can_be_switched_off
 from library.training.report import RunPlan, log_plan
@@ -49,6 +50,7 @@ class NetworkTrainer(ModelFamily):
         self.autoencoder: PictureEncoder | None = None
         self.model: nn.Module | None = None
         self.network: Any = None
+        self.base_weights = BaseWeights(config.network, self.empty_text_encoder, self.empty_model)
 
     def train(self) -> None:
         """Runs the whole training.
@@ -216,9 +218,14 @@ class NetworkTrainer(ModelFamily):
 
     def ready_text_encoder(self) -> TextEncoder:
         """Returns the text encoder on the device, read when it is first needed."""
+        encoder = self._read_text_encoder()
+        self._to_device(encoder.model)
+        return encoder
+
+    def _read_text_encoder(self) -> TextEncoder:
         if self.text_encoder is None:
             self.text_encoder = self.load_text_encoder(self.weight_dtype)
-        self._to_device(self.text_encoder.model)
+            self.base_weights.merge_into_text_encoder(self.text_encoder.model, self.weight_dtype)
         return self.text_encoder
 
     def ready_autoencoder(self) -> PictureEncoder:
@@ -230,8 +237,12 @@ class NetworkTrainer(ModelFamily):
 
     def load_models(self) -> None:
         """Reads the models that training needs; what was cached is not needed any more."""
-        self.model = self.load_model(self.weight_dtype).to(self.device)
-        if not self.config.data.cache_text_encoder_outputs:
+        caches_text = self.config.data.cache_text_encoder_outputs
+        model = self.load_model(self.weight_dtype)
+        text_encoder = None if caches_text else self._read_text_encoder().model
+        self.base_weights.merge_into_transformer(model, text_encoder, self.weight_dtype)
+        self.model = model.to(self.device)
+        if not caches_text:
             self.ready_text_encoder()
         if not self.config.data.cache_latents:
             self.ready_autoencoder()
@@ -258,13 +269,14 @@ class NetworkTrainer(ModelFamily):
                 f"--network_module: {config.network_module} is no network module (it has no create_network); give"
                 " networks.lora_lumina"
             )
-        if not self._has_companion() or (config.network_weights is None and not config.network_args):
-            return
         networks_log = logging.getLogger(str(config.network_module).split(".")[0])
         level = networks_log.level
         networks_log.setLevel(logging.ERROR)  # what it has to say it says when it is made in earnest
         try:
-            self._make_network(*self.empty_models())
+            self.base_weights.check(self._has_companion(), self.config.data.cache_text_encoder_outputs)
+            if self._has_companion() and (config.network_weights is not None or config.network_args):
+                encoders = [self.empty_text_encoder()] if self.config.trains_text_encoder else []
+                self._make_network(encoders, self.empty_model())
         finally:
             networks_log.setLevel(level)
 
@@ -450,7 +462,7 @@ class NetworkTrainer(ModelFamily):
             optimizer=describe_optimizer(config.optimizer),
             dataset=dataset_entries(self.data, self.processes.count, config.data.dataset_config is not None),
             resolution_px=self.data.datasets[0].resolution,
-            model_files=self.model_metadata(),
+            model_files={**self.model_metadata(), **self.base_weights.metadata()},
         )
         metadata = RunMetadata(config, facts, hashes)
         precision = {None: None, "float": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}
