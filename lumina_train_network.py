@@ -327,8 +327,13 @@ class LuminaNetworkTrainer(NetworkTrainer):
             "ae_name": self.files.ae.path.name,
         }
 
-    def base_model_file(self) -> Path | None:
-        return self.files.dit.single_file
+    def hashed_files(self) -> dict[str, Path]:
+        files = {
+            "sd_model": self.files.dit.single_file,
+            "gemma2": self.files.gemma2.single_file,
+            "ae": self.files.ae.single_file,
+        }
+        return {model: file for model, file in files.items() if file is not None}
 
 
 def main(argv: Sequence[str] | None = None) -> None:

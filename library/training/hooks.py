@@ -121,5 +121,6 @@ class ModelFamily(abc.ABC):
         """Returns the metadata entries (without ``ss_``) that name the model's files."""
 
     @abc.abstractmethod
-    def base_model_file(self) -> Path | None:
-        """Returns the base model's file for its hash in the metadata, or None where it is a folder."""
+    def hashed_files(self) -> dict[str, Path]:
+        """Returns the files whose hashes go into the metadata by the entries' names, ``sd_model`` for the base model; a
+        model in a folder of several files is left out."""

@@ -18,7 +18,7 @@ from typing import TYPE_CHECKING, Any
 from library.errors import DatasetError, NetworkError, SettingsError, UserError
 from library.files import check_writable
 from library.prompts import Prompt, read_prompt_file
-from library.training.arguments import TrainConfig, warn_of_ignored, warn_of_unused, without_secrets
+from library.training.arguments import TrainConfig, warn_of_ignored, warn_of_unused
 from library.training.base_weights import BaseWeights
 from library.training.hooks import ModelFamily, PictureEncoder, TextEncoder
 from library.training.output_preservation import check_can_be_switched_off
@@ -116,7 +116,7 @@ class NetworkTrainer(ModelFamily):
         from library.keyed_random import key
         from library.training import optimizers
         from library.training.processes import Processes, start_accelerator
-        from library.training.trackers import Trackers
+        from library.training.trackers import Trackers, logged_settings
 
         config = self.config
         optimizers.optimizer_class(config.optimizer)
@@ -131,7 +131,7 @@ class NetworkTrainer(ModelFamily):
         self.seed = seed
         # Our own draws are keyed; this is for network modules that draw from torch's global generators.
         torch.manual_seed(key("torch", seed))
-        self.trackers = Trackers(self.accelerator, config.log, without_secrets(config.given))
+        self.trackers = Trackers(self.accelerator, config.log, logged_settings(config))
         where = torch.cuda.get_device_name() if self.device.type == "cuda" else self.device.type
         count = self.processes.count
         logger.info("Device: %s, %d process%s; seed %d", where, count, "es" if count > 1 else "", seed)
@@ -450,8 +450,7 @@ class NetworkTrainer(ModelFamily):
         from library.training.optimizers import describe_optimizer
 
         config = self.config
-        base_file = self.base_model_file()
-        hashes = FileHashes(base_file) if base_file is not None and self.processes.is_main else None
+        hashes = FileHashes(self.hashed_files()) if self.processes.is_main else None
         facts = RunFacts(
             seed=self.seed,
             network_dim=self._rank_and_alpha()[0],

@@ -18,6 +18,8 @@ from library.training.hooks import Losses
 from library.training.processes import Processes, check_finite
 from library.training.updater import Updater
 
+_STEPS_BETWEEN_NORMS = 10  # they change slowly, and reading them waits for the device
+
 
 class TrainStep:
     """Trains on the batches of one step."""
@@ -57,4 +59,5 @@ class TrainStep:
         names = [draw.item.path.name for batch in batches for draw in batch.draws]
         check_finite(loss_value, norm_value, step, names)
         bands = sigma_bands.means(band_sums, "loss/")
-        return {"loss/current": loss_value, **bands, "norm/gradient": norm_value, **updater.apply()}
+        values = {"loss/current": loss_value, **bands, "norm/gradient": norm_value, **updater.apply()}
+        return values if step % _STEPS_BETWEEN_NORMS else {**values, **updater.norms()}

@@ -27,6 +27,9 @@ class FakeUpdater:
     def apply(self) -> dict[str, float]:
         return {"lr/unet": 0.5}
 
+    def norms(self) -> dict[str, float]:
+        return {"norm/lora": 3.0}
+
 
 def batch_of(values: list[float], sigmas: list[float], weights: list[float] | None = None) -> Any:
     draws = tuple(SimpleNamespace(item=SimpleNamespace(path=SimpleNamespace(name=f"p{value}.png"))) for value in values)
@@ -66,6 +69,12 @@ def test_what_a_step_says() -> None:
     )
     # defect 61: names without stray spaces, each once
     assert all(name == name.strip() for name in values)
+
+
+def test_every_tenth_step_says_how_large_the_network_is() -> None:
+    one = step_of(FakeUpdater(), one_process())
+    with_norms = [step for step in range(1, 31) if "norm/lora" in one([batch_of([1.0], [0.5])], 1, step)]
+    assert with_norms == [10, 20, 30]
 
 
 def test_two_processes_say_what_one_says(monkeypatch: pytest.MonkeyPatch) -> None:
