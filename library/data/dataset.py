@@ -172,6 +172,17 @@ class TrainingData:
                 f"No picture is left to train on: none can be read, for example {first} ({unreadable[new[0]]})."
             )
 
+    # Validation
+
+    @property
+    def validation_items(self) -> tuple[Item, ...]:
+        """The pictures that are held out."""
+        return ()
+
+    def validation_batches(self, rank: int, num_processes: int, max_batches: int | None = None) -> Iterator[Batch]:
+        """Yields this process's part of each batch of held-out pictures, always the same ones."""
+        return iter(())
+
     # Caches
 
     def missing_latents(
@@ -309,15 +320,6 @@ class TrainingData:
         workers = self._settings.max_data_loader_n_workers if num_workers is None else num_workers
         depth = max(1, min(2 * workers, self._max_waiting()))
         return prefetch(range(start, len(plan)), read, min(workers, depth), depth)
-
-    @property
-    def validation_items(self) -> tuple[Item, ...]:
-        """The pictures that are held out."""
-        return ()
-
-    def validation_batches(self, rank: int, num_processes: int, max_batches: int | None = None) -> Iterator[Batch]:
-        """Yields this process's part of each batch of held-out pictures, always the same ones."""
-        return iter(())
 
     def _max_waiting(self) -> int:
         """Returns how many batches may wait so that decoded pictures stay within their share of the memory."""
