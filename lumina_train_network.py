@@ -264,7 +264,7 @@ class LuminaNetworkTrainer(NetworkTrainer):
             return [batch.text[index].to(self.device, self.dit.dtype) for index in samples]
         # A caller that wants no gradients gets none, whatever is trained.
         with torch.set_grad_enabled(torch.is_grad_enabled() and self.config.trains_text_encoder):
-            return self.ready_text_encoder().encode([batch.captions[index] for index in samples])
+            return self.ready_text_encoder().encode([batch.draws[index].caption for index in samples])
 
     # ---- previews ----
 

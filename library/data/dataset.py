@@ -39,6 +39,12 @@ class TrainingData:
         text: the text cache, or ``None`` where captions are encoded for each batch.
     """
 
+    validation_items: tuple[Item, ...] = ()
+
+    def validation_batches(self, rank: int, num_processes: int, max_batches: int | None = None) -> Iterator[Batch]:
+        """Yields this process's part of each batch of held-out pictures, always the same ones."""
+        return iter(())
+
     def __init__(
         self,
         settings: DataSettings,
@@ -171,17 +177,6 @@ class TrainingData:
             raise DatasetError(
                 f"No picture is left to train on: none can be read, for example {first} ({unreadable[new[0]]})."
             )
-
-    # Validation
-
-    @property
-    def validation_items(self) -> tuple[Item, ...]:
-        """The pictures that are held out."""
-        return ()
-
-    def validation_batches(self, rank: int, num_processes: int, max_batches: int | None = None) -> Iterator[Batch]:
-        """Yields this process's part of each batch of held-out pictures, always the same ones."""
-        return iter(())
 
     # Caches
 

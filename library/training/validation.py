@@ -158,7 +158,7 @@ class Validation:
         batches = self._data.validation_batches(processes.rank, processes.count, settings.max_validation_steps)
         total = len(self._data.validation_items) if settings.max_validation_steps is None else None
         losses: list[Tensor] = []
-        bar = tqdm(total=total, desc="validation", unit="picture", leave=False, disable=not processes.is_main)
+        bar = tqdm(total=total, desc="validation", unit=" picture", leave=False, disable=not processes.is_main)
         with self._weights.in_use(averaged), torch.no_grad(), bar:
             for batch in batches:
                 if batch.draws:
