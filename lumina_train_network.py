@@ -112,7 +112,8 @@ class LuminaNetworkTrainer(NetworkTrainer):
         if not self.config.data.cache_text_encoder_outputs_to_disk:
             return f"this run, {template.fingerprint}"  # gigabytes need not be hashed for what ends with the run
         max_tokens = self.config.model.gemma2_max_token_length
-        return gemma2_fingerprint(self.files, self.weight_dtype, max_tokens, template.fingerprint)
+        of_gemma2 = gemma2_fingerprint(self.files, self.weight_dtype, max_tokens, template.fingerprint)
+        return of_gemma2 + self.base_weights.text_fingerprint()
 
     def load_autoencoder(self, dtype: torch.dtype) -> Autoencoder:
         from library.lumina.loading import load_autoencoder
@@ -133,15 +134,18 @@ class LuminaNetworkTrainer(NetworkTrainer):
         self.dit = load_next_dit(self.files.dit, dtype, sdpa_attention, self.processes.is_main)
         return self.dit
 
-    def empty_models(self) -> tuple[list[nn.Module], nn.Module]:
+    def empty_text_encoder(self) -> nn.Module:
+        from library.lumina.gemma2 import empty_gemma2
+
+        return empty_gemma2(self.files.gemma2.config)
+
+    def empty_model(self) -> nn.Module:
         import torch
 
-        from library.lumina.gemma2 import empty_gemma2
         from library.lumina.next_dit import NextDiT
 
-        encoders = [empty_gemma2(self.files.gemma2.config)] if self.config.trains_text_encoder else []
         with torch.device("meta"):
-            return encoders, NextDiT(self.files.dit.config).requires_grad_(False)
+            return NextDiT(self.files.dit.config).requires_grad_(False)
 
     def blocks(self) -> Iterable[nn.Module]:
         yield from (*self.dit.noise_refiner, *self.dit.context_refiner, *self.dit.layers)
@@ -186,6 +190,7 @@ class LuminaNetworkTrainer(NetworkTrainer):
 
         from library import keyed_random
         from library.lumina import flow
+        from library.training.output_preservation import indices_of
 
         settings, device = self.config.flow, self.device
         keys = [draw.key for draw in batch.draws]
@@ -199,13 +204,54 @@ class LuminaNetworkTrainer(NetworkTrainer):
         normal = keyed_random.normal("sigma, normal", keys, ())
         sigma = flow.sample_sigma(settings, uniform, normal, *latents.shape[-2:]).to(device)
         noisy = flow.add_noise(latents, self._input_noise(noise, keys), sigma)
-        features, mask = self._caption_features(batch)
-        velocity = self.dit(noisy.to(self.dit.dtype), flow.lumina_time(sigma), features, mask)
-        losses = flow.loss_map(settings, velocity, latents, noise, noisy, sigma).mean(dim=(1, 2, 3))
-        return Losses(losses, sigma)
+        target = flow.target_of(settings, latents, noise)
+        preserved = indices_of(batch.preserves_output)
+        if preserved:
+            # Before the forward pass that keeps its activations, so that the two are never in memory together.
+            base = self._base_velocity(batch, preserved, noisy[preserved], sigma[preserved])
+            wanted = flow.prediction_of(settings, base, noisy[preserved], sigma[preserved])
+            target = target.index_put((torch.tensor(preserved, device=device),), wanted)
+        velocity = self._velocity(noisy, sigma, self._caption_features(batch))
+        prediction = flow.prediction_of(settings, velocity, noisy, sigma)
+        losses = flow.loss_between(settings, prediction, target, sigma)
+        by_area = self.config.data.normalize_masked_loss
+        return Losses(flow.mean_of_samples(losses, batch.masks, by_area), sigma)
 
-    def validation_losses(self, batch: Batch, sigma: float) -> Tensor:
-        raise NotImplementedError
+    def validation_losses(self, batch: Batch, sigmas: Sequence[float]) -> Tensor:
+        import torch
+
+        from library import keyed_random
+        from library.lumina import flow
+
+        with torch.no_grad():
+            latents = self._latents(batch)
+            keys = [draw.key for draw in batch.draws]
+            noise = keyed_random.normal("validation noise", keys, latents.shape[1:]).to(self.device)
+            features = self._caption_features(batch)
+            columns = []
+            for level in sigmas:
+                sigma = torch.full((len(keys),), level, device=self.device)
+                noisy = flow.add_noise(latents, noise, sigma)
+                velocity = self._velocity(noisy, sigma, features)
+                losses = flow.loss_map(self.config.flow, velocity, latents, noise, noisy, sigma)
+                columns.append(flow.mean_of_samples(losses))
+            return torch.stack(columns, dim=1)
+
+    def _velocity(self, noisy: Tensor, sigma: Tensor, features: Sequence[Tensor]) -> Tensor:
+        """Returns the model's output (B,C,H,W) for noisy latents and each sample's text features."""
+        from library.lumina import flow
+        from library.lumina.gemma2 import pad_features
+
+        return self.dit(noisy.to(self.dit.dtype), flow.lumina_time(sigma), *pad_features(features))
+
+    def _base_velocity(self, batch: Batch, samples: Sequence[int], noisy: Tensor, sigma: Tensor) -> Tensor:
+        """Returns the output that the models have without the network, for some of a batch's samples."""
+        import torch
+
+        from library.training.output_preservation import without_network
+
+        with torch.no_grad(), without_network(self.network):
+            return self._velocity(noisy, sigma, self._caption_features(batch, samples))
 
     def _latents(self, batch: Batch) -> Tensor:
         import torch
@@ -230,18 +276,16 @@ class LuminaNetworkTrainer(NetworkTrainer):
             strength = strength.new_full(strength.shape, gamma)
         return flow.perturbed_noise(noise, extra.to(noise.device), strength.to(noise.device))
 
-    def _caption_features(self, batch: Batch) -> tuple[Tensor, Tensor | None]:
+    def _caption_features(self, batch: Batch, samples: Sequence[int] | None = None) -> list[Tensor]:
+        """Returns the features (L_i,D) of a batch's captions, or of some samples' captions."""
         import torch
 
-        from library.lumina.gemma2 import pad_features
-
-        features: Sequence[Tensor]
+        samples = range(len(batch.draws)) if samples is None else samples
         if batch.text is not None:
-            features = [text.to(self.device, self.dit.dtype) for text in batch.text]
-        else:
-            with torch.set_grad_enabled(self.config.trains_text_encoder):
-                features = self.ready_text_encoder().encode(batch.captions)
-        return pad_features(features)
+            return [batch.text[index].to(self.device, self.dit.dtype) for index in samples]
+        # A caller that wants no gradients gets none, whatever is trained.
+        with torch.set_grad_enabled(torch.is_grad_enabled() and self.config.trains_text_encoder):
+            return self.ready_text_encoder().encode([batch.draws[index].caption for index in samples])
 
     # ---- previews ----
 
@@ -313,8 +357,13 @@ class LuminaNetworkTrainer(NetworkTrainer):
             "ae_name": self.files.ae.path.name,
         }
 
-    def base_model_file(self) -> Path | None:
-        return self.files.dit.single_file
+    def hashed_files(self) -> dict[str, Path]:
+        files = {
+            "sd_model": self.files.dit.single_file,
+            "gemma2": self.files.gemma2.single_file,
+            "ae": self.files.ae.single_file,
+        }
+        return {model: file for model, file in files.items() if file is not None}
 
 
 def main(argv: Sequence[str] | None = None) -> None:

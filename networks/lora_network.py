@@ -229,8 +229,10 @@ class LoRANetwork(nn.Module):
         weights_sd: Mapping[str, Tensor] | None = None,
         dtype: torch.dtype | None = None,
         device: torch.device | str | None = None,
-    ) -> None:
+    ) -> int:
         """Adds multiplier * alpha / rank * up @ down to the weights of the models that the network was made for.
+
+        A model without weights (on the meta device) stays as it is: it stands in for one that is not read now.
 
         Args:
             text_encoders: not used; the modules know their Linears.
@@ -238,12 +240,17 @@ class LoRANetwork(nn.Module):
             weights_sd: LoRA tensors to load first; None merges what the network holds.
             dtype: dtype of the merged weights; None keeps each weight's.
             device: where the products are computed; None means where each weight is.
+
+        Returns:
+            How many modules were merged.
         """
         if weights_sd is not None:
             self.load_tensors(weights_sd, "the given weights")
-        for lora in self.loras:
+        loras = [lora for lora in self.loras if not getattr(lora.org_module.weight, "is_meta", False)]
+        for lora in loras:
             lora.merge(dtype, device)
-        logger.debug("merged %d LoRA modules into the model, multiplier %g", len(self.loras), self.multiplier)
+        logger.debug("merged %d LoRA modules into the model, multiplier %g", len(loras), self.multiplier)
+        return len(loras)
 
     # ---- files
 

@@ -102,9 +102,6 @@ def loss_map(
 ) -> Tensor:
     """Returns the loss of every latent element, (B,C,H,W) float32, weighted as the settings say.
 
-    ``raw`` compares the predicted velocity with latents - noise. ``additive`` adds the noisy latents to both sides, which
-    is the same difference. ``sigma_scaled`` compares x + sigma * velocity with the clean latents.
-
     Args:
         settings: prediction type, weighting scheme and loss type.
         velocity: the model's output.
@@ -113,15 +110,52 @@ def loss_map(
         noisy: x, what the model saw.
         sigma: (B,) noise levels.
     """
-    level = sigma.view(-1, 1, 1, 1)
+    prediction = prediction_of(settings, velocity, noisy, sigma)
+    return loss_between(settings, prediction, target_of(settings, latents, noise), sigma)
+
+
+def prediction_of(settings: FlowSettings, velocity: Tensor, noisy: Tensor, sigma: Tensor) -> Tensor:
+    """Returns what the settings compare with the target, (B,C,H,W) float32, from the model's output.
+
+    ``raw`` compares velocities, ``additive`` too (it adds the noisy latents to both sides, which is the same
+    difference), ``sigma_scaled`` compares the clean latents that follow from the velocity, x + sigma * velocity.
+    """
     if settings.model_prediction_type == "sigma_scaled":
-        prediction, target = noisy + level * velocity.float(), latents.float()
-    else:
-        prediction, target = velocity.float(), latents.float() - noise.float()
+        return noisy + sigma.view(-1, 1, 1, 1) * velocity.float()
+    return velocity.float()
+
+
+def target_of(settings: FlowSettings, latents: Tensor, noise: Tensor) -> Tensor:
+    """Returns what :func:`prediction_of` ought to be, (B,C,H,W) float32."""
+    return latents.float() if settings.model_prediction_type == "sigma_scaled" else latents.float() - noise.float()
+
+
+def loss_between(settings: FlowSettings, prediction: Tensor, target: Tensor, sigma: Tensor) -> Tensor:
+    """Returns the weighted loss of every latent element, (B,C,H,W) float32."""
     loss = _elementwise_loss(settings, prediction - target, sigma)
     if settings.model_prediction_type == "sigma_scaled":
         loss = loss * loss_weight(settings, sigma).view(-1, 1, 1, 1)
     return loss
+
+
+def mean_of_samples(loss: Tensor, masks: Tensor | None = None, by_area: bool = False) -> Tensor:
+    """Returns each sample's loss (B,) from its loss map (B,C,H,W).
+
+    Args:
+        loss: of every latent element.
+        masks: (B,H,W) in [0, 1], factors on the map; None counts everything. The mean is over all elements, also those
+            that are masked out, so a small mask gives a small loss.
+        by_area: divide by the mask's mean, which makes it the mean over what the mask lets through; an empty mask
+            gives 0.
+    """
+    if masks is None:
+        return loss.mean(dim=(1, 2, 3))
+    masks = masks.to(loss.device, loss.dtype)
+    means = (loss * masks.unsqueeze(1)).mean(dim=(1, 2, 3))
+    if not by_area:
+        return means
+    area = masks.mean(dim=(1, 2))
+    return means / torch.where(area > 0, area, 1)
 
 
 def loss_weight(settings: FlowSettings, sigma: Tensor) -> Tensor:

@@ -224,6 +224,21 @@ _NEEDS: tuple[tuple[tuple[str, ...], str, Callable[[TrainConfig], bool]], ...] =
         lambda c: c.flow.loss_type in ("huber", "smooth_l1"),
     ),
     (
+        ("huber_scale",),
+        "--huber_schedule snr has a scale of its own",
+        lambda c: c.flow.huber_schedule != "snr" or c.flow.loss_type not in ("huber", "smooth_l1"),
+    ),
+    (
+        ("normalize_masked_loss",),
+        "no picture has a mask; add --masked_loss or --alpha_mask",
+        lambda c: c.data.masked_loss or c.data.alpha_mask or c.data.dataset_config is not None,
+    ),
+    (
+        ("validate_every_n_steps", "validate_every_n_epochs", "max_validation_steps"),
+        "no picture is held out; add --validation_split",
+        lambda c: c.data.validation_split > 0 or c.data.dataset_config is not None,
+    ),
+    (
         ("sigmoid_scale",),
         "this --timestep_sampling draws no sigmoid",
         lambda c: c.flow.timestep_sampling in ("sigmoid", "shift", "flux_shift"),

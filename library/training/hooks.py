@@ -85,8 +85,12 @@ class ModelFamily(abc.ABC):
         """Returns the model that the network is trained on, on the CPU, frozen."""
 
     @abc.abstractmethod
-    def empty_models(self) -> tuple[list[nn.Module], nn.Module]:
-        """Returns the text encoders that are trained and the model, both without weights (on the meta device)."""
+    def empty_text_encoder(self) -> nn.Module:
+        """Returns the text encoder's model without weights (on the meta device)."""
+
+    @abc.abstractmethod
+    def empty_model(self) -> nn.Module:
+        """Returns the model that the network is trained on without weights (on the meta device), frozen."""
 
     @abc.abstractmethod
     def check_captions(self) -> None:
@@ -109,9 +113,9 @@ class ModelFamily(abc.ABC):
         """Returns each sample's loss at a noise level that is drawn for it, with gradients."""
 
     @abc.abstractmethod
-    def validation_losses(self, batch: Batch, sigma: float) -> Tensor:
-        """Returns each sample's loss (B,) float32 at a given noise level, with noise that belongs to the picture, without
-        gradients, masks and weights."""
+    def validation_losses(self, batch: Batch, sigmas: Sequence[float]) -> Tensor:
+        """Returns each sample's loss at given noise levels, (B, len(sigmas)) float32, with noise that belongs to the
+        picture alone, without gradients, masks and weights."""
 
     @abc.abstractmethod
     def draw(self, prompts: Sequence[Prompt], seeds: Sequence[int]) -> list[Image]:
@@ -122,5 +126,6 @@ class ModelFamily(abc.ABC):
         """Returns the metadata entries (without ``ss_``) that name the model's files."""
 
     @abc.abstractmethod
-    def base_model_file(self) -> Path | None:
-        """Returns the base model's file for its hash in the metadata, or None where it is a folder."""
+    def hashed_files(self) -> dict[str, Path]:
+        """Returns the files whose hashes go into the metadata by the entries' names, ``sd_model`` for the base model; a
+        model in a folder of several files is left out."""

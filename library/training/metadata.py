@@ -2,7 +2,8 @@
 
 Two entries differ from sd-scripts on purpose: ``modelspec.prediction_type`` is left out, because ModelSpec has no word
 for flow matching and "epsilon" is wrong, and ``modelspec.resolution`` is the resolution that was trained, also when it
-stands in the dataset file. The system prompt and the text encoder's and autoencoder's names are recorded too.
+stands in the dataset file. Recorded besides: the system prompt, the longest caption, the text encoder's and autoencoder's
+names and hashes, and the files of ``--base_weights``.
 """
 
 from __future__ import annotations
@@ -44,9 +45,6 @@ _CONSTANT_ENTRIES: dict[str, Any] = {
     "full_fp16": False,
     "fp8_base": False,
     "fp8_base_unet": False,
-    "max_validation_steps": None,
-    "validate_every_n_epochs": None,
-    "validate_every_n_steps": None,
     "debiased_estimation": False,
     "sd_scripts_commit_hash": "(unknown)",
 }
@@ -81,6 +79,7 @@ _FROM_SETTINGS: dict[str, tuple[str, ...]] = {
         "validation_seed",
         "validation_split",
     ),
+    "validation": ("max_validation_steps", "validate_every_n_epochs", "validate_every_n_steps"),
     "model": ("system_prompt", "gemma2_max_token_length"),
     "flow": (
         "timestep_sampling",
@@ -102,35 +101,47 @@ _FROM_SETTINGS: dict[str, tuple[str, ...]] = {
 
 
 class FileHashes:
-    """SHA-256 and sd-scripts' short hash of a model file, computed while the run goes on."""
+    """SHA-256 of the models' files and sd-scripts' short hash of the base model, computed while the run goes on."""
 
-    def __init__(self, path: Path) -> None:
-        """Starts hashing ``path`` in the background."""
-        self._path = path
+    def __init__(self, files: Mapping[str, Path]) -> None:
+        """Starts hashing in the background.
+
+        Args:
+            files: model -> file: ``sd_model`` for the base model, and others.
+        """
+        self._files = dict(files)
         self._result: dict[str, str] = {}
-        self._error: OSError | None = None
-        self._thread = threading.Thread(target=self._run, name="hash of the base model", daemon=True)
+        self._errors: list[str] = []
+        self._thread = threading.Thread(target=self._run, name="hashes of the models", daemon=True)
         self._thread.start()
 
     def _run(self) -> None:
-        try:
-            with self._path.open("rb") as file:
-                file.seek(0x100000)
-                short = hashlib.sha256(file.read(0x10000)).hexdigest()[:8]
-            whole = remembered("sha256", [self._path], lambda: sha256_of_file(self._path))
-            self._result = {"sd_model_hash": short, "new_sd_model_hash": whole}
-        except OSError as error:
-            self._error = error
+        for model, path in self._files.items():
+            try:
+                self._result |= self._of(model, path)
+            except OSError as error:
+                self._errors.append(f"{path}: {error}")
+
+    @staticmethod
+    def _of(model: str, path: Path) -> dict[str, str]:
+        # The same file may hold several models; what was hashed once is remembered.
+        whole = remembered("sha256", [path], lambda: sha256_of_file(path))
+        if model != "sd_model":
+            return {f"{model}_hash": whole}
+        with path.open("rb") as file:
+            file.seek(0x100000)
+            short = hashlib.sha256(file.read(0x10000)).hexdigest()[:8]
+        return {"sd_model_hash": short, "new_sd_model_hash": whole}
 
     def result(self) -> dict[str, str]:
-        """Returns ``sd_model_hash`` and ``new_sd_model_hash``, waiting until they are there.
+        """Returns ``sd_model_hash``, ``new_sd_model_hash`` and the other models' hashes, waiting until they are there.
 
-        Empty, with a warning, where the file could not be read: a LoRA without these two entries is better than none.
+        A file that could not be read is left out, with a warning: a LoRA without these entries is better than none.
         """
         self._thread.join()
-        if self._error is not None:
-            logger.warning("The base model's hash is left out of the metadata: %s", self._error)
-            self._error = None
+        for error in self._errors:
+            logger.warning("A model's hash is left out of the metadata: %s", error)
+        self._errors.clear()
         return self._result
 
 
@@ -160,7 +171,7 @@ class RunMetadata:
         Args:
             config: settings.
             facts: what the set-up found.
-            hashes: of the base model's file; None where the base model is a folder.
+            hashes: of the models' files; None leaves them out.
         """
         self._config = config
         self._facts = facts

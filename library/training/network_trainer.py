@@ -18,8 +18,10 @@ from typing import TYPE_CHECKING, Any
 from library.errors import DatasetError, NetworkError, SettingsError, UserError
 from library.files import check_writable
 from library.prompts import Prompt, read_prompt_file
-from library.training.arguments import TrainConfig, warn_of_ignored, warn_of_unused, without_secrets
+from library.training.arguments import TrainConfig, warn_of_ignored, warn_of_unused
+from library.training.base_weights import BaseWeights
 from library.training.hooks import ModelFamily, PictureEncoder, TextEncoder
+from library.training.output_preservation import check_can_be_switched_off
 from library.training.report import RunPlan, log_plan
 
 if TYPE_CHECKING:
@@ -48,6 +50,7 @@ class NetworkTrainer(ModelFamily):
         self.autoencoder: PictureEncoder | None = None
         self.model: nn.Module | None = None
         self.network: Any = None
+        self.base_weights = BaseWeights(config.network, self.empty_text_encoder, self.empty_model)
 
     def train(self) -> None:
         """Runs the whole training.
@@ -118,7 +121,7 @@ class NetworkTrainer(ModelFamily):
         from library.keyed_random import key
         from library.training import optimizers
         from library.training.processes import Processes, start_accelerator
-        from library.training.trackers import Trackers
+        from library.training.trackers import Trackers, logged_settings
 
         config = self.config
         optimizers.optimizer_class(config.optimizer)
@@ -133,7 +136,7 @@ class NetworkTrainer(ModelFamily):
         self.seed = seed
         # Our own draws are keyed; this is for network modules that draw from torch's global generators.
         torch.manual_seed(key("torch", seed))
-        self.trackers = Trackers(self.accelerator, config.log, without_secrets(config.given))
+        self.trackers = Trackers(self.accelerator, config.log, logged_settings(config))
         where = torch.cuda.get_device_name() if self.device.type == "cuda" else self.device.type
         count = self.processes.count
         logger.info("Device: %s, %d process%s; seed %d", where, count, "es" if count > 1 else "", seed)
@@ -233,9 +236,14 @@ class NetworkTrainer(ModelFamily):
 
     def ready_text_encoder(self) -> TextEncoder:
         """Returns the text encoder on the device, read when it is first needed."""
+        encoder = self._read_text_encoder()
+        self._to_device(encoder.model)
+        return encoder
+
+    def _read_text_encoder(self) -> TextEncoder:
         if self.text_encoder is None:
             self.text_encoder = self.load_text_encoder(self.weight_dtype)
-        self._to_device(self.text_encoder.model)
+            self.base_weights.merge_into_text_encoder(self.text_encoder.model, self.weight_dtype)
         return self.text_encoder
 
     def ready_autoencoder(self) -> PictureEncoder:
@@ -247,8 +255,12 @@ class NetworkTrainer(ModelFamily):
 
     def load_models(self) -> None:
         """Reads the models that training needs; what was cached is not needed any more."""
-        self.model = self.load_model(self.weight_dtype).to(self.device)
-        if not self.config.data.cache_text_encoder_outputs:
+        caches_text = self.config.data.cache_text_encoder_outputs
+        model = self.load_model(self.weight_dtype)
+        text_encoder = None if caches_text else self._read_text_encoder().model
+        self.base_weights.merge_into_transformer(model, text_encoder, self.weight_dtype)
+        self.model = model.to(self.device)
+        if not caches_text:
             self.ready_text_encoder()
         if not self.config.data.cache_latents:
             self.ready_autoencoder()
@@ -275,13 +287,14 @@ class NetworkTrainer(ModelFamily):
                 f"--network_module: {config.network_module} is no network module (it has no create_network); give"
                 " networks.lora_lumina"
             )
-        if not self._has_companion() or (config.network_weights is None and not config.network_args):
-            return
         networks_log = logging.getLogger(str(config.network_module).split(".")[0])
         level = networks_log.level
         networks_log.setLevel(logging.ERROR)  # what it has to say it says when it is made in earnest
         try:
-            self._make_network(*self.empty_models())
+            self.base_weights.check(self._has_companion(), self.config.data.cache_text_encoder_outputs)
+            if self._has_companion() and (config.network_weights is not None or config.network_args):
+                encoders = [self.empty_text_encoder()] if self.config.trains_text_encoder else []
+                self._make_network(encoders, self.empty_model())
         finally:
             networks_log.setLevel(level)
 
@@ -330,6 +343,7 @@ class NetworkTrainer(ModelFamily):
             )
         if config.network_weights is not None and not config.dim_from_weights:
             network.load_weights(str(config.network_weights))
+        check_can_be_switched_off(network, self.dataset_configs, str(config.network_module))
         return network
 
     def build_optimizer(self) -> None:
@@ -378,8 +392,19 @@ class NetworkTrainer(ModelFamily):
         from library.training.progress import Progress
         from library.training.saving import Saver
         from library.training.step import TrainStep
+        from library.training.validation import Validation, levels
 
         config = self.config
+        self.progress = Progress(self.plan, visible=self.processes.is_main, device=self.device)
+        self.validation = Validation(
+            config.validation,
+            self.data,
+            self.validation_losses,
+            self.weights,
+            self.processes,
+            levels(config.flow.timestep_range),
+            averaged_too=config.optimizer.ema_decay is not None,
+        )
         self.saver = Saver(config.output, self.plan.num_epochs, self._metadata_writer())
         self.previews = Previews(
             config.samples,
@@ -395,7 +420,7 @@ class NetworkTrainer(ModelFamily):
         parts = LoopParts(
             data=self.data,
             train_step=TrainStep(self.losses_of, self.updater, self.processes),
-            progress=Progress(self.plan, visible=self.processes.is_main),
+            progress=self.progress,
             processes=self.processes,
             events=self,
         )
@@ -416,14 +441,18 @@ class NetworkTrainer(ModelFamily):
         self.trackers.log(values, step)
         if self.processes.is_main:
             self.saver.after_step(step, epoch - 1)
+        self.trackers.log(self.validation.after_step(step, self.progress.average), step)
         self.previews.after_step(step)
+        self.progress.leave_time_out()
 
     def after_epoch(self, epoch: int, step: int, values: Mapping[str, float]) -> None:
         """Reports, saves and draws after an epoch."""
         self.trackers.log(values, step)
         if self.processes.is_main:
             self.saver.after_epoch(epoch, step)
+        self.trackers.log(self.validation.after_epoch(epoch, step, self.progress.average), step)
         self.previews.after_epoch(epoch, step)
+        self.progress.leave_time_out()
 
     def _draw_in_use(self, prompts: Sequence[Prompt], seeds: Sequence[int]) -> list[Image]:
         try:
@@ -440,8 +469,7 @@ class NetworkTrainer(ModelFamily):
         from library.training.optimizers import describe_optimizer
 
         config = self.config
-        base_file = self.base_model_file()
-        hashes = FileHashes(base_file) if base_file is not None and self.processes.is_main else None
+        hashes = FileHashes(self.hashed_files()) if self.processes.is_main else None
         facts = RunFacts(
             seed=self.seed,
             network_dim=self._rank_and_alpha()[0],
@@ -452,7 +480,7 @@ class NetworkTrainer(ModelFamily):
             optimizer=describe_optimizer(config.optimizer),
             dataset=dataset_entries(self.data, self.processes.count, config.data.dataset_config is not None),
             resolution_px=self.data.datasets[0].resolution,
-            model_files=self.model_metadata(),
+            model_files={**self.model_metadata(), **self.base_weights.metadata()},
         )
         metadata = RunMetadata(config, facts, hashes)
         precision = {None: None, "float": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}

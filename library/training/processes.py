@@ -86,23 +86,30 @@ class Processes:
         """Returns when every process has come here."""
         self._accelerator.wait_for_everyone()
 
-    def add_up(self, parameters: Sequence[torch.nn.Parameter], loss: Tensor) -> Tensor:
-        """Adds up gradients and loss over all processes in one flat buffer, in place; returns the summed loss.
+    def add_up(self, parameters: Sequence[torch.nn.Parameter], values: Tensor) -> Tensor:
+        """Adds up gradients and further values over all processes in one flat buffer.
 
         A process that had no picture in this step takes part with zeros. A parameter without a gradient in any
         process gets a zero gradient, as it would where another process had one.
+
+        Args:
+            parameters: their gradients are replaced by the sums.
+            values: (V,) float32 on the gradients' device.
+
+        Returns:
+            The sums of ``values``.
         """
         if self.count == 1:
-            return loss
+            return values
         gradients = [p.grad if p.grad is not None else torch.zeros_like(p) for p in parameters]
-        flat = torch.cat([loss.detach().float().reshape(1), *(g.float().flatten() for g in gradients)])
+        flat = torch.cat([values.detach().float(), *(g.float().flatten() for g in gradients)])
         distributed.all_reduce(flat)
-        start = 1
+        start = values.numel()
         for parameter, gradient in zip(parameters, gradients, strict=True):
             part = flat[start : start + gradient.numel()].view_as(gradient)
             parameter.grad = part.to(gradient.dtype)
             start += gradient.numel()
-        return flat[0]
+        return flat[: values.numel()]
 
     def end(self) -> None:
         """Ends the trackers and the process group: all together, with nothing left that still holds the group."""

@@ -13,9 +13,12 @@ import torch
 
 from library.console import raise_if_stopped
 from library.data.dataset import Batch
+from library.training import sigma_bands
 from library.training.hooks import Losses
 from library.training.processes import Processes, check_finite
 from library.training.updater import Updater
+
+_STEPS_BETWEEN_NORMS = 10  # they change slowly, and reading them waits for the device
 
 
 class TrainStep:
@@ -39,18 +42,22 @@ class TrainStep:
         """
         raise_if_stopped()
         updater = self._updater
-        step_loss = torch.zeros((), device=updater.parameters[0].device)
+        # The step's loss, then the bands' sums and counts: they go through the processes and to the host together.
+        sums = torch.zeros(1 + 2 * sigma_bands.NUM_BANDS, device=updater.parameters[0].device)
         for batch in batches:
             if not batch.draws:  # fewer samples than processes: this one has none
                 continue
-            losses = self._losses_of(batch).values
+            losses, sigma = self._losses_of(batch)
             loss = (losses * batch.loss_weights.to(losses.device)).sum() / num_samples
             loss.backward()
-            step_loss += loss.detach()
-        step_loss = self._processes.add_up(updater.parameters, step_loss)
+            sums[0] += loss.detach()
+            sums[1:] += sigma_bands.sums(losses, sigma)
+        sums = self._processes.add_up(updater.parameters, sums)
         gradient_norm = updater.clip()
         # One wait for the device, not two.
-        loss_value, norm_value = torch.stack([step_loss.float(), gradient_norm.float()]).tolist()
+        loss_value, *band_sums, norm_value = torch.cat([sums, gradient_norm.float().reshape(1)]).tolist()
         names = [draw.item.path.name for batch in batches for draw in batch.draws]
         check_finite(loss_value, norm_value, step, names)
-        return {"loss/current": loss_value, "norm/gradient": norm_value, **updater.apply()}
+        bands = sigma_bands.means(band_sums, "loss/")
+        values = {"loss/current": loss_value, **bands, "norm/gradient": norm_value, **updater.apply()}
+        return values if step % _STEPS_BETWEEN_NORMS else {**values, **updater.norms()}

@@ -5,14 +5,19 @@ from __future__ import annotations
 import time
 import tomllib
 from collections.abc import Mapping
+from pathlib import Path, PurePosixPath, PureWindowsPath
 from typing import TYPE_CHECKING, Any
 
 from library.errors import SettingsError
+from library.settings import specs_of
+from library.training.arguments import GROUPS, TrainConfig
 from library.training.settings import LogSettings
 
 if TYPE_CHECKING:
     from accelerate import Accelerator
     from PIL.Image import Image
+
+_TRACKERS = ("tensorboard", "wandb")
 
 
 def accelerate_arguments(settings: LogSettings) -> dict[str, Any]:
@@ -27,7 +32,7 @@ def accelerate_arguments(settings: LogSettings) -> dict[str, Any]:
     from accelerate.utils.imports import is_tensorboard_available, is_wandb_available
 
     chosen = settings.log_with or "tensorboard"
-    names = ["tensorboard", "wandb"] if chosen == "all" else [chosen]
+    names = list(_TRACKERS) if chosen == "all" else [chosen]
     installed = {"tensorboard": is_tensorboard_available, "wandb": is_wandb_available}
     for name in names:
         if not installed[name]():
@@ -36,6 +41,59 @@ def accelerate_arguments(settings: LogSettings) -> dict[str, Any]:
         return {"log_with": names}
     folder = settings.logging_dir / f"{settings.log_prefix or ''}{time.strftime('%Y%m%d%H%M%S')}"
     return {"log_with": names, "project_config": ProjectConfiguration(project_dir=str(folder), logging_dir=str(folder))}
+
+
+def logged_settings(config: TrainConfig) -> dict[str, Any]:
+    """Returns every setting of a run, also those left at their defaults, as trackers may show it to others.
+
+    A secret that was given is hidden. Of a path only the last part is shown: folders tell the user's name and disks.
+    """
+    shown: dict[str, Any] = {}
+    for group, (_, settings_class) in GROUPS.items():
+        for spec in specs_of(settings_class):
+            value = getattr(getattr(config, group), spec.name)
+            shown[spec.name] = _HIDDEN if spec.secret and value is not None else _shown(value)
+    return shown
+
+
+_HIDDEN = "(hidden)"
+
+
+def _shown(value: Any) -> Any:
+    """Returns a setting as trackers take it: a number, a truth value, a text or None."""
+    if isinstance(value, tuple):
+        return " ".join(str(_shown(part)) for part in value)
+    if isinstance(value, Path) or (isinstance(value, str) and _is_path(value)):
+        return Path(value).name
+    return value
+
+
+def _is_path(text: str) -> bool:
+    return PurePosixPath(text).is_absolute() or PureWindowsPath(text).is_absolute() or text.startswith(("~/", "~\\"))
+
+
+def tracker_arguments(settings: LogSettings) -> dict[str, dict[str, Any]]:
+    """Returns further arguments of each tracker's start: those of ``--log_tracker_config`` with ``--wandb_run_name``.
+
+    Raises:
+        SettingsError: ``--log_tracker_config`` is no TOML file, or not made of tables named after trackers.
+    """
+    arguments: dict[str, dict[str, Any]] = {}
+    path = settings.log_tracker_config
+    if path is not None:
+        try:
+            arguments = tomllib.loads(path.read_text(encoding="utf-8-sig"))
+        except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
+            raise SettingsError(f"--log_tracker_config: {path}: {error}") from error
+        for name, table in arguments.items():
+            if name not in _TRACKERS or not isinstance(table, dict):
+                raise SettingsError(
+                    f"--log_tracker_config: {path}: {name} is no tracker's table, so it would have no effect; put"
+                    " arguments under [wandb] or [tensorboard]"
+                )
+    if settings.wandb_run_name:
+        arguments["wandb"] = {**arguments.get("wandb", {}), "name": settings.wandb_run_name}
+    return arguments
 
 
 class Trackers:
@@ -47,33 +105,25 @@ class Trackers:
         Args:
             accelerator: made with :func:`accelerate_arguments`.
             settings: names and keys.
-            run_settings: flags of the run, stored with ``--log_config``; secrets must not be among them.
+            run_settings: from :func:`logged_settings`, stored with ``--log_config``.
 
         Raises:
-            SettingsError: ``--log_tracker_config`` is no TOML file.
+            SettingsError: ``--log_tracker_config`` or ``--wandb_api_key`` is wrong.
         """
         self._accelerator = accelerator
         if not accelerator.log_with:
             return
-        if settings.wandb_api_key is not None:
-            import wandb
-
-            wandb.login(key=settings.wandb_api_key)
-        arguments: dict[str, Any] = {}
-        if settings.wandb_run_name:
-            arguments = {"wandb": {"name": settings.wandb_run_name}}
-        if settings.log_tracker_config is not None:
-            try:
-                arguments = tomllib.loads(settings.log_tracker_config.read_text(encoding="utf-8"))
-            except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
-                raise SettingsError(f"--log_tracker_config: {settings.log_tracker_config}: {error}") from error
-        # Trackers take plain numbers and texts only.
-        config = {name: str(value) for name, value in run_settings.items()} if settings.log_config else None
+        arguments = tracker_arguments(settings)
+        if settings.wandb_api_key is not None and settings.log_with in ("wandb", "all") and accelerator.is_main_process:
+            _log_in(settings.wandb_api_key)
+        config = dict(run_settings) if settings.log_config else None
         try:
             accelerator.init_trackers(
                 settings.log_tracker_name or "network_train", config=config, init_kwargs=arguments
             )
         except (TypeError, AttributeError) as error:
+            if settings.log_tracker_config is None:
+                raise
             raise SettingsError(f"--log_tracker_config: {settings.log_tracker_config}: {error}") from error
 
     def flush(self) -> None:
@@ -82,7 +132,9 @@ class Trackers:
             tracker.finish()
 
     def log(self, values: Mapping[str, float], step: int) -> None:
-        """Reports numbers at an optimizer step."""
+        """Reports numbers at an optimizer step; none are no report."""
+        if not values:
+            return
         self._accelerator.log(dict(values), step=step)
 
     def log_picture(self, name: str, picture: Image, step: int) -> None:
@@ -93,3 +145,12 @@ class Trackers:
             # TensorBoard expects channels first unless it is told.
             layout = {"dataformats": "NHWC"} if tracker.name == "tensorboard" else {}
             tracker.log_images({name: numpy.asarray(picture)[None]}, step=step, **layout)
+
+
+def _log_in(key: str) -> None:
+    import wandb
+
+    try:
+        wandb.login(key=key)
+    except ValueError as error:  # a key of the wrong length, say; the message must not hold the key
+        raise SettingsError(f"--wandb_api_key: wandb does not take it: {str(error).replace(key, _HIDDEN)}") from error

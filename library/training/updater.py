@@ -56,3 +56,13 @@ class Updater:
             )
             values |= {"max_norm/keys_scaled": scaled, "norm/avg_key_norm": mean, "max_norm/max_key_norm": largest}
         return values
+
+    def norms(self) -> dict[str, float]:
+        """Returns the norm of all trained parameters and of each group's; the device is waited for once."""
+        groups = [torch.stack(torch._foreach_norm(group["params"])).float() for group in self.optimizer.param_groups]
+        found = torch.stack([norms.norm() for norms in groups])
+        total, *each = torch.cat([found.norm().reshape(1), found]).tolist()
+        values = {"norm/lora": total}
+        if len(each) > 1:
+            values |= {f"norm/lora/{name}": norm for name, norm in zip(self._group_names, each, strict=True)}
+        return values

@@ -7,9 +7,10 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
+from PIL import Image
 
 from library.console import run_program, set_up_logging
-from library.errors import SettingsError
+from library.errors import SettingsError, UserError
 
 logger = logging.getLogger("library.something")
 
@@ -37,6 +38,25 @@ def test_log_file_keeps_errors_on_the_screen(tmp_path: Path, capsys: pytest.Capt
     logger.error("wrong")
     assert capsys.readouterr().err == "ERROR: wrong\n"
     assert (tmp_path / "logs" / "run.log").read_text(encoding="utf-8") == "WARNING: careful\nERROR: wrong\n"
+
+
+def test_the_training_program_takes_the_console_flags(tmp_path: Path, capsys: pytest.CaptureFixture) -> None:
+    import lumina_train_network
+
+    flags = [
+        "--console_log_level=WARNING",
+        f"--console_log_file={tmp_path / 'run.log'}",
+        "--console_log_simple",
+        "--v2",
+    ]
+    models = [f"--pretrained_model_name_or_path={tmp_path / 'none.safetensors'}", f"--train_data_dir={tmp_path}"]
+    Image.new("RGB", (64, 64)).save(tmp_path / "a.png")
+    more = ["--resolution=64", f"--output_dir={tmp_path}", "--network_module=networks.lora_lumina"]
+    with pytest.raises(UserError, match=r"none\.safetensors"):
+        lumina_train_network.main([*flags, *models, *more])
+    assert capsys.readouterr().err == ""
+    text = (tmp_path / "run.log").read_text(encoding="utf-8")
+    assert text.startswith("WARNING: These flags have no effect here: --v2")
 
 
 def test_other_processes_say_only_what_went_wrong(

@@ -182,7 +182,7 @@ def test_counts_of_the_whole(tmp_path: Path) -> None:
 
 def test_held_out_and_regularisation_pictures_are_counted(tmp_path: Path) -> None:
     make(tmp_path, {"a.png": "a", "b.png": "b"})
-    make(tmp_path / "reg", {"c.png": "c", "d.png": "d"})
+    make(tmp_path / "reg", {"c.png": "c", "d.png": "d"}, (96, 96))  # other contents
     trained = SubsetConfig(tmp_path / "pictures", caption_extension=".txt", validation_split=0.5)
     regular = SubsetConfig(tmp_path / "reg" / "pictures", caption_extension=".txt", is_reg=True, flip_aug=True)
     page, _, data = write(tmp_path, {"subsets": (trained, regular)})

@@ -34,6 +34,7 @@ def test_sigma_equals_the_recorded_ones(case: dict) -> None:
     torch.testing.assert_close(sigma, torch.tensor(case["sigma"]), atol=tolerance, rtol=0)
 
 
+# defect 9
 @pytest.mark.parametrize("mode", ["sigma", "uniform", "sigmoid", "shift", "nextdit_shift", "flux_shift"])
 def test_timestep_range_is_kept(mode: str) -> None:
     settings = FlowSettings(timestep_sampling=mode, min_timestep=200, max_timestep=400)  # type: ignore[arg-type]
@@ -70,6 +71,7 @@ def test_noise_ends() -> None:
     assert torch.equal(flow.add_noise(latents, noise, torch.ones(3)), noise)
 
 
+# defect 34
 @pytest.mark.parametrize("prediction", ["raw", "additive", "sigma_scaled"])
 def test_the_true_velocity_has_no_loss(prediction: str) -> None:
     latents, noise, _, sigma, noisy = _example()
@@ -124,6 +126,65 @@ def test_huber_thresholds_by_hand() -> None:
     torch.testing.assert_close(exponential, torch.tensor([1.0, math.sqrt(0.1), 0.1]))
     snr = flow.huber_threshold(FlowSettings(loss_type="huber", huber_schedule="snr"), sigma)
     torch.testing.assert_close(snr, torch.tensor([1.0, 0.9 * 0.25 + 0.1, 0.1]))
+
+
+def test_losses_by_hand() -> None:
+    difference = torch.tensor([-2.0, 0.0, 0.5]).view(3, 1, 1, 1)
+    zero, sigma = torch.zeros_like(difference), torch.tensor([0.0, 0.5, 1.0])
+    root = math.sqrt(0.25 + 0.2**2)
+    expected = {
+        "l2": [4.0, 0.0, 0.25],
+        "l1": [2.0, 0.0, 0.5],
+        # c = huber_c * huber_scale = 0.2 at every noise level
+        "huber": [2 * 0.2 * (math.sqrt(4 + 0.2**2) - 0.2), 0.0, 2 * 0.2 * (root - 0.2)],
+        "smooth_l1": [2 * (math.sqrt(4 + 0.2**2) - 0.2), 0.0, 2 * (root - 0.2)],
+    }
+    for name, values in expected.items():
+        settings = FlowSettings(loss_type=name, huber_schedule="constant", huber_c=0.1, huber_scale=2.0)  # type: ignore[arg-type]
+        found = flow.loss_between(settings, difference, zero, sigma).flatten()
+        torch.testing.assert_close(found, torch.tensor(values))  # float32 rounding
+
+
+@pytest.mark.parametrize("name", ["huber", "smooth_l1"])
+def test_huber_works_with_the_schedule_of_the_default(name: str) -> None:
+    """defect 33"""
+    latents, noise, velocity, sigma, noisy = _example()
+    leaf = velocity.clone().requires_grad_()
+    flow.loss_map(FlowSettings(loss_type=name), leaf, latents, noise, noisy, sigma).mean().backward()  # type: ignore[arg-type]
+    assert leaf.grad is not None
+    assert bool(torch.isfinite(leaf.grad).all())
+
+
+def test_clocks_are_not_rounded() -> None:
+    """defect 12: timesteps in bfloat16 are multiples of 4 above 512."""
+    sigma = torch.tensor([0.6003, 0.6017, 0.9991])
+    assert flow.lumina_time(sigma).dtype == torch.float32
+    assert torch.equal(flow.lumina_time(sigma), 1 - sigma)
+    latents = torch.zeros(3, 1, 1, 1, dtype=torch.bfloat16)
+    noisy = flow.add_noise(latents, torch.ones_like(latents), sigma)
+    assert torch.equal(noisy.flatten(), sigma)
+
+
+def test_masked_means_by_hand() -> None:
+    loss = torch.arange(1.0, 9.0).view(1, 2, 2, 2).repeat(4, 1, 1, 1)  # channels 1 2 3 4 and 5 6 7 8, mean 4.5
+    masks = torch.tensor(
+        [
+            [[1.0, 1.0], [1.0, 1.0]],
+            [[1.0, 0.0], [0.0, 0.0]],  # lets 1 and 5 through
+            [[0.0, 0.5], [0.0, 0.5]],  # half of 2, 4, 6 and 8
+            [[0.0, 0.0], [0.0, 0.0]],
+        ]
+    )
+    assert flow.mean_of_samples(loss).tolist() == [4.5] * 4
+    assert flow.mean_of_samples(loss, masks).tolist() == [4.5, 6 / 8, 10 / 8, 0.0]
+    assert flow.mean_of_samples(loss, masks, by_area=True).tolist() == [4.5, 3.0, 5.0, 0.0]
+
+
+def test_an_empty_mask_has_a_gradient_of_zero() -> None:
+    loss = torch.ones(1, 2, 2, 2, requires_grad=True)
+    flow.mean_of_samples(loss, torch.zeros(1, 2, 2), by_area=True).sum().backward()
+    assert loss.grad is not None
+    assert not loss.grad.any()
 
 
 @pytest.mark.parametrize(

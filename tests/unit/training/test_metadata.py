@@ -62,10 +62,14 @@ def base_model(tmp_path: Path) -> Path:
 
 
 def test_entries_are_sd_scripts(base_model: Path) -> None:
-    found = metadata(hashes=FileHashes(base_model)).at(step=20, epoch=2)
+    found = metadata(hashes=FileHashes({"sd_model": base_model, "gemma2": base_model, "ae": base_model})).at(
+        step=20, epoch=2
+    )
+    # defect 60
     known_differences = {"modelspec.prediction_type"}  # "epsilon" is wrong for a flow model
     assert set(EXAMPLE) - set(found) == BY_NETWORK | known_differences
     ours = {"ss_system_prompt", "ss_gemma2_max_token_length", "ss_gemma2_name", "ss_ae_name"}
+    ours |= {"ss_gemma2_hash", "ss_ae_hash"}
     assert set(found) - set(EXAMPLE) == ours
     vary = {"session_id", "training_started_at", "training_finished_at", "sd_model_hash", "new_sd_model_hash"}
     vary |= {"sd_scripts_commit_hash"}
@@ -77,10 +81,30 @@ def test_entries_are_sd_scripts(base_model: Path) -> None:
 
 
 def test_hashes_of_the_base_model(base_model: Path) -> None:
-    found = metadata(hashes=FileHashes(base_model)).at(1, 0)
+    found = metadata(hashes=FileHashes({"sd_model": base_model, "gemma2": base_model, "ae": base_model})).at(1, 0)
     data = base_model.read_bytes()
     assert found["ss_new_sd_model_hash"] == hashlib.sha256(data).hexdigest()
     assert found["ss_sd_model_hash"] == hashlib.sha256(data[0x100000:0x110000]).hexdigest()[:8]
+
+
+def test_hashes_of_the_other_models(base_model: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    (tmp_path / "gemma2").write_bytes(b"small")
+    files = {"sd_model": base_model, "gemma2": tmp_path / "gemma2", "ae": tmp_path / "gone"}
+    found = metadata(hashes=FileHashes(files)).at(1, 0)
+    assert found["ss_gemma2_hash"] == hashlib.sha256(b"small").hexdigest()
+    assert "ss_ae_hash" not in found  # the others are there all the same
+    assert found["ss_new_sd_model_hash"] == hashlib.sha256(base_model.read_bytes()).hexdigest()
+    assert "gone" in caplog.text
+
+
+def test_validation_is_recorded() -> None:
+    flags = ["--validation_split=0.25", "--validation_seed=3", "--max_validation_steps=7", "--validate_every_n_steps=5"]
+    found = metadata(*flags).at(1, 0)
+    assert found["ss_validation_split"] == "0.25"
+    assert found["ss_validation_seed"] == "3"
+    assert found["ss_max_validation_steps"] == "7"
+    assert found["ss_validate_every_n_steps"] == "5"
+    assert found["ss_validate_every_n_epochs"] == "None"
 
 
 def test_network_arguments_and_modelspec() -> None:

@@ -1,0 +1,179 @@
+"""``--base_weights``: LoRA files that are merged into the models before training, as if they had been part of them.
+
+The Next-DiT and Gemma2 are read one after the other, so a file is taken apart: into each model goes the part that is
+for it, right after it is read and before anything is encoded, quantised or placed with it. The other model takes part
+without weights, so that the whole file is checked each time.
+"""
+
+from __future__ import annotations
+
+import importlib
+import json
+import logging
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from library.errors import NetworkError, SettingsError
+from library.file_hashes import remembered
+from library.files import read_safetensors_header, sha256_of_file
+
+if TYPE_CHECKING:
+    import torch
+    from torch import nn
+
+    from library.training.settings import NetworkSettings
+
+logger = logging.getLogger(__name__)
+
+_TEXT_ENCODER_KEYS = "lora_te"  # what kohya's names of text encoder modules begin with
+
+
+@dataclass(frozen=True)
+class BaseWeight:
+    """One file and the factor on its part."""
+
+    file: Path
+    multiplier: float
+
+    def sha256(self) -> str:
+        """Returns the hash of the file's content; made once for a file, then remembered."""
+        return remembered("sha256", [self.file], lambda: sha256_of_file(self.file))
+
+
+class BaseWeights:
+    """All files of ``--base_weights``, in their order."""
+
+    def __init__(
+        self,
+        settings: NetworkSettings,
+        empty_text_encoder: Callable[[], nn.Module],
+        empty_transformer: Callable[[], nn.Module],
+    ) -> None:
+        """Takes the settings; files are read by :meth:`check`.
+
+        Args:
+            settings: names the files, the multipliers (1 where left out) and the network module that knows the files.
+            empty_text_encoder: returns the text encoder without weights (on the meta device).
+            empty_transformer: returns the transformer without weights.
+        """
+        given = settings.base_weights_multiplier
+        multipliers = [*given, *[1.0] * (len(settings.base_weights) - len(given))]
+        self.weights = [BaseWeight(*pair) for pair in zip(settings.base_weights, multipliers, strict=True)]
+        self._module_name = str(settings.network_module)
+        self._empty_text_encoder = empty_text_encoder
+        self._empty_transformer = empty_transformer
+        self._reaching_text_encoder: list[BaseWeight] = []
+        self._fits_without_weights = False
+
+    def check(self, fits_without_weights: bool, text_is_cached: bool) -> None:
+        """Makes sure that every file can be merged, before anything is encoded.
+
+        Args:
+            fits_without_weights: the network module can work on models without weights; others are only checked as
+                far as a file's keys tell.
+            text_is_cached: captions are encoded before the transformer is read.
+
+        Raises:
+            SettingsError: the network module cannot merge.
+            NetworkError: a file does not fit the models.
+        """
+        self._reaching_text_encoder.clear()
+        if not self.weights:
+            return
+        self._fits_without_weights = fits_without_weights
+        if not hasattr(self._module(), "create_network_from_weights"):
+            raise SettingsError(
+                f"--base_weights: --network_module {self._module_name} cannot read LoRA files into a network (it has no"
+                " create_network_from_weights), so it cannot merge them; use networks.lora_lumina"
+            )
+        for weight in self.weights:
+            if fits_without_weights:
+                network, _ = self._network(weight, self._empty_text_encoder(), self._empty_transformer())
+                reaches = bool(network.text_encoder_loras)
+            else:
+                reaches = _has_text_encoder_keys(weight.file)
+                if reaches and text_is_cached:
+                    raise SettingsError(
+                        f"--base_weights: {weight.file} changes Gemma2, whose outputs are cached before"
+                        f" --network_module {self._module_name} can merge it; leave out --cache_text_encoder_outputs or"
+                        " use networks.lora_lumina"
+                    )
+            if reaches and weight.multiplier:
+                self._reaching_text_encoder.append(weight)
+
+    def merge_into_text_encoder(self, model: nn.Module, dtype: torch.dtype) -> None:
+        """Merges what the files hold for the text encoder, which was just read."""
+        if self._fits_without_weights:
+            for weight in self._reaching_text_encoder:
+                self._merge(weight, model, self._empty_transformer(), dtype, "Gemma2")
+
+    def merge_into_transformer(self, model: nn.Module, text_encoder: nn.Module | None, dtype: torch.dtype) -> None:
+        """Merges what the files hold for the transformer, which was just read.
+
+        Args:
+            model: the transformer.
+            text_encoder: where the network module cannot work on models without weights, both are merged here.
+            dtype: of the models.
+        """
+        for weight in self.weights:
+            if self._fits_without_weights:
+                self._merge(weight, self._empty_text_encoder(), model, dtype, "the Next-DiT")
+            else:
+                reaches = weight in self._reaching_text_encoder
+                self._merge(weight, text_encoder if reaches else None, model, dtype, "the models")
+
+    def text_fingerprint(self) -> str:
+        """Returns what text features depend on of these files: "" where none of them changes the text encoder."""
+        return "".join(f"+{weight.sha256()}*{weight.multiplier!r}" for weight in self._reaching_text_encoder)
+
+    def metadata(self) -> dict[str, str]:
+        """Returns the metadata entry (without ``ss_``) that says what was merged; empty where nothing was."""
+        if not self.weights:
+            return {}
+        entries = [
+            {"name": weight.file.name, "multiplier": weight.multiplier, "sha256": weight.sha256()}
+            for weight in self.weights
+        ]
+        return {"base_weights": json.dumps(entries, ensure_ascii=False)}
+
+    def _module(self) -> Any:
+        return importlib.import_module(self._module_name)
+
+    def _network(self, weight: BaseWeight, text_encoder: nn.Module | None, model: nn.Module) -> tuple[Any, Any]:
+        """Returns the network of a file for these models, and the file's tensors."""
+        encoders: Sequence[nn.Module] = [] if text_encoder is None else [text_encoder]
+        try:
+            network, tensors = self._module().create_network_from_weights(
+                weight.multiplier, str(weight.file), None, encoders, model, for_inference=True
+            )
+        except NetworkError as error:
+            raise NetworkError(f"--base_weights: {error}") from error
+        if not callable(getattr(network, "merge_to", None)):
+            raise SettingsError(
+                f"--base_weights: the network of --network_module {self._module_name} cannot be merged (it has no"
+                " merge_to); use networks.lora_lumina"
+            )
+        return network, tensors
+
+    def _merge(
+        self, weight: BaseWeight, text_encoder: nn.Module | None, model: nn.Module, dtype: torch.dtype, into: str
+    ) -> None:
+        network, tensors = self._network(weight, text_encoder, model)
+        encoders = [] if text_encoder is None else [text_encoder]
+        num_modules = network.merge_to(encoders, model, tensors, dtype, "cpu")
+        if num_modules == 0:
+            return
+        count = "" if num_modules is None else f"{num_modules} modules of "
+        logger.info("Merged %s%s into %s, multiplier %g", count, weight.file.name, into, weight.multiplier)
+
+
+def _has_text_encoder_keys(file: Path) -> bool:
+    if file.suffix.lower() != ".safetensors":
+        return True  # not known without reading it
+    try:
+        header, _ = read_safetensors_header(file)
+    except (OSError, ValueError) as error:
+        raise NetworkError(f"--base_weights: {file} cannot be read: {error}") from error
+    return any(key.startswith(_TEXT_ENCODER_KEYS) for key in header)
