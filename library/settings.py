@@ -90,7 +90,7 @@ class FlagSpec:
         if self.kind is bool:
             return parse_bool(value, origin)
         wrong = SettingsError(f"{origin}: {value!r} is not {_KIND_NAMES[self.kind]}")
-        if isinstance(value, (bool, list, dict)):
+        if isinstance(value, (bool, list, dict)) or (self.kind is Path and value == ""):
             raise wrong
         if self.kind is int and isinstance(value, float) and not value.is_integer():
             raise wrong
@@ -104,8 +104,18 @@ class FlagSpec:
             raise wrong
         if isinstance(converted, int) and abs(converted) > _LARGEST:
             raise SettingsError(f"{origin}: {value!r} is beyond every sensible size")
-        # A shell leaves ~ alone behind an equals sign.
-        return converted.expanduser() if isinstance(converted, Path) else converted
+        return expanded(converted) if isinstance(converted, Path) else converted
+
+
+def expanded(path: Path) -> Path:
+    """Returns the path with ``~`` resolved, which a shell leaves alone behind an equals sign.
+
+    A ``~name`` that is no user here stays as it is, as in a shell, so that the message that follows names it.
+    """
+    try:
+        return path.expanduser()
+    except RuntimeError:
+        return path
 
 
 _KIND_NAMES = {int: "a whole number", float: "a number", str: "a text", Path: "a path"}

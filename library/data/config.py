@@ -19,6 +19,7 @@ from library.data import schema
 from library.data.folders import first_picture, named_subfolders
 from library.data.settings import DataSettings
 from library.errors import DatasetError, nearest, some
+from library.settings import expanded
 
 logger = logging.getLogger(__name__)
 
@@ -98,7 +99,7 @@ def load_dataset_config(settings: DataSettings) -> tuple[DatasetConfig, ...]:
         raise DatasetError(
             "There is nothing to train on: give --dataset_config (a file) or --train_data_dir (a folder)."
         )
-    return (_dataset_of_folder(Path(settings.train_data_dir).expanduser(), settings),)
+    return (_dataset_of_folder(expanded(Path(settings.train_data_dir)), settings),)
 
 
 def _dataset_of_folder(folder: Path, settings: DataSettings) -> DatasetConfig:
@@ -196,7 +197,7 @@ class _FileReader:
     """Reads one dataset file; every message names the file, the table, the key and the value."""
 
     def __init__(self, path: Path, settings: DataSettings) -> None:
-        self._path = path.expanduser()
+        self._path = expanded(path)
         self._settings = settings
         self._warned: set[str] = set()
 
@@ -287,7 +288,7 @@ class _FileReader:
             yield subset
 
     def _folder(self, given: str, where: str) -> Path:
-        folder = Path(given).expanduser()
+        folder = expanded(Path(given))
         beside_file = self._path.parent / folder
         if not folder.is_absolute() and not folder.exists() and beside_file.exists():
             folder = beside_file
@@ -320,14 +321,31 @@ def _parse(path: Path) -> dict[str, Any]:
     except OSError as error:
         raise DatasetError(f"{origin} cannot be read: {error.strerror}.") from error
     try:
-        document = tomllib.loads(content) if kind == ".toml" else json.loads(content)
+        document = tomllib.loads(content) if kind == ".toml" else json.loads(content, object_pairs_hook=_without_twins)
     except json.JSONDecodeError as error:
         raise DatasetError(f"{origin}: line {error.lineno}: {error.msg}.") from error
+    except _TwinKeyError as error:
+        raise DatasetError(f"{origin}: the key {error} stands twice in one table; keep one.") from error
+    except RecursionError as error:
+        raise DatasetError(f"{origin} is nested too deeply to be a dataset file.") from error
     except tomllib.TOMLDecodeError as error:
         raise DatasetError(f"{origin}: {error}.{_backslash_hint(content, str(error))}") from error
     if not isinstance(document, dict):
         raise DatasetError(f'{origin} holds no table; expected {{"general": ..., "datasets": [...]}}.')
     return document
+
+
+class _TwinKeyError(Exception):
+    """A key stands twice in one JSON object."""
+
+
+def _without_twins(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    """Returns a JSON object; its second value of a key would silently replace the first."""
+    table = dict(pairs)
+    if len(table) < len(pairs):
+        names = [name for name, _ in pairs]
+        raise _TwinKeyError(repr(next(name for name in names if names.count(name) > 1)))
+    return table
 
 
 def _backslash_hint(content: str, message: str) -> str:

@@ -277,7 +277,7 @@ def _stated_config(
             continue
         try:
             values = json.loads(text)
-        except ValueError as error:
+        except (ValueError, RecursionError) as error:
             if entry == "config":
                 continue  # another program's entry
             raise ModelFileError(f"{flag}: the metadata entry {entry} of {checkpoint.path} is not JSON.") from error
