@@ -22,6 +22,7 @@ from library.settings import FlagSpec, flag, from_given, specs_of
 from library.training.config_file import read_config_file, write_config_file
 from library.training.legacy_flags import IGNORED, REFUSED
 from library.training.output_settings import HubSettings, OutputSettings, StateSettings
+from library.training.run_checks import NEEDS, check_together
 from library.training.settings import (
     LogSettings,
     NetworkSettings,
@@ -105,6 +106,7 @@ class TrainConfig:
                 "--learning_rate, --unet_lr and --text_encoder_lr leave every trained part at 0; nothing would be"
                 " learned; raise one of them"
             )
+        check_together(self)
 
     @property
     def trains_dit(self) -> bool:
@@ -280,7 +282,7 @@ def warn_of_unused(config: TrainConfig) -> None:
     """
     specs = all_specs()
     parts = []
-    for names, reason, acts in _NEEDS:
+    for names, reason, acts in (*_NEEDS, *NEEDS):
         given = [name for name in names if config.given.get(name, specs[name].default) != specs[name].default]
         if given and not acts(config):
             parts.append(f"{', '.join(f'--{name}' for name in given)} ({reason})")
