@@ -53,8 +53,8 @@ CONTRADICTIONS: tuple[tuple[Test, str], ...] = (
             and c.schedule.max_train_epochs is not None
             and (c.state.initial_epoch or 0) > c.schedule.max_train_epochs
         ),
-        "--initial_epoch {c.state.initial_epoch} lies behind --max_train_epochs {c.schedule.max_train_epochs}, so nothing is left"
-        " to train; raise --max_train_epochs",
+        "--initial_epoch {c.state.initial_epoch} lies behind --max_train_epochs {c.schedule.max_train_epochs}, so nothing is"
+        " left to train; raise --max_train_epochs",
     ),
     (
         lambda c: c.schedule.max_train_epochs is None and (c.state.initial_step or 0) >= c.schedule.max_train_steps,
