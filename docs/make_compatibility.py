@@ -17,9 +17,8 @@ from collections import Counter
 from collections.abc import Iterable
 from pathlib import Path
 
-ROOT = Path(__file__).resolve().parents[1]
-sys.path.insert(0, str(ROOT))
-sys.path.insert(0, str(ROOT / "docs"))
+sys.path.insert(0, str(Path(__file__).resolve().parent))
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from compatibility_texts import BETTER_FLAGS, BETTER_KEYS
 
@@ -31,6 +30,7 @@ from library.training.legacy_flags import IGNORED, REFUSED
 
 logger = logging.getLogger(__name__)
 
+ROOT = Path(__file__).resolve().parents[1]
 PAGE = ROOT / "docs" / "sd_scripts_compatibility.md"
 _RECORDED = ROOT / "tests" / "golden" / "sd_scripts_flags.json"
 

@@ -16,14 +16,46 @@ from library.training.legacy_flags import IGNORED, REFUSED
 ROOT = Path(__file__).resolve().parents[2]
 RECORDED = json.loads((ROOT / "tests" / "golden" / "sd_scripts_flags.json").read_text(encoding="utf-8"))
 # Every key that sd-scripts' dataset file may hold.
-KEYS = """
-resolution batch_size enable_bucket min_bucket_reso max_bucket_reso bucket_reso_steps bucket_no_upscale validation_split
-validation_seed network_multiplier resize_interpolation image_dir is_reg alpha_mask class_tokens caption_extension cache_info
-metadata_file conditioning_data_dir num_repeats shuffle_caption enable_wildcard color_aug flip_aug random_crop
-caption_separator keep_tokens keep_tokens_separator secondary_separator caption_prefix caption_suffix caption_dropout_rate
-caption_tag_dropout_rate caption_dropout_every_n_epochs token_warmup_min token_warmup_step face_crop_aug_range
-custom_attributes
-""".split()
+KEYS = [
+    "resolution",
+    "batch_size",
+    "enable_bucket",
+    "min_bucket_reso",
+    "max_bucket_reso",
+    "bucket_reso_steps",
+    "bucket_no_upscale",
+    "validation_split",
+    "validation_seed",
+    "network_multiplier",
+    "resize_interpolation",
+    "image_dir",
+    "is_reg",
+    "alpha_mask",
+    "class_tokens",
+    "caption_extension",
+    "cache_info",
+    "metadata_file",
+    "conditioning_data_dir",
+    "num_repeats",
+    "shuffle_caption",
+    "enable_wildcard",
+    "color_aug",
+    "flip_aug",
+    "random_crop",
+    "caption_separator",
+    "keep_tokens",
+    "keep_tokens_separator",
+    "secondary_separator",
+    "caption_prefix",
+    "caption_suffix",
+    "caption_dropout_rate",
+    "caption_tag_dropout_rate",
+    "caption_dropout_every_n_epochs",
+    "token_warmup_min",
+    "token_warmup_step",
+    "face_crop_aug_range",
+    "custom_attributes",
+]
 
 
 @pytest.fixture(scope="module")
