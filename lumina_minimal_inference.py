@@ -51,6 +51,9 @@ class ModelFlags:
     gemma2_path: Path | None = flag(None, "Gemma-2-2B: file or folder; may be left out when the first one holds it")
     ae_path: Path | None = flag(None, "FLUX autoencoder: file or folder; may be left out when the first one holds it")
     tokenizer_cache_dir: Path | None = flag(None, "folder with Gemma's tokenizer.model, where its file has none inside")
+    weighted_captions: bool = flag(
+        False, "(word:1.3), (word) and [word] in prompts weigh words, as in training with it"
+    )
     lora_weights: tuple[str, ...] = flag((), 'LoRA files, each as "path" or "path;multiplier"')
     merge_lora_weights: bool = flag(
         False, "merge the LoRA files into the model instead of attaching them: faster steps"
@@ -192,6 +195,7 @@ class Painter:
                 gemma2=models.gemma2_path,
                 ae=models.ae_path,
                 tokenizer_dir=models.tokenizer_cache_dir,
+                weighted_captions=models.weighted_captions,
                 gemma2_flag="--gemma2_path",
                 ae_flag="--ae_path",
             )

@@ -63,6 +63,7 @@ BETTER_FLAGS: dict[str, str] = {
     "caption_tag_dropout_rate": _CAPTIONS,
     "token_warmup_min": _CAPTIONS,
     "token_warmup_step": "follows the optimizer step exactly; there it lags behind, and mask datasets stay at its beginning",
+    "weighted_captions": "works, the same with cached captions; sd-scripts ends with an error. See weighted_captions.md",
     # caches
     "cache_latents": "the most likely latents are kept, not one random draw of them",
     "cache_latents_to_disk": _FOUND,

@@ -67,6 +67,10 @@ class GemmaTokenizer:
         """Returns how many tokens the text has, BOS included, without cutting off."""
         return 1 + len(self._processor.EncodeAsIds(_valid(text)))
 
+    def weights(self, text: str) -> list[float] | None:
+        """Returns how much each token of the text counts; ``None``: all the same (see ``weighted_captions.py``)."""
+        return None
+
 
 def _valid(text: str) -> str:
     """Returns the text with ``?`` for what is no Unicode, as folder names of other code pages give it."""

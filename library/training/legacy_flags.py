@@ -58,7 +58,6 @@ IGNORED: tuple[FlagSpec, ...] = (
 REFUSED: tuple[FlagSpec, ...] = (
     _row("full_fp16", bool, False, "fp16 overflows in this model; use --mixed_precision bf16"),
     _row("use_sage_attn", bool, False, "SageAttention has no gradients, so attention would not be trained"),
-    _row("weighted_captions", bool, False, "Gemma2 does not know weighted words"),
     _row(
         "dataset_class",
         str,
