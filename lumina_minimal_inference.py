@@ -133,9 +133,9 @@ def split_lora(text: str) -> tuple[Path, float]:
     """
     path, semicolon, multiplier = text.rpartition(";")
     if not semicolon:
-        return expanded(Path(text)), 1.0
+        return expanded(Path(text), "--lora_weights"), 1.0
     try:
-        return expanded(Path(path)), parse_multiplier(multiplier or "1")
+        return expanded(Path(path), "--lora_weights"), parse_multiplier(multiplier or "1")
     except ValueError as error:
         raise SettingsError(f"--lora_weights: {multiplier!r} of {text!r} is no multiplier; write path;0.8") from error
 

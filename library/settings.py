@@ -104,18 +104,25 @@ class FlagSpec:
             raise wrong
         if isinstance(converted, int) and abs(converted) > _LARGEST:
             raise SettingsError(f"{origin}: {value!r} is beyond every sensible size")
-        return expanded(converted) if isinstance(converted, Path) else converted
+        return expanded(converted, origin) if isinstance(converted, Path) else converted
 
 
-def expanded(path: Path) -> Path:
+def expanded(path: Path, origin: str) -> Path:
     """Returns the path with ``~`` resolved, which a shell leaves alone behind an equals sign.
 
-    A ``~name`` that is no user here stays as it is, as in a shell, so that the message that follows names it.
+    Args:
+        path: what the user gave.
+        origin: ``--flag`` or ``file: key``, for the message.
+
+    Raises:
+        SettingsError: it begins with the name of a user who is not known here.
     """
     try:
         return path.expanduser()
-    except RuntimeError:
-        return path
+    except RuntimeError as error:
+        raise SettingsError(
+            f"{origin}: {str(path)!r} begins with ~ and a name that no user has here; write the whole path"
+        ) from error
 
 
 _KIND_NAMES = {int: "a whole number", float: "a number", str: "a text", Path: "a path"}

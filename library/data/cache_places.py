@@ -17,7 +17,7 @@ class CachePlaces:
     """Which folder on disk belongs to which picture folder, and the picture indexes in them."""
 
     def __init__(self, cache_dir: Path | None) -> None:
-        self._cache_dir = expanded(cache_dir) if cache_dir else None
+        self._cache_dir = expanded(cache_dir, "--cache_dir") if cache_dir else None
         self._indexes: dict[Path, PictureIndex] = {}
 
     def folder(self, image_dir: Path) -> Path:

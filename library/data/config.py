@@ -99,7 +99,7 @@ def load_dataset_config(settings: DataSettings) -> tuple[DatasetConfig, ...]:
         raise DatasetError(
             "There is nothing to train on: give --dataset_config (a file) or --train_data_dir (a folder)."
         )
-    return (_dataset_of_folder(expanded(Path(settings.train_data_dir)), settings),)
+    return (_dataset_of_folder(expanded(Path(settings.train_data_dir), "--train_data_dir"), settings),)
 
 
 def _dataset_of_folder(folder: Path, settings: DataSettings) -> DatasetConfig:
@@ -197,7 +197,7 @@ class _FileReader:
     """Reads one dataset file; every message names the file, the table, the key and the value."""
 
     def __init__(self, path: Path, settings: DataSettings) -> None:
-        self._path = expanded(path)
+        self._path = expanded(path, "--dataset_config")
         self._settings = settings
         self._warned: set[str] = set()
 
@@ -288,7 +288,7 @@ class _FileReader:
             yield subset
 
     def _folder(self, given: str, where: str) -> Path:
-        folder = expanded(Path(given))
+        folder = expanded(Path(given), f"{self._path}: {where}: image_dir")
         beside_file = self._path.parent / folder
         if not folder.is_absolute() and not folder.exists() and beside_file.exists():
             folder = beside_file

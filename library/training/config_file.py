@@ -14,6 +14,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+from library.console import process_rank
 from library.errors import SettingsError, nearest
 from library.files import write_text
 from library.settings import FlagSpec, expanded
@@ -146,7 +147,7 @@ def _listed(spec: FlagSpec, value: Any) -> Any:
 def _says_nothing(name: str, value: Any, path: Path) -> bool:
     if name == "output_config":
         return value is False
-    return isinstance(value, str) and expanded(Path(value)).resolve() == path.resolve()
+    return isinstance(value, str) and expanded(Path(value), name).resolve() == path.resolve()
 
 
 def _unknown_keys(path: Path, unknown: list[str], specs: Mapping[str, FlagSpec]) -> str:
@@ -174,8 +175,10 @@ def write_config_file(path: Path | None, given: Mapping[str, Any]) -> None:
         raise SettingsError("--output_config writes to the file that --config_file names; add --config_file")
     if path.suffix != ".toml":
         path = path.with_name(path.name + ".toml")
-    if path.exists():
+    if path.exists() and process_rank() == 0:
         raise SettingsError(f"--output_config: {path} exists already; remove it or give another --config_file")
+    if process_rank() != 0:
+        return  # the launcher's first process writes it
     lines = [f"{name} = {toml_text(_plain(name, value), name)}\n" for name, value in given.items()]
     write_text(path, "".join(lines))
     logger.info("Wrote %s", path)

@@ -177,6 +177,21 @@ GUI_KEYS: tuple[tuple[str, tuple[str, ...]], ...] = (
         ),
     ),
     (
+        "Anima or HunyuanImage only",
+        (
+            "qwen3",
+            "qwen3_max_token_length",
+            "llm_adapter_path",
+            "llm_adapter_lr",
+            "t5_tokenizer_path",
+            "t5_max_token_length",
+            "attn_mode",
+            "split_attn",
+            "unsloth_offload_checkpointing",
+            "vae_disable_cache",
+        ),
+    ),
+    (
         "LyCORIS only; give them in --network_args with --network_module lycoris.kohya",
         (
             "LyCORIS_preset",

@@ -22,4 +22,5 @@ def test_sizes_and_steps_beyond_reach_end_at_once(name: str, option: str, most: 
 
 def test_home_folders_of_lora_files() -> None:
     assert split_lora("~/a.safetensors;0.5") == (Path.home() / "a.safetensors", 0.5)
-    assert split_lora("~no_such_user_here/a.safetensors") == (Path("~no_such_user_here/a.safetensors"), 1.0)
+    with pytest.raises(SettingsError, match="--lora_weights: '~no_such_user_here"):
+        split_lora("~no_such_user_here/a.safetensors")

@@ -8,7 +8,7 @@ from data_helpers import make_pictures
 
 from library.data.config import DatasetConfig, load_dataset_config
 from library.data.settings import DataSettings
-from library.errors import DatasetError
+from library.errors import DatasetError, UserError
 
 ONE = {"a.png": (64, 64)}
 
@@ -249,9 +249,9 @@ def test_a_key_that_stands_twice_in_json_is_named(tmp_path: Path, key: str) -> N
 
 @pytest.mark.parametrize("folder", ["~no_such_user_here/pictures", "~/no_such_folder_here"])
 def test_a_folder_of_nobody_is_named(tmp_path: Path, folder: str) -> None:
-    with pytest.raises(DatasetError, match="no_such"):
+    with pytest.raises(UserError, match=r"data\.toml: datasets\[0\]\.subsets\[0\].* image_dir.*no_such"):
         _load(tmp_path, f'[[datasets]]\n[[datasets.subsets]]\nimage_dir = "{folder}"')
-    with pytest.raises(DatasetError, match="no_such"):
+    with pytest.raises(UserError, match=r"--train_data_dir: .*no_such"):
         load_dataset_config(DataSettings(train_data_dir=folder, resolution=(64, 64)))
-    with pytest.raises(DatasetError, match="no_such"):
+    with pytest.raises(UserError, match=r"--dataset_config: .*no_such"):
         load_dataset_config(DataSettings(dataset_config=Path(folder) / "data.toml"))

@@ -245,3 +245,15 @@ def test_output_config_writes_what_was_set_and_no_secret(tmp_path: Path) -> None
 def test_bytes_that_are_no_text_are_refused() -> None:
     with pytest.raises(SettingsError, match=r"--output_dir .* is not UTF-8"):
         toml_text("caf\udce9", "output_dir")
+
+
+def test_of_several_processes_the_first_one_writes(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    file = tmp_path / "run.toml"
+    monkeypatch.setenv("RANK", "1")
+    write_config_file(file, {"seed": 1})
+    assert not file.exists()
+    monkeypatch.setenv("RANK", "0")
+    write_config_file(file, {"seed": 1})
+    monkeypatch.setenv("RANK", "1")
+    write_config_file(file, {"seed": 2})  # no error, though the file is there by now
+    assert file.read_text(encoding="utf-8") == "seed = 1\n"
