@@ -18,6 +18,7 @@ from typing import Any
 from library.data import schema
 from library.data.folders import first_picture, named_subfolders
 from library.data.settings import DataSettings
+from library.data.strict_json import load_json
 from library.errors import DatasetError, nearest, some
 from library.settings import expanded
 
@@ -321,31 +322,14 @@ def _parse(path: Path) -> dict[str, Any]:
     except OSError as error:
         raise DatasetError(f"{origin} cannot be read: {error.strerror}.") from error
     try:
-        document = tomllib.loads(content) if kind == ".toml" else json.loads(content, object_pairs_hook=_without_twins)
+        document = tomllib.loads(content) if kind == ".toml" else load_json(content, origin)
     except json.JSONDecodeError as error:
         raise DatasetError(f"{origin}: line {error.lineno}: {error.msg}.") from error
-    except _TwinKeyError as error:
-        raise DatasetError(f"{origin}: the key {error} stands twice in one table; keep one.") from error
-    except RecursionError as error:
-        raise DatasetError(f"{origin} is nested too deeply to be a dataset file.") from error
     except tomllib.TOMLDecodeError as error:
         raise DatasetError(f"{origin}: {error}.{_backslash_hint(content, str(error))}") from error
     if not isinstance(document, dict):
         raise DatasetError(f'{origin} holds no table; expected {{"general": ..., "datasets": [...]}}.')
     return document
-
-
-class _TwinKeyError(Exception):
-    """A key stands twice in one JSON object."""
-
-
-def _without_twins(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
-    """Returns a JSON object; its second value of a key would silently replace the first."""
-    table = dict(pairs)
-    if len(table) < len(pairs):
-        names = [name for name, _ in pairs]
-        raise _TwinKeyError(repr(next(name for name in names if names.count(name) > 1)))
-    return table
 
 
 def _backslash_hint(content: str, message: str) -> str:
