@@ -90,7 +90,7 @@ class FlagSpec:
         if self.kind is bool:
             return parse_bool(value, origin)
         wrong = SettingsError(f"{origin}: {value!r} is not {_KIND_NAMES[self.kind]}")
-        if isinstance(value, (bool, list, dict)) or (self.kind is Path and value == ""):
+        if isinstance(value, (bool, list, dict)) or (self.kind is Path and (value == "" or "\0" in str(value))):
             raise wrong
         if self.kind is int and isinstance(value, float) and not value.is_integer():
             raise wrong

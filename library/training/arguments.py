@@ -278,13 +278,19 @@ _NEEDS: tuple[tuple[tuple[str, ...], str, Callable[[TrainConfig], bool]], ...] =
 def warn_of_unused(config: TrainConfig) -> None:
     """Names the given flags that have no effect beside the others, each with its reason, in one warning.
 
-    A value equal to the default asks for nothing and is not named.
+    A value equal to the default asks for nothing and is not named. Of several reasons the first is given.
     """
     specs = all_specs()
     parts = []
+    named: set[str] = set()
     for names, reason, acts in (*_NEEDS, *NEEDS):
-        given = [name for name in names if config.given.get(name, specs[name].default) != specs[name].default]
+        given = [
+            name
+            for name in names
+            if name not in named and config.given.get(name, specs[name].default) != specs[name].default
+        ]
         if given and not acts(config):
+            named |= set(given)
             parts.append(f"{', '.join(f'--{name}' for name in given)} ({reason})")
     if parts:
         logger.warning("These flags have no effect in this run: %s", "; ".join(parts))

@@ -123,6 +123,7 @@ def test_what_front_ends_write_for_not_set(tmp_path: Path, line: str) -> None:
         ("vae = None", "remove the line"),
         ("cache_latents = True", "small letters"),
         ("seed = 1\nseed = 2", "not valid TOML"),
+        ('ae = "a\\u0000b"', "is not a path"),
         ("a = " + "[" * 100_000, "not valid TOML"),
     ],
 )
@@ -205,7 +206,12 @@ def _other_value(spec: FlagSpec, number: int) -> list[str]:
         return [own[spec.name]]
     if spec.choices:
         return [next(choice for choice in spec.choices if choice != spec.default)]
-    one = {bool: str(not spec.default), int: "7", float: "1.2345678901234567e-05", Path: f"~/{ODD_TEXTS[number]}"}
+    one = {
+        bool: str(not spec.default),
+        int: "7",
+        float: "1.2345678901234567e-05",
+        Path: f"~/{ODD_TEXTS[number]}".replace("\0", ""),
+    }
     text = one.get(spec.kind, ODD_TEXTS[number])
     return [text, text] if spec.many else [text]
 

@@ -147,5 +147,11 @@ def test_flags_with_effect_are_not_named(caplog: pytest.LogCaptureFixture) -> No
     assert not caplog.records
 
 
+def test_a_flag_is_named_once(caplog: pytest.LogCaptureFixture) -> None:
+    warn_of_unused(parse("--training_comment=x", "--no_metadata", "--save_model_as=pt"))
+    (record,) = caplog.records
+    assert record.getMessage().count("--training_comment") == 1
+
+
 def test_conditions_name_flags_that_exist() -> None:
     assert {name for names, _, _ in NEEDS for name in names} <= set(all_specs())
