@@ -26,8 +26,8 @@ from library.console import run_program
 from library.errors import NetworkError, SettingsError, UserError
 from library.files import check_writable, read_safetensors_header, write_with
 from library.lumina.prompt_template import PromptTemplate
-from library.prompts import MAX_SEED, Prompt, PromptError, parse_line, parse_multiplier
-from library.settings import flag, from_given, specs_of
+from library.prompts import MAX_SEED, MAX_SIZE_PX, MAX_STEPS, Prompt, PromptError, parse_line, parse_multiplier
+from library.settings import expanded, flag, from_given, specs_of
 
 if TYPE_CHECKING:
     import torch
@@ -52,6 +52,9 @@ class ModelFlags:
     gemma2_path: Path | None = flag(None, "Gemma-2-2B: file or folder; may be left out when the first one holds it")
     ae_path: Path | None = flag(None, "FLUX autoencoder: file or folder; may be left out when the first one holds it")
     tokenizer_cache_dir: Path | None = flag(None, "folder with Gemma's tokenizer.model, where its file has none inside")
+    weighted_captions: bool = flag(
+        False, "(word:1.3), (word) and [word] in prompts weigh words, as in training with it"
+    )
     lora_weights: tuple[str, ...] = flag((), 'LoRA files, each as "path" or "path;multiplier"')
     merge_lora_weights: bool = flag(
         False, "merge the LoRA files into the model instead of attaching them: faster steps"
@@ -104,6 +107,10 @@ class PictureFlags:
         for name in ("steps", "image_width", "image_height", "gemma2_max_token_length", "discrete_flow_shift"):
             if getattr(self, name) <= 0:
                 raise SettingsError(f"--{name}: {getattr(self, name)} must be above 0")
+        # As in prompt lines: beyond these the program would only seem to hang.
+        for name, limit in (("steps", MAX_STEPS), ("image_width", MAX_SIZE_PX), ("image_height", MAX_SIZE_PX)):
+            if getattr(self, name) > limit:
+                raise SettingsError(f"--{name}: {getattr(self, name)} is too much; give {limit} at most")
         if self.seed is not None and not 0 <= self.seed <= MAX_SEED:
             raise SettingsError(f"--seed: {self.seed} is outside 0 to {MAX_SEED}")
 
@@ -142,9 +149,9 @@ def split_lora(text: str) -> tuple[Path, float]:
     """
     path, semicolon, multiplier = text.rpartition(";")
     if not semicolon:
-        return Path(text), 1.0
+        return expanded(Path(text), "--lora_weights"), 1.0
     try:
-        return Path(path), parse_multiplier(multiplier or "1")
+        return expanded(Path(path), "--lora_weights"), parse_multiplier(multiplier or "1")
     except ValueError as error:
         raise SettingsError(f"--lora_weights: {multiplier!r} of {text!r} is no multiplier; write path;0.8") from error
 
@@ -204,6 +211,7 @@ class Painter:
                 gemma2=models.gemma2_path,
                 ae=models.ae_path,
                 tokenizer_dir=models.tokenizer_cache_dir,
+                weighted_captions=models.weighted_captions,
                 gemma2_flag="--gemma2_path",
                 ae_flag="--ae_path",
             )

@@ -54,6 +54,7 @@ class LuminaNetworkTrainer(NetworkTrainer):
                 ae=settings.ae,
                 tokenizer_dir=settings.tokenizer_cache_dir,
                 mmap=not settings.disable_mmap_load_safetensors,
+                weighted_captions=settings.weighted_captions,
             )
         )
         # A tokenizer that is missing must show now, not when the captions' turn comes.

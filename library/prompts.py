@@ -22,7 +22,8 @@ logger = logging.getLogger(__name__)
 
 SIZE_STEP_PX = 16  # two latent cells a token, eight pixels a cell
 _MIN_SIZE_PX = 64
-_MAX_SIZE_PX = 16384
+MAX_SIZE_PX = 16384
+MAX_STEPS = 1000
 
 
 class PromptError(UserError):
@@ -84,15 +85,15 @@ def _seed(text: str) -> int:
 
 def _steps(text: str) -> int:
     steps = int(text)
-    if not 1 <= steps <= 1000:
-        raise ValueError("1 to 1000 steps are possible")
+    if not 1 <= steps <= MAX_STEPS:
+        raise ValueError(f"1 to {MAX_STEPS} steps are possible")
     return steps
 
 
 def _size(text: str) -> int:
     size = int(text)
-    if not 0 < size <= _MAX_SIZE_PX:
-        raise ValueError(f"sizes go from 1 to {_MAX_SIZE_PX}")
+    if not 0 < size <= MAX_SIZE_PX:
+        raise ValueError(f"sizes go from 1 to {MAX_SIZE_PX}")
     return size
 
 
@@ -173,14 +174,14 @@ def _from_table(table: Any, defaults: Prompt, origin: str) -> Prompt:
     return replace(defaults, **values)
 
 
-def read_prompt_file(path: Path, defaults: Prompt | None = None) -> list[Prompt]:
+def read_prompt_file(path: Path, defaults: Prompt | None = None, may_be_empty: bool = False) -> list[Prompt]:
     """Returns the prompts of a .txt, .toml or .json file, sizes rounded to what the model can draw.
 
     A .txt file has one prompt a line, ``#`` begins a comment line. A .toml file has common keys in ``[prompt]`` and
     prompts in ``[[prompt.subset]]``. A .json file has a list of texts (like .txt lines) or objects.
 
     Raises:
-        PromptError: the file has another ending, is broken, holds a wrong value, or holds no prompt.
+        PromptError: the file has another ending, is broken, holds a wrong value, or no prompt (unless it may be empty).
     """
     defaults = defaults or Prompt()
     try:
@@ -192,7 +193,7 @@ def read_prompt_file(path: Path, defaults: Prompt | None = None) -> list[Prompt]
         raise PromptError(f"--sample_prompts: {path} is not UTF-8 text: {error}; save it as UTF-8") from error
     except (tomllib.TOMLDecodeError, json.JSONDecodeError) as error:
         raise PromptError(f"--sample_prompts: {path} cannot be read: {error}") from error
-    if not prompts:
+    if not prompts and not may_be_empty:
         raise PromptError(f"--sample_prompts: {path} holds no prompt; add one, or leave --sample_prompts out")
     return [prompt.rounded() for prompt in prompts]
 

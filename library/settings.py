@@ -90,7 +90,7 @@ class FlagSpec:
         if self.kind is bool:
             return parse_bool(value, origin)
         wrong = SettingsError(f"{origin}: {value!r} is not {_KIND_NAMES[self.kind]}")
-        if isinstance(value, (bool, list, dict)):
+        if isinstance(value, (bool, list, dict)) or (self.kind is Path and (value == "" or "\0" in str(value))):
             raise wrong
         if self.kind is int and isinstance(value, float) and not value.is_integer():
             raise wrong
@@ -104,8 +104,25 @@ class FlagSpec:
             raise wrong
         if isinstance(converted, int) and abs(converted) > _LARGEST:
             raise SettingsError(f"{origin}: {value!r} is beyond every sensible size")
-        # A shell leaves ~ alone behind an equals sign.
-        return converted.expanduser() if isinstance(converted, Path) else converted
+        return expanded(converted, origin) if isinstance(converted, Path) else converted
+
+
+def expanded(path: Path, origin: str) -> Path:
+    """Returns the path with ``~`` resolved, which a shell leaves alone behind an equals sign.
+
+    Args:
+        path: what the user gave.
+        origin: ``--flag`` or ``file: key``, for the message.
+
+    Raises:
+        SettingsError: it begins with the name of a user who is not known here.
+    """
+    try:
+        return path.expanduser()
+    except RuntimeError as error:
+        raise SettingsError(
+            f"{origin}: {str(path)!r} begins with ~ and a name that no user has here; write the whole path"
+        ) from error
 
 
 _KIND_NAMES = {int: "a whole number", float: "a number", str: "a text", Path: "a path"}

@@ -115,13 +115,26 @@ def _read_safetensors(file: Path) -> dict[str, Tensor]:
 
 
 def _alphas_from_adapter_metadata(text: str, tensors: Mapping[str, Tensor], file: Path) -> dict[str, Tensor]:
-    settings = json.loads(text)
+    try:
+        settings = json.loads(text)
+    except (ValueError, RecursionError) as error:
+        raise NetworkError(
+            f"LoRA file {file}: its metadata entry lora_adapter_metadata is not JSON ({error}), so its strength is"
+            " unknown; the file is damaged"
+        ) from error
+    if not isinstance(settings, dict):
+        raise NetworkError(
+            f"LoRA file {file}: its metadata entry lora_adapter_metadata is no table, so its strength is unknown; the file"
+            " is damaged"
+        )
     alpha = settings.get("transformer.lora_alpha")
     for special in ("alpha_pattern", "use_rslora", "use_dora"):
         if settings.get(f"transformer.{special}"):
             raise NetworkError(f"LoRA file {file} uses PEFT's '{special}', which cannot be converted here")
     if alpha is None:
         return {}
+    if isinstance(alpha, bool) or not isinstance(alpha, (int, float)) or not abs(alpha) < 1e9:
+        raise NetworkError(f"LoRA file {file}: its metadata says lora_alpha = {alpha!r}, which is no number")
     modules = {match["module"] for name in tensors if (match := _KEY.fullmatch(name)) and match["ab"]}
     return {f"{module}.alpha": torch.tensor(float(alpha)) for module in modules if f"{module}.alpha" not in tensors}
 

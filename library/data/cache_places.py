@@ -8,6 +8,7 @@ from pathlib import Path
 from library.data.folders import CACHE_FOLDER
 from library.data.picture_index import PictureIndex
 from library.data.stores import digest_of
+from library.settings import expanded
 
 logger = logging.getLogger(__name__)
 
@@ -16,7 +17,7 @@ class CachePlaces:
     """Which folder on disk belongs to which picture folder, and the picture indexes in them."""
 
     def __init__(self, cache_dir: Path | None) -> None:
-        self._cache_dir = cache_dir.expanduser() if cache_dir else None
+        self._cache_dir = expanded(cache_dir, "--cache_dir") if cache_dir else None
         self._folders: dict[Path, Path] = {}
         self._indexes: dict[Path, PictureIndex] = {}
         self._kept: set[Path] = set()

@@ -17,6 +17,7 @@ from library.data import schema
 from library.data.folders import first_picture, named_subfolders
 from library.data.settings import DataSettings
 from library.errors import DatasetError, some
+from library.settings import expanded
 
 logger = logging.getLogger(__name__)
 
@@ -111,26 +112,28 @@ def _dataset_of_flags(settings: DataSettings) -> DatasetConfig:
     if settings.in_json is not None:
         subsets = [_subset_of_in_json(settings)]
     elif settings.train_data_dir is not None:
-        subsets = _subsets_of_folder("train_data_dir", Path(settings.train_data_dir).expanduser(), settings)
+        subsets = _subsets_of_folder(
+            "train_data_dir", expanded(Path(settings.train_data_dir), "--train_data_dir"), settings
+        )
     else:
         raise DatasetError(
             "There is nothing to train on: give --dataset_config (a file), --train_data_dir (a folder) or --in_json (a"
             " metadata file)."
         )
     if settings.reg_data_dir is not None:
-        subsets += _subsets_of_folder("reg_data_dir", Path(settings.reg_data_dir).expanduser(), settings)
+        subsets += _subsets_of_folder("reg_data_dir", expanded(Path(settings.reg_data_dir), "--reg_data_dir"), settings)
     given = settings.train_data_dir if settings.in_json is None else settings.in_json
     origin = f"{'--train_data_dir' if settings.in_json is None else '--in_json'}: {given}"
     return make_dataset([], tuple(subsets), settings, origin)
 
 
 def _subset_of_in_json(settings: DataSettings) -> SubsetConfig:
-    metadata_file = Path(settings.in_json or "").expanduser()
+    metadata_file = expanded(Path(settings.in_json or ""), "--in_json")
     if not metadata_file.is_file():
         raise DatasetError(f"--in_json: {metadata_file} does not exist or is not a file.")
     folder = metadata_file.parent
     if settings.train_data_dir is not None:
-        folder = Path(settings.train_data_dir).expanduser()
+        folder = expanded(Path(settings.train_data_dir), "--train_data_dir")
         if not folder.is_dir():
             raise DatasetError(f"--train_data_dir: {folder} is not a folder; give the folder that holds the pictures.")
     given = {"image_dir": folder, "metadata_file": metadata_file, "conditioning_data_dir": _masks_of(folder, settings)}
@@ -176,7 +179,7 @@ def _masks_of(image_dir: Path, settings: DataSettings) -> Path | None:
     """Returns ``--conditioning_data_dir``, or its sub-folder with the picture folder's name where there is one."""
     if settings.conditioning_data_dir is None or not settings.masked_loss:
         return None
-    folder = Path(settings.conditioning_data_dir).expanduser()
+    folder = expanded(Path(settings.conditioning_data_dir), "--conditioning_data_dir")
     if not folder.is_dir():
         what = "is not a folder" if folder.exists() else "does not exist"
         raise DatasetError(f"--conditioning_data_dir: {folder} {what}; give the folder that holds the masks.")

@@ -15,7 +15,9 @@ from library.data.augment_rules import UNCACHED, contradiction
 from library.data.config import DatasetConfig, SubsetConfig, look_up, make_dataset, make_subset
 from library.data.folders import first_picture
 from library.data.settings import DataSettings
+from library.data.strict_json import load_json
 from library.errors import DatasetError, nearest
+from library.settings import expanded
 
 logger = logging.getLogger(__name__)
 
@@ -35,7 +37,7 @@ class _FileReader:
     """Reads one dataset file."""
 
     def __init__(self, path: Path, settings: DataSettings) -> None:
-        self._path = path.expanduser()
+        self._path = expanded(path, "--dataset_config")
         self._settings = settings
         self._warned: set[str] = set()
 
@@ -163,7 +165,7 @@ class _FileReader:
 
     def _found(self, name: str, given: str, where: str) -> Path:
         """Returns an existing path: from the current folder, else from the dataset file's folder."""
-        path = Path(given).expanduser()
+        path = expanded(Path(given), f"{self._path}: {where}: {name}")
         beside_file = self._path.parent / path
         if not path.is_absolute() and not path.exists() and beside_file.exists():
             path = beside_file
@@ -193,7 +195,7 @@ def _parse(path: Path) -> dict[str, Any]:
     except OSError as error:
         raise DatasetError(f"{origin} cannot be read: {error.strerror}.") from error
     try:
-        document = tomllib.loads(content) if kind == ".toml" else json.loads(content)
+        document = tomllib.loads(content) if kind == ".toml" else load_json(content, origin)
     except json.JSONDecodeError as error:
         raise DatasetError(f"{origin}: line {error.lineno}: {error.msg}.") from error
     except tomllib.TOMLDecodeError as error:

@@ -253,8 +253,11 @@ def bind(
         used |= set(names)
         entries = tuple(checkpoint.entries[found.prefix + source] for source in names)
         quantised += [entry.name for entry in entries if entry.dtype not in _FLOAT_DTYPES]
+        scales = tuple(_scale_of(checkpoint, entry) for entry in entries)
+        unfit = [scale for entry, scale in zip(entries, scales, strict=True) if scale and not _scales(scale, entry)]
+        misshaped += [f"{scale.name} is {scale.dtype} {list(scale.shape)}, no scale of its weight" for scale in unfit]
         if not entries or _fits(entries, shape):
-            sources[name] = TensorSource(shape, entries, tuple(_scale_of(checkpoint, entry) for entry in entries))
+            sources[name] = TensorSource(shape, entries, scales)
         else:
             is_now = " + ".join(str(list(entry.shape)) for entry in entries)
             misshaped.append(f"{entries[0].name} is {is_now}, not {list(shape)}")
@@ -270,6 +273,12 @@ def _fits(entries: Sequence[TensorEntry], shape: Shape) -> bool:
     if any(part[1:] != shape[1:] or not part for part in shapes):
         return False
     return sum(part[0] for part in shapes) == shape[0]
+
+
+def _scales(scale: TensorEntry, weight: TensorEntry) -> bool:
+    """Whether a scale is one number, or one a row of its weight."""
+    num_scales = math.prod(scale.shape)
+    return scale.dtype in _FLOAT_DTYPES and num_scales in (1, *weight.shape[:1])
 
 
 def _scale_of(checkpoint: Checkpoint, entry: TensorEntry) -> TensorEntry | None:

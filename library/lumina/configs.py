@@ -6,6 +6,7 @@ shapes (Next-DiT) or off a ``config.json`` (Gemma2, autoencoder), and the name a
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping
 from dataclasses import dataclass, fields
 from typing import Any
@@ -147,16 +148,27 @@ class Gemma2TextConfig:
         """Returns the configuration that a ``config.json`` of transformers holds; what it leaves out is Gemma-2-2B's.
 
         Raises:
-            ValueError: a value has the wrong type.
+            ValueError: a value has the wrong type, or belongs to no model that could be built.
         """
         values = dict(config)
-        values["rope_theta"] = (config.get("rope_parameters") or {}).get(
-            "rope_theta", config.get("rope_theta", cls.rope_theta)
-        )
+        rope = config.get("rope_parameters") or {}
+        if not isinstance(rope, Mapping):
+            raise ValueError(f"rope_parameters is {rope!r}, not a table")
+        values["rope_theta"] = rope.get("rope_theta", config.get("rope_theta", cls.rope_theta))
         values["hidden_activation"] = (
             config.get("hidden_activation") or config.get("hidden_act") or cls.hidden_activation
         )
-        return cls(**_known_values(cls, values))
+        result = cls(**_known_values(cls, values))
+        if result.hidden_activation not in _ACTIVATIONS:
+            raise ValueError(f"hidden_activation is {result.hidden_activation!r}, none of {', '.join(_ACTIVATIONS)}")
+        if result.num_attention_heads % result.num_key_value_heads:
+            raise ValueError(
+                f"{result.num_attention_heads} num_attention_heads cannot share {result.num_key_value_heads}"
+                " num_key_value_heads"
+            )
+        if result.head_dim % 2:
+            raise ValueError(f"head_dim is {result.head_dim}, which rotary positions cannot halve")
+        return result
 
     @property
     def num_layers_used(self) -> int:
@@ -212,7 +224,7 @@ class AutoencoderConfig:
         """Returns the configuration that a ``config.json`` of diffusers holds; what it leaves out is FLUX's.
 
         Raises:
-            ValueError: a value has the wrong type.
+            ValueError: a value has the wrong type, or belongs to no model that could be built.
         """
         values = dict(config)
         # diffusers' own defaults where its files say nothing: an old Stable Diffusion VAE has no shift, and both convs.
@@ -220,7 +232,13 @@ class AutoencoderConfig:
             values = {"use_quant_conv": True, "use_post_quant_conv": True, "shift_factor": 0.0} | values
         if values.get("shift_factor", 0.0) is None:
             values["shift_factor"] = 0.0
-        return cls(**_known_values(cls, values))
+        result = cls(**_known_values(cls, values))
+        if any(width % result.norm_num_groups for width in result.block_out_channels):
+            raise ValueError(
+                f"block_out_channels {list(result.block_out_channels)} cannot be divided into {result.norm_num_groups}"
+                " norm_num_groups"
+            )
+        return result
 
     def tensor_shapes(self) -> dict[str, Shape]:
         """Returns every tensor's name and shape as diffusers' ``AutoencoderKL`` names them."""
@@ -277,7 +295,7 @@ def _known_values(cls: type, values: Mapping[str, Any]) -> dict[str, Any]:
     """Returns the entries of ``values`` that are fields of ``cls``, with lists as tuples.
 
     Raises:
-        ValueError: a value's type is not that of the field's default.
+        ValueError: a value's type is not that of the field's default, or a size is beyond every model's.
     """
     known: dict[str, Any] = {}
     for field in fields(cls):
@@ -293,5 +311,26 @@ def _known_values(cls: type, values: Mapping[str, Any]) -> dict[str, Any]:
             value = int(value)
         if type(value) is not type(field.default) and not (may_be_none and value is None):
             raise ValueError(f"{field.name} is {values[field.name]!r}, not of type {type(field.default).__name__}")
+        _check_size(field.name, value)
         known[field.name] = value
     return known
+
+
+_MOST_BLOCKS = 1000
+_LARGEST_SIZE = 2**24
+_ACTIVATIONS = ("gelu_pytorch_tanh", "gelu", "gelu_new", "relu", "silu")
+
+
+def _check_size(name: str, value: Any) -> None:
+    """Raises ``ValueError`` for sizes with which building a model would fail, or only seem to hang."""
+    if isinstance(value, tuple):
+        if not 1 <= len(value) <= 16 or not all(type(item) is int for item in value):
+            raise ValueError(f"{name} is {list(value)!r}, not a list of whole numbers")
+        for item in value:
+            _check_size(name, item)
+    elif isinstance(value, int) and not isinstance(value, bool):
+        limit = _MOST_BLOCKS if "layers" in name else _LARGEST_SIZE
+        if not 1 <= value <= limit:
+            raise ValueError(f"{name} is {value}, which is outside 1 to {limit}")
+    elif isinstance(value, float) and not (math.isfinite(value) and (value > 0 or name == "shift_factor")):
+        raise ValueError(f"{name} is {value}, which is not a number above 0")

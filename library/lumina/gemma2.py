@@ -20,6 +20,7 @@ from library.lumina.configs import Gemma2TextConfig
 from library.lumina.prompt_template import PromptTemplate
 from library.lumina.quiet import quiet_libraries
 from library.lumina.tokenizer import GemmaTokenizer
+from library.lumina.weighted_captions import weigh
 
 __all__ = ["Gemma2Encoder", "GemmaTokenizer", "PromptTemplate", "build_gemma2", "empty_gemma2", "pad_features"]
 
@@ -112,13 +113,21 @@ class Gemma2Encoder:
         if not captions:
             return []
         template = self.template if template is None else template
-        tokens = [self.tokenizer.encode(template.text(caption)) for caption in captions]
+        texts = [template.text(caption) for caption in captions]
+        tokens = [self.tokenizer.encode(text) for text in texts]
+        weights = [self.tokenizer.weights(text) for text in texts]
         longest = max(map(len, tokens))
         padded = [ids + [self.tokenizer.pad_id] * (longest - len(ids)) for ids in tokens]
-        input_ids = torch.tensor(padded, device=self.device)  # (B,L)
+        if any(weights):
+            padded.append([self.tokenizer.bos_id] + [self.tokenizer.pad_id] * (longest - 1))  # an empty text
+        input_ids = torch.tensor(padded, device=self.device)  # (B,L), or (B+1,L)
         hidden = self.model(input_ids=input_ids, use_cache=False).last_hidden_state  # (B,L,D)
         # Cloned: a view would keep the whole padded batch in memory.
-        return [hidden[index, : len(ids)].clone() for index, ids in enumerate(tokens)]
+        features = [hidden[index, : len(ids)].clone() for index, ids in enumerate(tokens)]
+        return [
+            feature if weight is None else weigh(feature, hidden[-1, : len(weight)], weight)
+            for feature, weight in zip(features, weights, strict=True)
+        ]
 
 
 def pad_features(features: Sequence[Tensor], multiple_of: int = 1) -> tuple[Tensor, Tensor | None]:

@@ -22,6 +22,7 @@ from library.lumina.configs import AutoencoderConfig, Gemma2TextConfig, NextDiTC
 from library.lumina.key_maps import GEMMA2_LAYOUTS, NEXT_DIT_LAYOUTS, autoencoder_layouts
 from library.lumina.model_guess import AUTOENCODER, GEMMA2, NEXT_DIT, is_other_next_dit
 from library.lumina.tokenizer import GemmaTokenizer, TokenizerSource, check_vocabulary, find_tokenizer
+from library.lumina.weighted_captions import WeightedTokenizer
 
 if TYPE_CHECKING:
     import torch
@@ -56,6 +57,7 @@ class ModelPaths:
         ae: likewise.
         tokenizer_dir: where a ``tokenizer.model`` may lie; None = only beside the model.
         mmap: map files into memory instead of reading them.
+        weighted_captions: captions hold marks that weigh words.
     """
 
     dit: Path
@@ -63,6 +65,7 @@ class ModelPaths:
     ae: Path | None = None
     tokenizer_dir: Path | None = None
     mmap: bool = True
+    weighted_captions: bool = False
     dit_flag: str = "--pretrained_model_name_or_path"
     gemma2_flag: str = "--gemma2"
     ae_flag: str = "--ae"
@@ -77,6 +80,7 @@ class ModelFiles:
     gemma2: ComponentFile[Gemma2TextConfig]
     ae: ComponentFile[AutoencoderConfig]
     tokenizer: TokenizerSource
+    weighted_captions: bool = False
 
     def load_tokenizer(self, max_tokens: int) -> GemmaTokenizer:
         """Returns the tokenizer, which cuts captions off at ``max_tokens``, BOS included.
@@ -91,7 +95,8 @@ class ModelFiles:
                 f"--gemma2_max_token_length: {max_tokens} is more than the {most} tokens that the Gemma2 in"
                 f" {self.gemma2.path} can read; give {most} or less"
             )
-        return GemmaTokenizer(self._checked_proto, max_tokens)
+        kind = WeightedTokenizer if self.weighted_captions else GemmaTokenizer
+        return kind(self._checked_proto, max_tokens)
 
     @cached_property
     def _checked_proto(self) -> bytes:
@@ -143,7 +148,7 @@ def inspect_models(paths: ModelPaths) -> ModelFiles:
             f"takes {dit.config.channels}. Give the autoencoder that belongs to it."
         )
     tokenizer = find_tokenizer(gemma2_checkpoint, gemma2_path, paths.tokenizer_dir, paths.tokenizer_flag)
-    return ModelFiles(dit, gemma2, ae, tokenizer)
+    return ModelFiles(dit, gemma2, ae, tokenizer, paths.weighted_captions)
 
 
 def _given_or_same(given: Path | None, flag: str, paths: ModelPaths, subfolder: str) -> tuple[Path, str]:
@@ -285,7 +290,7 @@ def _stated_config(
             continue
         try:
             values = json.loads(text)
-        except ValueError as error:
+        except (ValueError, RecursionError) as error:
             if entry == "config":
                 continue  # another program's entry
             raise ModelFileError(f"{flag}: the metadata entry {entry} of {checkpoint.path} is not JSON.") from error

@@ -36,6 +36,9 @@ class ModelSettings:
     system_prompt_on_empty_caption: bool = flag(
         False, "put the system prompt also before empty captions and empty negative prompts, unlike the official code"
     )
+    weighted_captions: bool = flag(
+        False, "(word:1.3), (word) and [word] in captions make words count more or less; \\( and \\[ are plain brackets"
+    )
     tokenizer_cache_dir: Path | None = flag(
         None, "folder with Gemma's tokenizer.model (or a Hugging Face cache), where the Gemma2 file has none inside"
     )

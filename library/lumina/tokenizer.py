@@ -82,6 +82,10 @@ class GemmaTokenizer:
         same = itertools.takewhile(lambda pair: pair[0] == pair[1], zip(_valid(text), held, strict=False))
         return text[: sum(1 for _ in same)]
 
+    def weights(self, text: str) -> list[float] | None:
+        """Returns how much each token of the text counts; ``None``: all the same (see ``weighted_captions.py``)."""
+        return None
+
 
 def _valid(text: str) -> str:
     """Returns the text with ``?`` for what is no Unicode, as folder names of other code pages give it."""

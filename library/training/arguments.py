@@ -9,20 +9,20 @@ from __future__ import annotations
 import argparse
 import dataclasses
 import logging
-import tomllib
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 from library.command_line import build_parser, read_command_line
 from library.data.settings import DataSettings
-from library.errors import SettingsError, nearest
-from library.files import write_text
+from library.errors import SettingsError
 from library.lumina.settings import FlowSettings, ModelSettings
 from library.memory.settings import MemorySettings
 from library.settings import FlagSpec, flag, from_given, specs_of
+from library.training.config_file import read_config_file, write_config_file
 from library.training.legacy_flags import IGNORED, REFUSED
 from library.training.output_settings import HubSettings, OutputSettings, StateSettings
+from library.training.run_checks import NEEDS, check_together
 from library.training.settings import (
     LogSettings,
     NetworkSettings,
@@ -79,6 +79,8 @@ class TrainConfig:
     log: LogSettings
     hub: HubSettings
     given: Mapping[str, Any] = dataclasses.field(default_factory=dict)
+    config_file: Path | None = None
+    gui_keys: tuple[str, ...] = ()
 
     def __post_init__(self) -> None:
         if self.model.pretrained_model_name_or_path is None:
@@ -106,6 +108,7 @@ class TrainConfig:
                 "--learning_rate, --unet_lr and --text_encoder_lr leave every trained part at 0; nothing would be"
                 " learned; raise one of them"
             )
+        check_together(self)
 
     @property
     def trains_dit(self) -> bool:
@@ -142,36 +145,6 @@ def parser() -> argparse.ArgumentParser:
     )
 
 
-def _read_config_file(path: Path, specs: Mapping[str, FlagSpec]) -> dict[str, Any]:
-    """Returns the flags of a TOML file; the names of its sections do not matter.
-
-    Raises:
-        SettingsError: the file is missing or broken, or holds a key that no flag bears.
-    """
-    if not path.exists() and path.with_name(path.name + ".toml").exists():
-        path = path.with_name(path.name + ".toml")
-    if not path.is_file():
-        raise SettingsError(f"--config_file: {path} is no file; give a TOML file")
-    try:
-        content = tomllib.loads(path.read_text(encoding="utf-8-sig"))
-    except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
-        raise SettingsError(f"--config_file: {path} is not valid TOML: {error}") from error
-    flat: dict[str, Any] = {}
-    for section, content_of in content.items():
-        for key, value in (content_of if isinstance(content_of, dict) else {section: content_of}).items():
-            if key in flat:
-                raise SettingsError(f"{path}: {key} stands in two sections, as {flat[key]!r} and {value!r}; keep one")
-            flat[key] = value
-    aliases = {alias: spec.name for spec in specs.values() for alias in spec.aliases}
-    result = {}
-    for key, value in flat.items():
-        name = aliases.get(key, key)
-        if name not in specs:
-            raise SettingsError(f"{path}: no flag is called {key!r}{nearest(key, specs)}; mend or remove the line")
-        result[name] = specs[name].convert(value, f"{path}: {key}")
-    return result
-
-
 def parse_arguments(argv: Sequence[str] | None = None) -> TrainConfig | None:
     """Returns the settings of the run from the command line and ``--config_file``.
 
@@ -185,19 +158,20 @@ def parse_arguments(argv: Sequence[str] | None = None) -> TrainConfig | None:
     config_file = given.pop("config_file", None)
     output_config = given.pop("output_config", False)
     if output_config:
-        _write_config_file(config_file, given)
+        write_config_file(config_file, without_secrets(given))
         return None
+    gui_keys: tuple[str, ...] = ()
     if config_file is not None:
-        given = {**_read_config_file(config_file, specs), **given}
-        given.pop("config_file", None)
-        given.pop("output_config", None)
-    _check_unused(given)
+        from_file, gui_keys = read_config_file(config_file, specs)
+        given = {**from_file, **given}
+    _check_refused(given)
     groups: dict[str, Any] = {field: from_given(settings_class, given) for field, (_, settings_class) in GROUPS.items()}
-    return TrainConfig(**groups, given=given)
+    return TrainConfig(**groups, given=given, config_file=config_file, gui_keys=gui_keys)
 
 
-def _check_unused(given: Mapping[str, Any]) -> None:
-    refused = [spec for spec in REFUSED if given.get(spec.name, spec.default) != spec.default]
+def _check_refused(given: Mapping[str, Any]) -> None:
+    # A number that may be left out is written as 0 by front ends: that asks for nothing either.
+    refused = [spec for spec in REFUSED if given.get(spec.name, spec.default) not in (spec.default, 0)]
     if refused:
         raise SettingsError("\n".join(f"--{spec.name}: {spec.help}; leave it out" for spec in refused))
 
@@ -375,43 +349,25 @@ _NEEDS: tuple[tuple[tuple[str, ...], str, Callable[[TrainConfig], bool]], ...] =
 def warn_of_unused(config: TrainConfig) -> None:
     """Names the given flags that have no effect beside the others, each with its reason, in one warning.
 
-    A value equal to the default asks for nothing and is not named.
+    A value equal to the default asks for nothing and is not named. Of several reasons the first is given.
     """
     specs = all_specs()
     parts = []
-    for names, reason, acts in _NEEDS:
-        given = [name for name in names if config.given.get(name, specs[name].default) != specs[name].default]
+    named: set[str] = set()
+    for names, reason, acts in (*_NEEDS, *NEEDS):
+        given = [
+            name
+            for name in names
+            if name not in named and config.given.get(name, specs[name].default) != specs[name].default
+        ]
         if given and not acts(config):
+            named |= set(given)
             parts.append(f"{', '.join(f'--{name}' for name in given)} ({reason})")
     if parts:
         logger.warning("These flags have no effect in this run: %s", "; ".join(parts))
-
-
-def _toml_value(name: str, value: Any) -> Any:
-    if isinstance(value, Path):
-        return str(value)
-    if isinstance(value, tuple):
-        return list(value)
-    if isinstance(value, float) and name in ("lr_warmup_steps", "lr_decay_steps"):
-        return f"{value * 100:g}%"  # 1.0 would be read back as one step
-    return value
 
 
 def without_secrets(given: Mapping[str, Any]) -> dict[str, Any]:
     """Returns the given flags that may be written to files and shown."""
     specs = all_specs()
     return {name: value for name, value in given.items() if not specs[name].secret}
-
-
-def _write_config_file(path: Path | None, given: Mapping[str, Any]) -> None:
-    import toml
-
-    if path is None:
-        raise SettingsError("--output_config writes to the file that --config_file names; add --config_file")
-    if path.suffix != ".toml":
-        path = path.with_name(path.name + ".toml")
-    if path.exists():
-        raise SettingsError(f"--output_config: {path} exists already; remove it or give another --config_file")
-    plain = {name: _toml_value(name, value) for name, value in without_secrets(given).items()}
-    write_text(path, toml.dumps(plain))
-    logger.info("Wrote %s", path)

@@ -20,6 +20,7 @@ from library.files import check_writable
 from library.prompts import Prompt, read_prompt_file
 from library.training.arguments import TrainConfig, warn_of_ignored, warn_of_unused
 from library.training.base_weights import BaseWeights
+from library.training.config_file import warn_of_gui_keys
 from library.training.hooks import ModelFamily, PictureEncoder, TextEncoder
 from library.training.output_preservation import check_can_be_switched_off
 from library.training.report import RunPlan, log_plan
@@ -83,11 +84,14 @@ class NetworkTrainer(ModelFamily):
 
     def check_inputs(self) -> None:
         """Checks everything that can be checked before torch is imported or a model is read."""
+        warn_of_gui_keys(self.config.gui_keys, self.config.config_file)
         warn_of_ignored(self.config.given)
         warn_of_unused(self.config)
         self._check_network_module()
-        if self.config.samples.sample_prompts is not None:
-            self.prompts = read_prompt_file(self.config.samples.sample_prompts)
+        samples = self.config.samples
+        if samples.sample_prompts is not None:
+            # A front end names a prompt file that it leaves empty where no previews are wanted.
+            self.prompts = read_prompt_file(samples.sample_prompts, may_be_empty=not samples.draws)
         from library.data.config import load_dataset_config
 
         self.dataset_configs = load_dataset_config(self.config.data)

@@ -177,8 +177,10 @@ class SampleSettings:
     """Pictures drawn while training."""
 
     sample_prompts: Path | None = flag(None, "prompts to draw while training: .txt, .toml or .json file")
-    sample_every_n_steps: int | None = flag(None, "draw after every N steps")
-    sample_every_n_epochs: int | None = flag(None, "draw after every N epochs; overrides --sample_every_n_steps")
+    sample_every_n_steps: int | None = flag(None, "draw after every N steps; 0 or less: never")
+    sample_every_n_epochs: int | None = flag(
+        None, "draw after every N epochs; overrides --sample_every_n_steps; 0 or less: never"
+    )
     sample_at_first: bool = flag(False, "draw before training too")
     sample_batch_size: int | None = flag(None, "prompts of one size drawn at a time; --train_batch_size when left out")
     sample_weights: Literal["raw", "ema"] | None = flag(
@@ -187,21 +189,23 @@ class SampleSettings:
 
     def __post_init__(self) -> None:
         for name in ("sample_every_n_steps", "sample_every_n_epochs"):
-            every = getattr(self, name)
-            if every is not None and every < 1:  # as in sd-scripts; the log says that it draws nothing
-                object.__setattr__(self, name, None)
-        if self.sample_prompts is None:
-            for name in ("sample_every_n_steps", "sample_every_n_epochs", "sample_at_first"):
-                require(
-                    not getattr(self, name),
-                    f"--{name} draws the prompts of --sample_prompts, which is missing; add a prompt file",
-                )
-        else:
+            if (getattr(self, name) or 0) <= 0:
+                object.__setattr__(self, name, None)  # as in sd-scripts, 0 or less turns it off
+        for name in ("sample_every_n_steps", "sample_every_n_epochs", "sample_at_first"):
             require(
-                self.sample_prompts.is_file(),
-                f"--sample_prompts: {self.sample_prompts} is no file; give a .txt, .toml or .json file",
+                self.sample_prompts is not None or not getattr(self, name),
+                f"--{name} draws the prompts of --sample_prompts, which is missing; add a prompt file",
             )
+        require(
+            self.sample_prompts is None or self.sample_prompts.is_file(),
+            f"--sample_prompts: {self.sample_prompts} is no file; give a .txt, .toml or .json file",
+        )
         require_positive(self, "sample_batch_size")
+
+    @property
+    def draws(self) -> bool:
+        """Whether anything says when to draw."""
+        return bool(self.sample_every_n_steps or self.sample_every_n_epochs or self.sample_at_first)
 
 
 @dataclass(frozen=True)

@@ -108,3 +108,11 @@ def test_not_utf8(tmp_path: Path) -> None:
     (tmp_path / "p.txt").write_bytes("café".encode("latin-1"))
     with pytest.raises(PromptError, match="save it as UTF-8"):
         read_prompt_file(tmp_path / "p.txt")
+
+
+def test_an_empty_file_is_wrong_only_where_something_is_drawn(tmp_path: Path) -> None:
+    file = tmp_path / "prompt.txt"
+    file.write_text("# nothing yet\n", encoding="utf-8")
+    with pytest.raises(PromptError, match="holds no prompt"):
+        read_prompt_file(file)
+    assert read_prompt_file(file, may_be_empty=True) == []

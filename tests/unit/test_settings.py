@@ -86,3 +86,10 @@ def test_nearest() -> None:
 
 def test_paths_begin_at_home_where_the_shell_did_not_say_so() -> None:
     assert SPECS["folder"].convert("~/x", "--folder") == Path.home() / "x"
+    with pytest.raises(SettingsError, match="--folder: '~no_such_user_here/x' begins with ~"):
+        SPECS["folder"].convert("~no_such_user_here/x", "--folder")
+
+
+def test_an_empty_path_is_none() -> None:
+    with pytest.raises(SettingsError, match="--folder: '' is not a path"):
+        SPECS["folder"].convert("", "--folder")

@@ -8,7 +8,7 @@ from data_helpers import make_pictures
 
 from library.data.config import DatasetConfig, load_dataset_config
 from library.data.settings import DataSettings
-from library.errors import DatasetError
+from library.errors import DatasetError, UserError
 
 ONE = {"a.png": (64, 64)}
 
@@ -343,3 +343,22 @@ def test_folders_without_pictures(tmp_path: Path) -> None:
         _load_folder(tmp_path / "gone")
     with pytest.raises(DatasetError, match="give --dataset_config"):
         load_dataset_config(DataSettings())
+
+
+@pytest.mark.parametrize("key", ["num_repeats", "image_dir"])
+def test_a_key_that_stands_twice_in_json_is_named(tmp_path: Path, key: str) -> None:
+    path = tmp_path / "data.json"
+    subset = f'{{"{key}": 1, "class_tokens": "a", "{key}": 2}}'
+    path.write_text(f'{{"datasets": [{{"subsets": [{subset}]}}]}}', encoding="utf-8")
+    with pytest.raises(DatasetError, match=rf"data\.json: the key '{key}' stands twice"):
+        load_dataset_config(DataSettings(dataset_config=path, resolution=(64, 64)))
+
+
+@pytest.mark.parametrize("folder", ["~no_such_user_here/pictures", "~/no_such_folder_here"])
+def test_a_folder_of_nobody_is_named(tmp_path: Path, folder: str) -> None:
+    with pytest.raises(UserError, match=r"data\.toml: datasets\[0\]\.subsets\[0\].* image_dir.*no_such"):
+        _load(tmp_path, f'[[datasets]]\n[[datasets.subsets]]\nimage_dir = "{folder}"')
+    with pytest.raises(UserError, match=r"--train_data_dir: .*no_such"):
+        load_dataset_config(DataSettings(train_data_dir=folder, resolution=(64, 64)))
+    with pytest.raises(UserError, match=r"--dataset_config: .*no_such"):
+        load_dataset_config(DataSettings(dataset_config=Path(folder) / "data.toml"))

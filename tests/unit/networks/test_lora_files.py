@@ -346,6 +346,14 @@ def test_alpha_in_diffusers_metadata_is_honoured(dit, golden, tmp_path):
     assert {float(lora.alpha) for lora in network.loras} == {8.0}
 
 
+@pytest.mark.parametrize("text", ["not JSON", "[]", "[" * 100_000, '{"transformer.lora_alpha": "eight"}'])
+def test_damaged_diffusers_metadata_is_named(dit, golden, tmp_path, text):
+    foreign = {key: value.clone() for key, value in to_diffusers(golden, True).items() if not key.endswith(".alpha")}
+    save_file(foreign, tmp_path / "peft.safetensors", {"lora_adapter_metadata": text})
+    with pytest.raises(NetworkError, match=r"peft\.safetensors.*(lora_adapter_metadata|lora_alpha)"):
+        create_network_from_weights(1.0, tmp_path / "peft.safetensors", None, None, dit)
+
+
 # ---- split_qkv
 
 

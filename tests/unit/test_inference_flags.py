@@ -1,0 +1,26 @@
+"""Limits of the inference program's flags: the same as those of prompt lines."""
+
+from pathlib import Path
+
+import pytest
+
+from library.errors import SettingsError
+from library.prompts import PromptError, parse_line
+from lumina_minimal_inference import PictureFlags, split_lora
+
+
+@pytest.mark.parametrize(
+    ("name", "option", "most"), [("image_width", "w", 16384), ("image_height", "h", 16384), ("steps", "s", 1000)]
+)
+def test_sizes_and_steps_beyond_reach_end_at_once(name: str, option: str, most: int) -> None:
+    assert getattr(PictureFlags(**{name: most}), name) == most  # type: ignore[arg-type]
+    with pytest.raises(SettingsError, match=f"--{name}: 5000000 is too much; give {most} at most"):
+        PictureFlags(**{name: 5_000_000})  # type: ignore[arg-type]
+    with pytest.raises(PromptError, match=f"--{option}"):
+        parse_line(f"a --{option} {most + 1}", PictureFlags().to_prompt(), "prompt")
+
+
+def test_home_folders_of_lora_files() -> None:
+    assert split_lora("~/a.safetensors;0.5") == (Path.home() / "a.safetensors", 0.5)
+    with pytest.raises(SettingsError, match="--lora_weights: '~no_such_user_here"):
+        split_lora("~no_such_user_here/a.safetensors")
