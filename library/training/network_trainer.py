@@ -20,6 +20,7 @@ from library.files import check_writable
 from library.prompts import Prompt, read_prompt_file
 from library.training.arguments import TrainConfig, warn_of_ignored, warn_of_unused, without_secrets
 from library.training.hooks import ModelFamily, PictureEncoder, TextEncoder
+from library.training.optimizer_names import require_package
 from library.training.report import RunPlan, log_plan
 
 if TYPE_CHECKING:
@@ -78,6 +79,7 @@ class NetworkTrainer(ModelFamily):
         warn_of_ignored(self.config.given)
         warn_of_unused(self.config)
         self._check_network_module()
+        require_package(self.config.optimizer)
         if self.config.samples.sample_prompts is not None:
             self.prompts = read_prompt_file(self.config.samples.sample_prompts)
         from library.data.config import load_dataset_config
@@ -317,6 +319,7 @@ class NetworkTrainer(ModelFamily):
     def build_optimizer(self) -> None:
         """Makes parameter groups, optimizer and schedule."""
         from library.training import optimizers
+        from library.training.ema import MovingAverage
         from library.training.updater import Updater
         from library.training.weights import Weights
 
@@ -335,7 +338,11 @@ class NetworkTrainer(ModelFamily):
         self.group_names = [name or f"group{i}" for i, name in enumerate(names or [None] * len(groups))]
         self.optimizer = optimizers.build_optimizer(settings, groups)
         self.scheduler = optimizers.build_scheduler(settings, self.optimizer, self.plan.num_steps)
-        self.weights = Weights(self.network, self.optimizer)
+        average = None
+        if settings.ema_decay is not None:
+            parameters = [parameter for group in self.optimizer.param_groups for parameter in group["params"]]
+            average = MovingAverage(parameters, settings.ema_decay)
+        self.weights = Weights(self.network, self.optimizer, average)
         self.updater = Updater(
             self.network,
             self.optimizer,
@@ -343,6 +350,7 @@ class NetworkTrainer(ModelFamily):
             self.group_names,
             settings.max_grad_norm,
             self.config.network.scale_weight_norms,
+            average,
         )
         self.network.train()
 
@@ -402,13 +410,14 @@ class NetworkTrainer(ModelFamily):
     def after_epoch(self, epoch: int, step: int, values: Mapping[str, float]) -> None:
         """Reports, saves and draws after an epoch."""
         self.trackers.log(values, step)
+        self.updater.after_epoch(values["loss/epoch_average"])
         if self.processes.is_main:
             self.saver.after_epoch(epoch, step)
         self.previews.after_epoch(epoch, step)
 
     def _draw_in_use(self, prompts: Sequence[Prompt], seeds: Sequence[int]) -> list[Image]:
         try:
-            with self.weights.in_use():
+            with self.weights.in_use(self.weights.has_average and self.config.samples.sample_weights != "raw"):
                 return self.draw(prompts, seeds)
         finally:
             if self.config.data.cache_latents and self.autoencoder is not None:
@@ -417,6 +426,7 @@ class NetworkTrainer(ModelFamily):
     def _metadata_writer(self) -> Callable[[Path, int, int], None]:
         import torch
 
+        from library.training.ema import companion
         from library.training.metadata import FileHashes, RunFacts, RunMetadata, dataset_entries
         from library.training.optimizers import describe_optimizer
 
@@ -445,7 +455,15 @@ class NetworkTrainer(ModelFamily):
                     f"the LoRA of step {step} holds numbers that are not finite, so it is not saved; a lower --learning_rate"
                     " usually helps"
                 )
-            self.network.save_weights(str(path), dtype, metadata.at(step, epoch))
+            entries = metadata.at(step, epoch)
+            with self.weights.in_use():
+                self.network.save_weights(str(path), dtype, entries)
+            if not self.weights.has_average:
+                return
+            if not config.output.no_metadata:
+                entries |= {"ss_ema_decay": str(config.optimizer.ema_decay)}
+            with self.weights.in_use(averaged=True):
+                self.network.save_weights(str(companion(path)), dtype, entries)
 
         return write
 
