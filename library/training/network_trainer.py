@@ -464,6 +464,7 @@ class NetworkTrainer(ModelFamily):
                 entries |= {"ss_ema_decay": str(config.optimizer.ema_decay)}
             with self.weights.in_use(averaged=True):
                 self.network.save_weights(str(companion(path)), dtype, entries)
+            logger.info("Saved %s", companion(path))
 
         return write
 

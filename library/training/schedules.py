@@ -166,7 +166,7 @@ def _warmup_stable_decay(
     rise, fall = _fall(warmup_type), _fall(decay_type)
     stable = max(0, span.total - span.warmup - num_decay_steps) if num_stable_steps is None else num_stable_steps
     if not num_decay_steps:
-        logger.warning("--lr_scheduler warmup_stable_decay never decays without --lr_decay_steps")
+        logger.warning("--lr_scheduler warmup_stable_decay never decays: --lr_decay_steps is 0 of %d steps", span.total)
     elif span.warmup + stable + num_decay_steps > span.total:
         logger.warning("warm-up, stable part and decay are together longer than the run of %d steps", span.total)
 

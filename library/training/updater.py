@@ -11,6 +11,7 @@ from torch import Tensor
 from torch.optim import Optimizer
 from torch.optim.lr_scheduler import LRScheduler
 
+from library.errors import SettingsError
 from library.training.ema import MovingAverage
 from library.training.optimizer_state import OptimizerState, ScheduleState
 from library.training.optimizers import clip_gradients, goes_by_the_loss, used_rate
@@ -66,11 +67,15 @@ class Updater:
         return clip_gradients(self.parameters, self._max_grad_norm)
 
     def apply(self) -> dict[str, float]:
-        """Takes one optimizer step with the gradients that are there and clears them; returns what is worth logging."""
+        """Takes one optimizer step with the gradients that are there and clears them; returns what is worth logging.
+
+        Raises:
+            SettingsError: a schedule of the user's own has come to its end.
+        """
         self.optimizer.step()
         values = self._rates()
         if not self._goes_by_the_loss:
-            self.scheduler.step()
+            self._step_schedule()
         self.optimizer.zero_grad(set_to_none=True)
         if self._scale_weight_norms is not None:
             scaled, mean, largest = self.network.apply_max_norm_regularization(
@@ -80,6 +85,15 @@ class Updater:
         if self._average is not None:
             self._average.update()
         return values
+
+    def _step_schedule(self) -> None:
+        try:
+            self.scheduler.step()
+        except ValueError as error:  # such as OneCycleLR's, which was told fewer steps than the run has
+            raise SettingsError(
+                f"--lr_scheduler_args: {type(self.scheduler).__name__} gives no further learning rate: {error}; mend its"
+                " number of steps"
+            ) from error
 
     def _rates(self) -> dict[str, float]:
         """Returns the rates of the step that was just taken, and what a self-tuning optimizer makes of them."""

@@ -17,8 +17,9 @@ RATE = 1e-3
 
 
 def sgd(*rates: float) -> torch.optim.SGD:
+    """Returns an optimizer without gradients: its steps do nothing."""
     groups = [{"params": [torch.nn.Parameter(torch.ones(2))], "lr": rate} for rate in rates]
-    return torch.optim.SGD(groups, lr=rates[0])
+    return torch.optim.SGD(groups, lr=rates[0], momentum=0.9)
 
 
 def course(optimizer: torch.optim.Optimizer, scheduler: torch.optim.lr_scheduler.LRScheduler) -> list[float]:
@@ -216,3 +217,11 @@ def test_a_plateau_goes_on_from_its_state() -> None:
     assert rate() == pytest.approx(RATE * 0.1)
     second.after_validation(0.5)
     assert rate() == pytest.approx(RATE * 0.01)
+
+
+def test_a_schedule_that_ends_before_the_run_is_a_users_error() -> None:
+    updater, _ = plateau("constant", lr_scheduler_type="OneCycleLR", lr_scheduler_args=("max_lr=1", "total_steps=2"))
+    for _ in range(2):
+        updater.apply()
+    with pytest.raises(SettingsError, match=r"--lr_scheduler_args: OneCycleLR .* total steps is 2"):
+        updater.apply()
