@@ -51,14 +51,15 @@ class Weights:
         self._network.eval()
         try:
             if switches:
-                self._optimizer.eval()
+                with torch.no_grad():
+                    self._optimizer.eval()
             if averaged and self._average is not None:
                 self._average.copy_to_parameters()
             yield
         finally:
-            if switches:
-                self._optimizer.train()
-            if kept:
-                with torch.no_grad():
+            with torch.no_grad():
+                if switches:
+                    self._optimizer.train()
+                if kept:
                     torch._foreach_copy_(self._parameters, kept)
             self._network.train()

@@ -100,5 +100,5 @@ def test_two_processes_follow_the_same_schedule(job: Job, tmp_path: Path) -> Non
     assert one.returncode == 0, one.stderr
     for name in ("my.safetensors", "my-ema.safetensors"):
         # Plain SGD moves by rate times gradient, so that another rate at any step shows at once. What differs is the
-        # order of float32 sums.
-        assert difference(tmp_path / "one" / name, tmp_path / "two" / name) < 1e-3
+        # order of float32 sums: measured 1.4e-6.
+        assert difference(tmp_path / "one" / name, tmp_path / "two" / name) < 1e-4
