@@ -19,6 +19,7 @@ from library.errors import SettingsError
 from library.lumina.settings import FlowSettings, ModelSettings
 from library.memory.settings import MemorySettings
 from library.settings import FlagSpec, flag, from_given, specs_of
+from library.training import optimizer_names
 from library.training.config_file import read_config_file, write_config_file
 from library.training.legacy_flags import IGNORED, REFUSED
 from library.training.output_settings import HubSettings, OutputSettings, StateSettings
@@ -98,7 +99,7 @@ class TrainConfig:
                 " leave one of them out"
             )
         if self.samples.sample_weights == "ema" and self.optimizer.ema_decay is None:
-            raise SettingsError("--sample_weights ema: there is no moving average to draw with; add --ema_decay 0.999")
+            raise SettingsError("--sample_weights ema: there is no moving average to draw with; add --ema_decay=0.999")
         optimizer = self.optimizer
         rates = {"Next-DiT": optimizer.unet_lr, "Gemma2": (*optimizer.text_encoder_lr, None)[0]}
         trained = {"Next-DiT": self.trains_dit, "Gemma2": self.trains_text_encoder}
@@ -108,6 +109,7 @@ class TrainConfig:
                 "--learning_rate, --unet_lr and --text_encoder_lr leave every trained part at 0; nothing would be"
                 " learned; raise one of them"
             )
+        optimizer_names.check_rates(optimizer, in_use, self.network.arguments())
         check_together(self)
 
     @property
@@ -188,6 +190,16 @@ def warn_of_ignored(given: Mapping[str, Any]) -> None:
 
 
 _WITH_MIN_LR = ("cosine_with_min_lr", "cosine_warmup_with_min_lr", "warmup_stable_decay")
+_SCHEDULE_FLAGS = (
+    "lr_scheduler_type",
+    "lr_scheduler_args",
+    "lr_warmup_steps",
+    "lr_decay_steps",
+    "lr_scheduler_num_cycles",
+    "lr_scheduler_power",
+    "lr_scheduler_timescale",
+    "lr_scheduler_min_lr_ratio",
+)
 
 _NEEDS: tuple[tuple[tuple[str, ...], str, Callable[[TrainConfig], bool]], ...] = (
     (("text_encoder_lr",), "Gemma2 is not trained", lambda c: c.trains_text_encoder),
@@ -303,6 +315,27 @@ _NEEDS: tuple[tuple[tuple[str, ...], str, Callable[[TrainConfig], bool]], ...] =
         ("lr_warmup_steps", "lr_scheduler_num_cycles", "lr_scheduler_power", "lr_scheduler_min_lr_ratio"),
         "--lr_scheduler_type takes its arguments from --lr_scheduler_args",
         lambda c: not c.optimizer.lr_scheduler_type,
+    ),
+    (
+        ("lr_scheduler", *_SCHEDULE_FLAGS),
+        "a schedule-free optimizer follows no schedule; AdamWScheduleFree and SGDScheduleFree warm up by --optimizer_args"
+        " warmup_steps=100",
+        lambda c: not optimizer_names.is_schedule_free(c.optimizer.resolved_optimizer),
+    ),
+    (
+        _SCHEDULE_FLAGS,
+        "Adafactor with relative_step sets its own learning rate",
+        lambda c: not optimizer_names.sets_its_own_rate(c.optimizer),
+    ),
+    (
+        ("lr_warmup_steps",),
+        "this --lr_scheduler has no warm-up",
+        lambda c: bool(c.optimizer.lr_scheduler_type) or c.optimizer.lr_scheduler not in optimizer_names.WITHOUT_WARMUP,
+    ),
+    (
+        ("lr_scheduler_num_cycles",),
+        "this --lr_scheduler has no cycles",
+        lambda c: bool(c.optimizer.lr_scheduler_type) or c.optimizer.lr_scheduler in optimizer_names.WITH_CYCLES,
     ),
     (
         ("lr_scheduler_power",),

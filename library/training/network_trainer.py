@@ -22,6 +22,7 @@ from library.training.arguments import TrainConfig, warn_of_ignored, warn_of_unu
 from library.training.base_weights import BaseWeights
 from library.training.config_file import warn_of_gui_keys
 from library.training.hooks import ModelFamily, PictureEncoder, TextEncoder
+from library.training.optimizer_names import require_package
 from library.training.output_preservation import check_can_be_switched_off
 from library.training.report import RunPlan, log_plan
 
@@ -88,6 +89,7 @@ class NetworkTrainer(ModelFamily):
         warn_of_ignored(self.config.given)
         warn_of_unused(self.config)
         self._check_network_module()
+        require_package(self.config.optimizer)
         samples = self.config.samples
         if samples.sample_prompts is not None:
             # A front end names a prompt file that it leaves empty where no previews are wanted.
@@ -353,6 +355,7 @@ class NetworkTrainer(ModelFamily):
     def build_optimizer(self) -> None:
         """Makes parameter groups, optimizer and schedule."""
         from library.training import optimizers
+        from library.training.ema import MovingAverage
         from library.training.updater import Updater
         from library.training.weights import Weights
 
@@ -371,7 +374,11 @@ class NetworkTrainer(ModelFamily):
         self.group_names = [name or f"group{i}" for i, name in enumerate(names or [None] * len(groups))]
         self.optimizer = optimizers.build_optimizer(settings, groups)
         self.scheduler = optimizers.build_scheduler(settings, self.optimizer, self.plan.num_steps)
-        self.weights = Weights(self.network, self.optimizer)
+        average = None
+        if settings.ema_decay is not None:
+            parameters = [parameter for group in self.optimizer.param_groups for parameter in group["params"]]
+            average = MovingAverage(parameters, settings.ema_decay)
+        self.weights = Weights(self.network, self.optimizer, average)
         self.updater = Updater(
             self.network,
             self.optimizer,
@@ -379,6 +386,7 @@ class NetworkTrainer(ModelFamily):
             self.group_names,
             settings.max_grad_norm,
             self.config.network.scale_weight_norms,
+            average,
         )
         self.network.train()
 
@@ -408,6 +416,7 @@ class NetworkTrainer(ModelFamily):
             self.processes,
             levels(config.flow.timestep_range),
             averaged_too=config.optimizer.ema_decay is not None,
+            on_measured=self.updater.after_validation,
         )
         self.saver = Saver(config.output, self.plan.num_epochs, self._metadata_writer())
         self.previews = Previews(
@@ -452,6 +461,7 @@ class NetworkTrainer(ModelFamily):
     def after_epoch(self, epoch: int, step: int, values: Mapping[str, float]) -> None:
         """Reports, saves and draws after an epoch."""
         self.trackers.log(values, step)
+        self.updater.after_epoch(values["loss/epoch_average"])
         if self.processes.is_main:
             self.saver.after_epoch(epoch, step)
         self.trackers.log(self.validation.after_epoch(epoch, step, self.progress.average), step)
@@ -469,6 +479,7 @@ class NetworkTrainer(ModelFamily):
     def _metadata_writer(self) -> Callable[[Path, int, int], None]:
         import torch
 
+        from library.training.ema import companion
         from library.training.metadata import FileHashes, RunFacts, RunMetadata, dataset_entries
         from library.training.optimizers import describe_optimizer
 
@@ -496,7 +507,16 @@ class NetworkTrainer(ModelFamily):
                     f"the LoRA of step {step} holds numbers that are not finite, so it is not saved; a lower --learning_rate"
                     " usually helps"
                 )
-            self.network.save_weights(str(path), dtype, metadata.at(step, epoch))
+            entries = metadata.at(step, epoch)
+            with self.weights.in_use():
+                self.network.save_weights(str(path), dtype, entries)
+            if not self.weights.has_average:
+                return
+            if not config.output.no_metadata:
+                entries |= {"ss_ema_decay": str(config.optimizer.ema_decay)}
+            with self.weights.in_use(averaged=True):
+                self.network.save_weights(str(companion(path)), dtype, entries)
+            logger.info("Saved %s", companion(path))
 
         return write
 

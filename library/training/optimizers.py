@@ -5,15 +5,29 @@ from __future__ import annotations
 import importlib
 import inspect
 import logging
+import re
 from collections.abc import Callable
+from functools import partial
 from typing import Any
 
 import torch
 from torch.optim import Optimizer
-from torch.optim.lr_scheduler import LambdaLR, LRScheduler
+from torch.optim.lr_scheduler import LambdaLR, LRScheduler, ReduceLROnPlateau
 
 from library.errors import SettingsError
-from library.training.optimizer_names import DEFAULT_ARGUMENTS, OPTIMIZERS, OptimizerSource, parse_literals
+from library.training.optimizer_names import (
+    DEFAULT_ARGUMENTS,
+    OPTIMIZERS,
+    WITHOUT_WARMUP,
+    OptimizerSource,
+    averaged_twice,
+    finds_its_own_rate,
+    missing_package,
+    needs_no_schedule,
+    parse_literals,
+    sets_its_own_rate,
+)
+from library.training.schedules import Factor, schedule
 from library.training.settings import OptimizerSettings
 
 logger = logging.getLogger(__name__)
@@ -54,9 +68,7 @@ def _built_in_class(name: str, source: OptimizerSource) -> type[Optimizer]:
     try:
         module = importlib.import_module(source.module)
     except ImportError as error:
-        raise SettingsError(
-            f"--optimizer_type: {name} comes from a package that is not installed; run: pip install {source.package}"
-        ) from error
+        raise missing_package(name, source) from error
     return getattr(module, source.class_name)
 
 
@@ -68,36 +80,96 @@ def scheduler_class(settings: OptimizerSettings) -> type[LRScheduler] | None:
     return _import_class(name if "." in name else f"torch.optim.lr_scheduler.{name}", "--lr_scheduler_type")
 
 
+def _final_arguments(settings: OptimizerSettings) -> dict[str, Any]:
+    arguments = {
+        **DEFAULT_ARGUMENTS.get(settings.resolved_optimizer.lower(), {}),
+        **parse_literals("--optimizer_args", settings.optimizer_args),
+    }
+    if sets_its_own_rate(settings):  # warmup_init asks for it too, also beside relative_step=False
+        arguments["relative_step"] = True
+    return arguments
+
+
+def switches_modes(optimizer: Optimizer) -> bool:
+    """Whether the optimizer trains other values than those that are meant for use (schedule-free ones)."""
+    return all(callable(getattr(optimizer, name, None)) for name in ("train", "eval"))
+
+
 def build_optimizer(settings: OptimizerSettings, groups: list[dict[str, Any]]) -> Optimizer:
-    """Returns the optimizer over parameter groups that carry their own ``lr``.
+    """Returns the optimizer, ready to train, over parameter groups that carry their own ``lr``.
 
     Raises:
-        SettingsError: the optimizer refuses ``--optimizer_args``.
+        SettingsError: the optimizer refuses ``--optimizer_args``, or the groups' learning rates.
     """
-    arguments = parse_literals("--optimizer_args", settings.optimizer_args)
-    defaults = DEFAULT_ARGUMENTS.get(settings.resolved_optimizer.lower(), {})
+    name = settings.resolved_optimizer
+    arguments = _final_arguments(settings)
     if arguments.pop("lr", None) is not None:
         raise SettingsError("--optimizer_args: lr is set by --learning_rate; remove it there")
+    rates = [float(group["lr"]) for group in groups]
+    _check_group_rates(name, rates)
+    # Where --learning_rate is 0 because --unet_lr is given, some optimizers would refuse the 0 that no group uses.
+    lr: float | None = settings.learning_rate or max(rates)
+    if sets_its_own_rate(settings):
+        lr = None
+        groups = [{key: value for key, value in group.items() if key != "lr"} for group in groups]
+        logger.warning(
+            "Adafactor with relative_step sets its own learning rate: --learning_rate, --unet_lr, --text_encoder_lr and"
+            " --lr_scheduler have no effect. --optimizer_args relative_step=False scale_parameter=False gives them back"
+        )
     make: Callable[..., Optimizer] = optimizer_class(settings)
     try:
-        return make(groups, lr=settings.learning_rate, **{**defaults, **arguments})
+        optimizer = make(groups, lr=lr, **arguments)
     except (TypeError, ValueError, IndexError, AttributeError, RuntimeError) as error:
-        raise SettingsError(f"--optimizer_type {settings.resolved_optimizer} with --optimizer_args: {error}") from error
+        raise SettingsError(f"--optimizer_type {name} with --optimizer_args: {error}") from error
+    for group, rate in zip(optimizer.param_groups, rates, strict=True):
+        if group["lr"] is None:
+            group["lr"] = rate  # never read, but schedules expect a number
+        group.setdefault("initial_lr", group["lr"])
+    _warn_of_arguments(settings, arguments, rates)
+    if switches_modes(optimizer):
+        if settings.ema_decay is not None:
+            raise SettingsError(averaged_twice(name))
+        optimizer.train()  # type: ignore[attr-defined]  # what switches_modes has just found
+    return optimizer
+
+
+def _check_group_rates(name: str, rates: list[float]) -> None:
+    if finds_its_own_rate(name) and len({rate for rate in rates if rate}) > 1:
+        raise SettingsError(
+            f"--optimizer_type {name} finds one learning rate for all parameters, but the network's parts have"
+            f" {', '.join(f'{rate:g}' for rate in rates)}; give --learning_rate=1 alone, without LoRA+"
+        )
+
+
+def _warn_of_arguments(settings: OptimizerSettings, arguments: dict[str, Any], rates: list[float]) -> None:
+    name = settings.resolved_optimizer
+    largest = max(rates)
+    if (finds_its_own_rate(name) or "prodigy" in name.lower()) and not 0.1 < largest <= 10:
+        logger.warning(
+            "%s finds the learning rate by itself and multiplies it by --learning_rate, which is %g; the usual value is 1.0",
+            name,
+            largest,
+        )
+    warms_up = settings.lr_warmup_steps and settings.lr_scheduler not in WITHOUT_WARMUP
+    if name.lower() == "prodigy" and warms_up and not arguments.get("safeguard_warmup"):
+        logger.warning(
+            "Prodigy takes a warm-up for small steps and overestimates its learning rate; add --optimizer_args"
+            " safeguard_warmup=True"
+        )
+    scales = name.lower() == "adafactor" and not arguments["relative_step"] and arguments.get("scale_parameter", True)
+    if scales:
+        logger.warning(
+            "Adafactor multiplies --learning_rate by the size of each parameter, and lora_up starts at 0, so that it"
+            " learns a thousand times more slowly at first; the usual --optimizer_args are relative_step=False"
+            " scale_parameter=False"
+        )
 
 
 def describe_optimizer(settings: OptimizerSettings) -> str:
     """Returns ``module.Class(name=value,...)``, as the file's metadata names the optimizer."""
     found = optimizer_class(settings)
-    arguments = {
-        **DEFAULT_ARGUMENTS.get(settings.resolved_optimizer.lower(), {}),
-        **parse_literals("--optimizer_args", settings.optimizer_args),
-    }
-    listed = ",".join(f"{name}={value}" for name, value in arguments.items())
+    listed = ",".join(f"{name}={value}" for name, value in _final_arguments(settings).items())
     return f"{found.__module__}.{found.__name__}" + (f"({listed})" if listed else "")
-
-
-def _steps(value: int | float, num_steps: int) -> int:
-    return int(value * num_steps) if isinstance(value, float) else value
 
 
 def build_scheduler(settings: OptimizerSettings, optimizer: Optimizer, num_steps: int) -> LRScheduler:
@@ -106,55 +178,39 @@ def build_scheduler(settings: OptimizerSettings, optimizer: Optimizer, num_steps
     Raises:
         SettingsError: the scheduler refuses its arguments.
     """
+    if needs_no_schedule(settings) or switches_modes(optimizer):
+        return LambdaLR(optimizer, lambda _: 1.0)
     arguments = parse_literals("--lr_scheduler_args", settings.lr_scheduler_args)
     custom = scheduler_class(settings)
-    warmup = _steps(settings.lr_warmup_steps, num_steps)
-    if warmup > num_steps:
-        logger.warning("--lr_warmup_steps %d is longer than the run of %d steps", warmup, num_steps)
     try:
         if custom is not None:
             return custom(optimizer, **arguments)
-        return _known_scheduler(settings, optimizer, warmup, num_steps, arguments)
+        if settings.lr_scheduler == "reduce_lr_on_plateau":
+            return ReduceLROnPlateau(optimizer, **arguments)
+        factor = schedule(settings, num_steps, arguments)
+        rates = [float(group.get("initial_lr", group["lr"])) for group in optimizer.param_groups]
+        return LambdaLR(optimizer, [partial(_factor_at, factor, rate) for rate in rates])
     except (TypeError, ValueError, ZeroDivisionError) as error:
         name = settings.lr_scheduler_type or settings.lr_scheduler
-        raise SettingsError(f"--lr_scheduler {name}: {error}") from error
+        reason = re.sub(r"^_?\w+\(\) ", "", str(error))  # the name of a function says nothing to a user
+        raise SettingsError(f"--lr_scheduler {name}: {reason}") from error
 
 
-def _known_scheduler(
-    settings: OptimizerSettings, optimizer: Optimizer, warmup: int, num_steps: int, arguments: dict[str, Any]
-) -> LRScheduler:
-    name = settings.lr_scheduler
-    if name == "constant":  # by far the most used; spares the import of transformers
-        return LambdaLR(optimizer, lambda _: 1.0)
-    if name == "piecewise_constant":
-        from diffusers.optimization import get_piecewise_constant_schedule
+def _factor_at(factor: Factor, rate: float, step: int) -> float:
+    return factor(step, rate)
 
-        return get_piecewise_constant_schedule(optimizer, **arguments)
-    from transformers.optimization import get_scheduler
 
-    ratio = settings.lr_scheduler_min_lr_ratio
-    # In these schedules a cycle is a whole cosine, and half of one falls from the top to the bottom.
-    half_cycles = {"num_cycles": settings.lr_scheduler_num_cycles / 2}
-    lowest = {} if ratio is None else {"min_lr_rate": ratio}
-    specific: dict[str, dict[str, Any]] = {
-        "cosine_with_restarts": {"num_cycles": settings.lr_scheduler_num_cycles},
-        "polynomial": {"power": settings.lr_scheduler_power},
-        "inverse_sqrt": {"timescale": settings.lr_scheduler_timescale},
-        "cosine_with_min_lr": {**half_cycles, **lowest},
-        "cosine_warmup_with_min_lr": {**half_cycles, **lowest},
-        "warmup_stable_decay": {
-            "num_decay_steps": _steps(settings.lr_decay_steps, num_steps),
-            "min_lr_ratio": ratio or 0.0,
-            **half_cycles,
-        },
-    }
-    return get_scheduler(
-        name,
-        optimizer,
-        num_warmup_steps=warmup,
-        num_training_steps=num_steps,
-        scheduler_specific_kwargs={**specific.get(name, {}), **arguments},
-    )
+def goes_by_the_loss(scheduler: LRScheduler) -> bool:
+    """Whether the schedule is told a loss, instead of counting steps (reduce_lr_on_plateau and its like)."""
+    return "metrics" in inspect.signature(type(scheduler).step).parameters
+
+
+def used_rate(optimizer: Optimizer, group: dict[str, Any]) -> float:
+    """Returns the learning rate of the step that was just taken, also where the optimizer sets it itself."""
+    if group.get("relative_step"):  # Adafactor; as in its own schedule, the first parameter stands for the group
+        state = optimizer.state[group["params"][0]]
+        return float(optimizer._get_lr(group, state)) if state else float(group["lr"])  # type: ignore[attr-defined]
+    return float(group.get("scheduled_lr", group["lr"]))
 
 
 def clip_gradients(parameters: list[torch.nn.Parameter], max_norm: float) -> torch.Tensor:

@@ -8,6 +8,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 from library.training.arguments import TrainConfig
+from library.training.optimizer_names import sets_its_own_rate
 from library.training.settings import ScheduleSettings
 
 if TYPE_CHECKING:
@@ -74,4 +75,6 @@ def log_plan(
         f"{name} {group['initial_lr']:g}" for name, group in zip(group_names, optimizer.param_groups, strict=True)
     )
     name = config.optimizer.resolved_optimizer
+    if sets_its_own_rate(config.optimizer):
+        rates = "set by the optimizer"
     logger.info("Optimizer: %s over %s parameters, learning rate %s", name, f"{total:,}", rates)

@@ -8,6 +8,7 @@ from collections.abc import Callable
 from pathlib import Path
 
 from library.errors import UserError
+from library.training.ema import companion
 from library.training.output_settings import OutputSettings
 
 logger = logging.getLogger(__name__)
@@ -110,6 +111,7 @@ class Saver:
         return path
 
     def _remove(self, path: Path) -> None:
-        if path.exists():
-            path.unlink()
-            logger.info("Removed %s (only the newest are kept)", path.name)
+        for file in (path, companion(path)):
+            if file.exists():
+                file.unlink()
+                logger.info("Removed %s (only the newest are kept)", file.name)

@@ -74,7 +74,9 @@ class OptimizerSettings:
     lr_decay_steps: int | float = flag(
         0, "decay (warmup_stable_decay): steps, a share, or a percentage", parse=_parse_steps_or_ratio
     )
-    lr_scheduler_num_cycles: int = flag(1, "restarts of cosine_with_restarts")
+    lr_scheduler_num_cycles: int = flag(
+        1, "restarts of cosine_with_restarts; falls from top to bottom of cosine_with_min_lr and warmup_stable_decay"
+    )
     lr_scheduler_power: float = flag(1.0, "power of polynomial")
     lr_scheduler_timescale: int | None = flag(None, "time scale of inverse_sqrt; the warm-up steps when left out")
     lr_scheduler_min_lr_ratio: float | None = flag(None, "lowest rate as a share (cosine_with_min_lr and others)")
@@ -86,12 +88,14 @@ class OptimizerSettings:
             f"--{legacy[0] if legacy else ''} and --optimizer_type both name an optimizer; keep --optimizer_type",
         )
         require(len(legacy) < 2, "--use_8bit_adam and --use_lion_optimizer exclude each other; keep one")
-        optimizer_names.check_optimizer(self.resolved_optimizer, self.optimizer_args)
+        optimizer_names.check_optimizer(self)
         optimizer_names.check_scheduler(self)
         for name in ("learning_rate", "unet_lr", "max_grad_norm"):
             value = getattr(self, name)
             require(value is None or value >= 0, f"--{name}: {value} is below 0")
         require(all(rate >= 0 for rate in self.text_encoder_lr), "--text_encoder_lr: a rate is below 0")
+        lowest = self.lr_scheduler_min_lr_ratio
+        require(lowest is None or 0 <= lowest <= 1, f"--lr_scheduler_min_lr_ratio: {lowest} is outside 0 to 1")
         require_positive(self, "lr_scheduler_num_cycles", "lr_scheduler_timescale")
         require(
             self.ema_decay is None or 0 < self.ema_decay < 1, f"--ema_decay: {self.ema_decay} is not between 0 and 1"

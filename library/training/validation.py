@@ -84,6 +84,7 @@ class Validation:
         processes: Processes,
         sigmas: Sequence[float],
         averaged_too: bool = False,
+        on_measured: Callable[[float, int], object] = lambda loss, step: None,
     ) -> None:
         """Says once what will be measured, or that nothing can be.
 
@@ -95,6 +96,7 @@ class Validation:
             processes: over which pictures are split.
             sigmas: from :func:`levels`.
             averaged_too: measure with the moving average of ``--ema_decay`` as well.
+            on_measured: told (mean loss of the weights as they are, optimizer step).
         """
         self._settings = settings
         self._data = data
@@ -103,6 +105,7 @@ class Validation:
         self._processes = processes
         self._sigmas = tuple(sigmas)
         self._averaged_too = averaged_too
+        self._on_measured = on_measured
         self._last: tuple[int, Measured, Measured | None] | None = None
         steps, epochs = settings.validate_every_n_steps, settings.validate_every_n_epochs
         self._every_n_steps = steps
@@ -143,6 +146,7 @@ class Validation:
             averaged = self._measure(averaged=True) if self._averaged_too else None
             self._last = (step, self._measure(averaged=False), averaged)
             self._report(training_average)
+            self._on_measured(self._last[1].mean, step)
         _, raw, ema = self._last
         start = "loss/validation/"
         values = {f"{start}{unit}_average": raw.mean, **{start + name: loss for name, loss in raw.bands.items()}}
