@@ -36,8 +36,9 @@ def start_accelerator(precision: str, timeout_minutes: int | None, log: LogSetti
     handlers = []
     if timeout_minutes is not None:
         handlers.append(InitProcessGroupKwargs(timeout=timedelta(minutes=timeout_minutes)))
+    trackers = accelerate_arguments(log)
     try:
-        accelerator = Accelerator(mixed_precision=precision, kwargs_handlers=handlers, **accelerate_arguments(log))
+        accelerator = Accelerator(mixed_precision=precision, kwargs_handlers=handlers, **trackers)
     except ValueError as error:  # accelerate refuses precisions that the device does not have
         raise SettingsError(f"--mixed_precision {precision}: {error}") from error
     started = int(os.environ.get("WORLD_SIZE", "1"))

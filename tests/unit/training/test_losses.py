@@ -1,7 +1,10 @@
 """The loss of a training step: masks, difference output preservation, and the fixed losses of validation."""
 
 import dataclasses
+import sys
+from importlib.machinery import ModuleSpec
 from pathlib import Path
+from types import ModuleType
 from typing import Any
 
 import pytest
@@ -146,6 +149,28 @@ def test_a_network_that_cannot_be_switched_off_is_refused(job: Job, tmp_path: Pa
     check_can_be_switched_off(torch.nn.Identity(), [config], "other.module")
     with pytest.raises(SettingsError, match=r"other\.module cannot"):
         check_can_be_switched_off(torch.nn.Identity(), asking, "other.module")
+
+
+class PlainNetwork(torch.nn.Module):
+    """A third party's network without a multiplier."""
+
+    def apply_to(self, *_: Any) -> None:
+        pass
+
+
+def test_a_run_with_such_a_network_ends_before_training(
+    job: Job, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    module = ModuleType("plain_network")
+    module.__spec__ = ModuleSpec("plain_network", None)
+    module.create_network = lambda *args, **kwargs: PlainNetwork()  # type: ignore[attr-defined]
+    monkeypatch.setitem(sys.modules, "plain_network", module)
+    argv = [*flags(job, tmp_path, *CACHED), "--network_module=plain_network"]
+    made_trainer(argv, last="build_network")
+    with (tmp_path / "data.toml").open("a", encoding="utf-8") as file:
+        file.write("custom_attributes = { diff_output_preservation = true }\n")
+    with pytest.raises(SettingsError, match="diff_output_preservation"):
+        made_trainer(argv, last="build_network")
 
 
 @pytest.mark.parametrize("by_area", [False, True])

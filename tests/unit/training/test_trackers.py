@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from accelerate.utils import LoggerType
 from PIL import Image
 from trainer_helpers import fresh_accelerate
 
@@ -72,12 +73,9 @@ def wandb(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Any]:
         "Metadata-Version: 2.1\nName: wandb\nVersion: 0.1\n", "utf-8"
     )
     monkeypatch.syspath_prepend(site)
-    # accelerate looks for packages when it is imported, and another test may have done that.
-    from accelerate import tracking
-    from accelerate.utils import LoggerType
-
-    available = {*tracking._available_trackers, LoggerType.WANDB}
-    monkeypatch.setattr(tracking, "_available_trackers", sorted(available, key=str))
+    # accelerate looks once, when it is imported.
+    found = [LoggerType.TENSORBOARD, LoggerType.WANDB]
+    monkeypatch.setattr("accelerate.tracking._available_trackers", found)
     yield importlib.import_module("wandb")
     del sys.modules["wandb"]
 
