@@ -18,7 +18,7 @@ from library.data.cache_places import CachePlaces
 from library.data.caption_plan import CaptionPlan, Clock, draw_key
 from library.data.config import DatasetConfig, load_dataset_config
 from library.data.content import content_of, hash_contents
-from library.data.epoch_plan import EpochPlan, GlobalBatch, Group, count_batches, make_plan
+from library.data.epoch_plan import EpochPlan, GlobalBatch, Group, Members, count_batches, make_plan
 from library.data.items import Batch, Draw, Item
 from library.data.prefetch import prefetch
 from library.data.settings import DataSettings
@@ -185,9 +185,9 @@ class TrainingData:
         self._groups = self._groups_of(self.items)
 
     def _groups_of(self, items: Iterable[Item]) -> list[Group]:
-        members: dict[tuple[int, tuple[int, int]], list[tuple[int, int]]] = {}
+        members: dict[tuple[int, tuple[int, int]], Members] = {}
         for item in items:
-            members.setdefault((item.dataset_index, item.bucket_px), []).append((item.index, item.num_repeats))
+            members.setdefault((item.dataset_index, item.bucket_px), Members()).add(item.index, item.num_repeats)
         return [
             Group(dataset, bucket, self.datasets[dataset].batch_size, slots)
             for (dataset, bucket), slots in members.items()
