@@ -31,6 +31,7 @@ if TYPE_CHECKING:
     from torch import Tensor, nn
 
     from library.data.dataset import Batch
+    from library.data.debug_page import CaptionTokens
     from library.lumina.autoencoder import Autoencoder
     from library.lumina.gemma2 import Gemma2Encoder
 
@@ -163,6 +164,15 @@ class LuminaNetworkTrainer(NetworkTrainer):
         negatives = [(f"prompt {number}", [prompt.negative_prompt]) for number, prompt in numbered]
         against = self._negative_template().text
         warn_of_long_captions(negatives, against, self.tokenizer, limit, "negative sample prompts")
+
+    def caption_tokens(self, caption: str) -> CaptionTokens:
+        from library.data.debug_page import CaptionTokens
+
+        whole = self._caption_template().text(caption)
+        num_in_front = len(whole) - len(caption)
+        num_kept = max(0, len(self.tokenizer.kept_part(whole)) - num_in_front)
+        num_tokens = self.tokenizer.count(whole)
+        return CaptionTokens(caption[:num_kept], caption[num_kept:], num_tokens, self.tokenizer.max_tokens)
 
     def text_cache_bytes(self, captions: Iterable[str]) -> int:
         limit, template = self.config.model.gemma2_max_token_length, self._caption_template()

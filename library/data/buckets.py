@@ -17,14 +17,23 @@ Size = tuple[int, int]
 
 @dataclass(frozen=True, slots=True)
 class Placement:
-    """What happens to a picture: it is resized to ``resized_px``, then its centre of ``bucket_px`` is cut out.
+    """What happens to a picture: it is resized to ``resized_px``, then ``bucket_px`` is cut out of it.
 
-    ``aspect_error`` is the bucket's width / height minus the picture's.
+    ``aspect_error`` is the bucket's width / height minus the picture's. ``offset_px`` is the left and upper edge of what
+    is cut out; ``None``: its centre.
     """
 
     resized_px: Size
     bucket_px: Size
     aspect_error: float
+    offset_px: Size | None = None
+
+    @property
+    def left_top_px(self) -> Size:
+        """The left and upper edge of what is cut out of the resized picture."""
+        if self.offset_px is not None:
+            return self.offset_px
+        return (self.resized_px[0] - self.bucket_px[0]) // 2, (self.resized_px[1] - self.bucket_px[1]) // 2
 
 
 def bucket_sizes(resolution: Size, min_side: int, max_side: int, step: int) -> list[Size]:

@@ -113,13 +113,13 @@ class LatentCache:
                 for start in range(0, len(pixels), batch_size):
                     made += self._encode(pixels[start : start + batch_size], encode)
                 bar.update(len(chunk))
-        _exchange(self._store, made, sharing)
+        exchange(self._store, made, sharing)
         unreadable |= dict(sharing.union(failed.items()))
         for index, flips in jobs:
             if index not in unreadable and any(
                 self._digest(by_index[index], flip) not in self._store for flip in flips
             ):
-                raise _not_shared()
+                raise not_shared()
         return unreadable
 
     def get(self, item: Item, flip: bool) -> torch.Tensor:
@@ -233,9 +233,9 @@ class TextCache:
                     self._store.put(digest, feature, captions.get(caption))
                     made.append(digest)
                 bar.update(len(chunk))
-        _exchange(self._store, made, sharing)
+        exchange(self._store, made, sharing)
         if any(self._digest(caption) not in self._store for caption in missing):
-            raise _not_shared()
+            raise not_shared()
 
     def get(self, caption: str) -> torch.Tensor:
         """Returns the features (L, D) bfloat16 of a caption; ``fill`` or ``missing`` came before."""
@@ -279,7 +279,7 @@ def _decode(chunk: list[Job], by_index: Mapping[int, Item]) -> list[tuple[int, t
     return decoded
 
 
-def _exchange(store: Store, made: list[Digest], sharing: Sharing) -> None:
+def exchange(store: Store, made: list[Digest], sharing: Sharing) -> None:
     """Gives every process the entries of all others, some at a time; on disk this only waits until all are written."""
     longest = max(part[0] for part in sharing.gather([len(made)]))
     for start in range(0, max(longest, 1), _EXCHANGED_AT_ONCE):
@@ -291,7 +291,7 @@ def _exchange(store: Store, made: list[Digest], sharing: Sharing) -> None:
     store.refresh()
 
 
-def _not_shared() -> DatasetError:
+def not_shared() -> DatasetError:
     return DatasetError(
         "What one process cached on disk is not seen by another; all processes need the same folder: give one that "
         "they share with --cache_dir, or cache in memory."

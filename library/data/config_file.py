@@ -11,7 +11,8 @@ from pathlib import Path
 from typing import Any
 
 from library.data import schema
-from library.data.config import DatasetConfig, SubsetConfig, make_dataset, make_subset
+from library.data.augment_rules import UNCACHED, contradiction
+from library.data.config import DatasetConfig, SubsetConfig, lookup, make_dataset, make_subset
 from library.data.folders import first_picture
 from library.data.settings import DataSettings
 from library.errors import DatasetError, nearest
@@ -121,6 +122,11 @@ class _FileReader:
                     "%s: %s: num_repeats is %d; this subset is ignored.", self._path, where, subset.num_repeats
                 )
                 continue
+            bucketed = lookup("enable_bucket", "enable_bucket", parents, self._settings)
+            given = [name for name in UNCACHED if getattr(subset, name)]
+            problem = contradiction(given, self._settings.cache_latents, bucketed)
+            if problem:
+                raise self._error(where, f"{problem}.")
             yield subset
 
     def _find_files(self, values: dict[str, Any], where: str) -> None:

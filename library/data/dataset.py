@@ -11,7 +11,7 @@ import torch
 
 from library import keyed_random
 from library.data import captions as caption_rules
-from library.data import images, regularisation
+from library.data import regularisation
 from library.data.building import build_items, undecodable, warn_unreadable
 from library.data.cache import EncodeCaptions, EncodePixels, LatentCache, TextCache
 from library.data.cache_places import CachePlaces
@@ -23,6 +23,7 @@ from library.data.items import Batch, Draw, Item
 from library.data.prefetch import prefetch
 from library.data.settings import DataSettings
 from library.data.sharing import ALONE, Sharing
+from library.data.showings import Showings
 from library.data.validation_split import Split, asks_for_split, split_by_content
 from library.errors import DatasetError
 
@@ -42,6 +43,7 @@ class TrainingData:
         items: the pictures that are trained on; pictures that turn out to be unreadable while caching disappear.
         validation_items: the pictures that are held out to measure the validation loss on; none of them is in ``items``.
         latents: the latent cache, or ``None`` where pictures are read anew for each batch.
+        showings: what a showing of a picture looks like, and what of it counts.
         text: the text cache, or ``None`` where captions are encoded for each batch.
     """
 
@@ -73,6 +75,7 @@ class TrainingData:
         workers = settings.max_data_loader_n_workers
         if settings.cache_latents:
             self.latents = LatentCache(places if settings.cache_latents_to_disk else None, image_dirs, workers)
+        self.showings = Showings(self._all, datasets, settings, places)
         if settings.cache_text_encoder_outputs:
             self.text = self._new_text_cache()
 
@@ -107,6 +110,8 @@ class TrainingData:
         for subset in (subset for config in datasets for subset in config.subsets):
             if on_disk or subset.cache_info:
                 places.keep_index(subset.image_dir)
+            if on_disk and subset.conditioning_data_dir is not None:
+                places.keep_index(subset.conditioning_data_dir)
         items = build_items(datasets, places, workers, sharing)
         broken = {} if settings.cache_latents else undecodable(items, workers, sharing)
         split = Split(_left(items, broken))
@@ -116,9 +121,17 @@ class TrainingData:
             split = split_by_content(_left(items, broken), lambda item: content_of(item, places), seed)
         data = cls(settings, seed, datasets, items, places, split)
         data._report(broken)
+        data.showings.check_sizes(sharing.show_progress)
+        if not settings.cache_latents:
+            data.showings.check_masks(data._encoded_items, sharing.show_progress)
         if sharing.rank == 0:
             places.save_indexes()
         return data
+
+    @property
+    def num_workers(self) -> int:
+        """Threads that read pictures and cached files."""
+        return self._settings.max_data_loader_n_workers
 
     # Which pictures, in which order, with which captions
 
@@ -213,11 +226,9 @@ class TrainingData:
         """Raises ``DatasetError`` where nothing is left to train on."""
         if any(not item.subset.is_reg for item in self.items):
             return
-        index = min(broken)
-        raise DatasetError(
-            "No picture is left to train on: none of the others can be read, for example "
-            f"{self._all[index].path} ({broken[index]})."
-        )
+        example = f", for example {self._all[min(broken)].path} ({broken[min(broken)]})" if broken else ""
+        others = " (regularisation pictures do not count)" if self.items else ""
+        raise DatasetError(f"No picture is left to train on: none can be read{example}{others}.")
 
     # Validation
 
@@ -279,6 +290,7 @@ class TrainingData:
         if self.latents is not None:
             batch_size = self._settings.vae_batch_size
             self._drop(self.latents.fill(self._encoded_items, encode, fingerprint, batch_size, sharing))
+            self.showings.fill_masks(self._encoded_items, sharing)
 
     def missing_text(self, captions: Iterable[str], fingerprint: str, sharing: Sharing = ALONE) -> int:
         """Returns how many captions are to be encoded; 0: no text encoder is needed. All processes call it."""
@@ -375,12 +387,13 @@ class TrainingData:
         if draws and self.latents is not None:
             latents = torch.stack([self.latents.get(draw.item, draw.flip) for draw in draws])
         elif draws:
-            pixels = torch.stack([_pixels(draw) for draw in draws])
+            pixels = torch.stack([self.showings.pixels(draw) for draw in draws])
         if self.text is not None:
             text = tuple(self.text.get(draw.caption) for draw in draws)
         prior = self._settings.prior_loss_weight
         weights = torch.tensor([prior if draw.item.subset.is_reg else 1.0 for draw in draws], dtype=torch.float32)
-        return Batch(tuple(draws), latents, pixels, text, weights, len(draws) if num_global is None else num_global)
+        num_global = len(draws) if num_global is None else num_global
+        return Batch(tuple(draws), latents, pixels, text, weights, num_global, self.showings.masks(draws))
 
     def batches(
         self,
@@ -424,14 +437,3 @@ class TrainingData:
 
 def _left(items: Sequence[Item], broken: dict[int, str]) -> tuple[Item, ...]:
     return tuple(item for item in items if item.index not in broken)
-
-
-def _pixels(draw: Draw) -> torch.Tensor:
-    item = draw.item
-    try:
-        pixels = images.load_pixels(item.path, item.placement, item.subset.resize_interpolation)
-    except images.BROKEN_PICTURE as error:
-        raise DatasetError(
-            f"The picture {item.path} can no longer be read ({images.reason(error)}); it was fine when the run started."
-        ) from error
-    return pixels.flip(-1) if draw.flip else pixels

@@ -101,11 +101,11 @@ def resize_method(name: str | None, size: Size, resized: Size) -> str:
 
 
 def load_pixels(path: Path, placement: Placement, interpolation: str | None) -> torch.Tensor:
-    """Returns a picture as the model trains on it: upright, on white, resized, centre cut out.
+    """Returns a picture as the model trains on it: upright, on white, resized, and cut out of that.
 
     Args:
         path: the file.
-        placement: sizes to resize to and to cut out.
+        placement: the size to resize to, and what to cut out.
         interpolation: the user's ``resize_interpolation``.
 
     Returns:
@@ -115,26 +115,39 @@ def load_pixels(path: Path, placement: Placement, interpolation: str | None) -> 
         BROKEN_PICTURE: it cannot be decoded.
     """
     image = open_rgb(path)
-    method = resize_method(interpolation, image.size, placement.resized_px)
-    width, height = placement.bucket_px
-    if method != "none" and math.prod(placement.resized_px) > _MOSTLY_CUT_OFF * width * height:
-        # Very long pictures would become gigabytes before most of them is cut off: resize the middle alone.
-        image = image.resize((width, height), _FILTERS[method], box=_middle(image.size, placement))
-    elif method != "none":
-        image = image.resize(placement.resized_px, _FILTERS[method])
-    left, top = (image.width - width) // 2, (image.height - height) // 2
-    if min(left, top) < 0:
-        raise ValueError(f"its size is {image.width} x {image.height} now, less than the bucket: it has changed")
-    image = image.crop((left, top, left + width, top + height))
+    image = placed(image, placement, resize_method(interpolation, image.size, placement.resized_px))
     pixels = torch.from_numpy(np.array(image)).permute(2, 0, 1)
     return pixels.to(torch.float32).div_(127.5).sub_(1.0).contiguous()
 
 
-def _middle(size: Size, placement: Placement) -> tuple[float, float, float, float]:
+def placed(image: Image.Image, placement: Placement, method: str) -> Image.Image:
+    """Returns the part of a picture, or of its mask, that lies in the bucket.
+
+    Args:
+        image: upright, of any size: it is stretched to ``placement.resized_px``.
+        placement: the size to resize to, and what to cut out.
+        method: from :func:`resize_method`.
+
+    Raises:
+        ValueError: what is to be cut out does not lie inside the picture.
+    """
+    width, height = placement.bucket_px
+    left, top = placement.left_top_px
+    if method != "none" and math.prod(placement.resized_px) > _MOSTLY_CUT_OFF * width * height:
+        # Very long pictures would become gigabytes before most of them is cut off: resize that part alone.
+        return image.resize((width, height), _FILTERS[method], box=_part(image.size, placement))
+    if method != "none":
+        image = image.resize(placement.resized_px, _FILTERS[method])
+    if min(left, top) < 0 or left + width > image.width or top + height > image.height:
+        raise ValueError(f"its size is {image.width} x {image.height} now, less than the bucket: it has changed")
+    return image.crop((left, top, left + width, top + height))
+
+
+def _part(size: Size, placement: Placement) -> tuple[float, float, float, float]:
     """Returns the part of a picture, in its own pixels, that lies in the bucket once it is resized."""
     edges = []
-    for side, resized, bucket in zip(size, placement.resized_px, placement.bucket_px, strict=True):
-        start = (resized - bucket) // 2
+    sizes = zip(size, placement.resized_px, placement.bucket_px, placement.left_top_px, strict=True)
+    for side, resized, bucket, start in sizes:
         edges.append((start * side / resized, (start + bucket) * side / resized))
     (left, right), (top, bottom) = edges
     return left, top, right, bottom
@@ -148,8 +161,42 @@ def open_rgb(path: Path) -> Image.Image:
     """
     with Image.open(path) as image:
         orientation = _orientation(image)
-        rgb = _to_rgb(image)
-    return rgb.transpose(_TO_UPRIGHT[orientation]) if orientation in _TO_UPRIGHT else rgb
+        return _upright(_to_rgb(image), orientation)
+
+
+def open_mask(path: Path) -> Image.Image:
+    """Returns the upright picture's brightness, or its red where it has colours, in mode L; transparency is ignored.
+
+    Raises:
+        BROKEN_PICTURE: it cannot be decoded.
+    """
+    with Image.open(path) as image:
+        orientation = _orientation(image)
+        if _is_16_bit(image):
+            grey = _to_8_bit(image)
+        elif image.mode in ("1", "L", "LA"):
+            grey = image.convert("L")
+        else:
+            grey = image.convert("RGBA").getchannel("R")
+        return _upright(grey, orientation)
+
+
+def open_alpha(path: Path) -> Image.Image | None:
+    """Returns the upright picture's alpha channel in mode L (255: opaque), or ``None`` where it has none.
+
+    Raises:
+        BROKEN_PICTURE: it cannot be decoded.
+    """
+    with Image.open(path) as image:
+        if _is_16_bit(image) or not _has_alpha(image):
+            return None
+        orientation = _orientation(image)
+        return _upright(image.convert("RGBA").getchannel("A"), orientation)
+
+
+def _upright(image: Image.Image, orientation: int) -> Image.Image:
+    """Returns a decoded picture turned upright; the orientation is read before, as sizes are, and not from its end."""
+    return image.transpose(_TO_UPRIGHT[orientation]) if orientation in _TO_UPRIGHT else image
 
 
 def _orientation(image: Image.Image) -> int:
@@ -166,15 +213,27 @@ def _orientation(image: Image.Image) -> int:
 
 
 def _to_rgb(image: Image.Image) -> Image.Image:
-    if image.mode == "I" or image.mode.startswith("I;16"):
-        # Sixteen bits of grey; Pillow's own conversion would clip at 255.
-        grey = np.clip(np.asarray(image, dtype=np.int64), 0, 65535)
-        return Image.fromarray(((grey * 255 + 32767) // 65535).astype(np.uint8)).convert("RGB")
-    if image.mode in ("RGBA", "LA", "PA", "La", "RGBa") or "transparency" in image.info:
+    if _is_16_bit(image):
+        return _to_8_bit(image).convert("RGB")
+    if _has_alpha(image):
         with_alpha = image.convert("RGBA")
         white = Image.new("RGBA", with_alpha.size, (255, 255, 255, 255))
         return Image.alpha_composite(white, with_alpha).convert("RGB")
     return image.convert("RGB")
+
+
+def _has_alpha(image: Image.Image) -> bool:
+    return image.mode in ("RGBA", "LA", "PA", "La", "RGBa") or "transparency" in image.info
+
+
+def _is_16_bit(image: Image.Image) -> bool:
+    return image.mode == "I" or image.mode.startswith("I;16")
+
+
+def _to_8_bit(image: Image.Image) -> Image.Image:
+    """Returns sixteen bits of grey as eight; Pillow's own conversion would clip at 255."""
+    grey = np.clip(np.asarray(image, dtype=np.int64), 0, 65535)
+    return Image.fromarray(((grey * 255 + 32767) // 65535).astype(np.uint8))
 
 
 def reason(error: BaseException) -> str:

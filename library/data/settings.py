@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 from library.data import schema
+from library.data.augment_rules import UNCACHED, contradiction
 from library.errors import SettingsError
 from library.settings import flag
 
@@ -123,6 +124,11 @@ class DataSettings:
             self._set("cache_text_encoder_outputs", True)
         if self.dataset_config is None:
             self._check_resolution()
+            # With a dataset file, its tables may turn these on or off; they are checked there, one by one.
+            given = [name for name in UNCACHED if getattr(self, name)]
+            problem = contradiction(given, self.cache_latents, self.enable_bucket, mark="--")
+            if problem:
+                raise SettingsError(problem)
 
     def _set(self, name: str, value: Any) -> None:
         object.__setattr__(self, name, value)

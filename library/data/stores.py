@@ -43,7 +43,7 @@ class Store(Protocol):
     def __contains__(self, digest: Digest) -> bool: ...
 
     def put(self, digest: Digest, tensor: torch.Tensor, folder: Path | None) -> None:
-        """Keeps a bfloat16 tensor; ``folder`` says in which cache folder, for stores on disk."""
+        """Keeps a tensor in the store's dtype; ``folder`` says in which cache folder, for stores on disk."""
 
     def get(self, digest: Digest) -> torch.Tensor:
         """Returns a kept tensor."""
@@ -55,7 +55,8 @@ class Store(Protocol):
 class MemoryStore:
     """Entries of this run alone."""
 
-    def __init__(self) -> None:
+    def __init__(self, dtype: torch.dtype = torch.bfloat16) -> None:
+        self._dtype = dtype
         self._tensors: dict[Digest, torch.Tensor] = {}
 
     def refresh(self) -> None:
@@ -66,7 +67,7 @@ class MemoryStore:
 
     def put(self, digest: Digest, tensor: torch.Tensor, folder: Path | None) -> None:
         # A clone, so that a slice of a batch does not keep the whole batch alive.
-        self._tensors[digest] = tensor.detach().to("cpu", torch.bfloat16, copy=True).contiguous()
+        self._tensors[digest] = tensor.detach().to("cpu", self._dtype, copy=True).contiguous()
 
     def get(self, digest: Digest) -> torch.Tensor:
         return self._tensors[digest]
@@ -104,8 +105,9 @@ class _Places(Sequence[Digest]):
 class DiskStore:
     """Entries as safetensors files in the folder ``kind`` of one or more cache folders."""
 
-    def __init__(self, kind: str, folders: Sequence[Path]) -> None:
+    def __init__(self, kind: str, folders: Sequence[Path], dtype: torch.dtype = torch.bfloat16) -> None:
         self._kind = kind
+        self._dtype = dtype
         self._folders = list(dict.fromkeys(folders))
         self._known = _Places()
         self._new: dict[Digest, int] = {}
@@ -139,7 +141,7 @@ class DiskStore:
         number = self._folders.index(folder) if folder is not None else 0
         path = self._path(digest, number)
         try:
-            tensors = {self._kind: tensor.detach().to("cpu", torch.bfloat16)}
+            tensors = {self._kind: tensor.detach().to("cpu", self._dtype)}
             files.write_safetensors(path, tensors, {"digest": digest.hex()})
         except OSError as error:
             raise not_writable(self._folders[number], error) from error

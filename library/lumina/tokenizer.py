@@ -7,6 +7,7 @@ the sentencepiece model alone, with BOS in front, gives the right tokens in ever
 from __future__ import annotations
 
 import hashlib
+import itertools
 import logging
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
@@ -70,6 +71,16 @@ class GemmaTokenizer:
     def counts(self, texts: Sequence[str]) -> list[int]:
         """Returns :meth:`count` of each text; many at once are counted by several threads."""
         return [1 + len(ids) for ids in self._processor.EncodeAsIds([_valid(text) for text in texts])]
+
+    def kept_part(self, text: str) -> str:
+        """Returns the beginning of a text that the tokens of :meth:`encode` hold."""
+        tokens = self.encode(text)[1:]
+        if len(tokens) == self.count(text) - 1:
+            return text
+        # Half a character's bytes at the end come out as another character, which is not in the text.
+        held = self._processor.DecodeIds(tokens)
+        same = itertools.takewhile(lambda pair: pair[0] == pair[1], zip(_valid(text), held, strict=False))
+        return text[: sum(1 for _ in same)]
 
 
 def _valid(text: str) -> str:

@@ -16,6 +16,7 @@ if TYPE_CHECKING:
     from torch import Tensor, nn
 
     from library.data.dataset import Batch
+    from library.data.debug_page import CaptionTokens
 
 
 class TextEncoder(Protocol):
@@ -90,6 +91,10 @@ class ModelFamily(abc.ABC):
     @abc.abstractmethod
     def check_captions(self) -> None:
         """Warns of captions that the text encoder cannot take whole."""
+
+    @abc.abstractmethod
+    def caption_tokens(self, caption: str) -> CaptionTokens:
+        """Returns what the text encoder takes of a final caption."""
 
     @abc.abstractmethod
     def text_cache_bytes(self, captions: Iterable[str]) -> int:

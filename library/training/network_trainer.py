@@ -60,6 +60,11 @@ class NetworkTrainer(ModelFamily):
         try:
             self.rehearse_network()
             self.build_data()
+            if self.config.data.debug_dataset:
+                self.plan_steps()
+                self.show_data()
+                self.finish()
+                return
             self.cache_latents()
             self.plan_steps()
             self.cache_text()
@@ -150,6 +155,24 @@ class NetworkTrainer(ModelFamily):
         )
         self.check_captions()
         check_writable("--output_dir", self.output_dir())
+
+    def show_data(self) -> None:
+        """Writes a page that shows what the model would see in the first epoch."""
+        from library.data.debug_page import write_debug_page
+
+        if not self.processes.is_main:
+            return
+        path = self.output_dir() / "debug_dataset.html"
+        summary = write_debug_page(path, self.data, self.caption_tokens, self.processes.count)
+        if summary.num_broken:
+            logger.warning("%d pictures or masks on the page cannot be read; it says which", summary.num_broken)
+        logger.info(
+            "%d of the %d showings of epoch 1 are shown in %s; open it in a browser. Nothing is trained with"
+            " --debug_dataset",
+            summary.num_shown,
+            summary.num_showings,
+            path,
+        )
 
     def output_dir(self) -> Path:
         """Returns the folder for the run's files."""

@@ -192,7 +192,7 @@ def test_a_picture_that_goes_missing_is_named(tmp_path: Path) -> None:
     make_pictures(tmp_path, {"a.png": (64, 64)})
     data = build(tmp_path)
     (tmp_path / "a.png").unlink()
-    with pytest.raises(DatasetError, match=r"a\.png can no longer be read \(No such file"):
+    with pytest.raises(DatasetError, match=r"a\.png cannot be read \(No such file"):
         list(data.batches(data.plan_epoch(1, 1)))
 
 

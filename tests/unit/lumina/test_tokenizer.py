@@ -46,6 +46,26 @@ def test_bos_is_in_front_and_the_limit_includes_it() -> None:
     assert tokenizer.pad_id == 0
 
 
+@pytest.mark.parametrize(
+    "text", ["a red disc on a blue background", "  two  spaces\n<b>", "猫が好き 🎈 é", "bad \udcff name", ""]
+)
+def test_the_kept_part_is_what_the_tokens_hold(text: str) -> None:
+    whole = GemmaTokenizer(tiny_models().tokenizer, max_tokens=999)
+    assert whole.kept_part(text) == text
+    shown = text.encode("utf-8", "replace").decode("utf-8")
+    lengths = []
+    for limit in range(1, whole.count(text) + 1):
+        tokenizer = GemmaTokenizer(tiny_models().tokenizer, max_tokens=limit)
+        kept = tokenizer.kept_part(text)
+        lengths.append(len(kept))
+        assert text.startswith(kept)
+        decoded = whole._processor.DecodeIds(tokenizer.encode(text)[1:])
+        # What else the tokens hold is less than a character.
+        assert decoded.rstrip("\ufffd") == shown[: len(kept)]
+    assert lengths == sorted(lengths)
+    assert lengths[-1] == len(text)
+
+
 def test_any_text_has_tokens_of_its_own() -> None:
     tokenizer = GemmaTokenizer(tiny_models().tokenizer, max_tokens=99)
     unknown = 3

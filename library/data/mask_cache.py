@@ -1,0 +1,163 @@
+"""Masks of latent cells, read once, in memory or on disk beside the latents."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Sequence
+from pathlib import Path
+
+import torch
+from tqdm import tqdm
+
+from library import files
+from library.data import images
+from library.data.cache import Sharing, exchange, not_shared
+from library.data.cache_places import CachePlaces
+from library.data.items import Item
+from library.data.masks import MaskSource, MaskSources, broken_mask, load_mask, warn_of_empty
+from library.data.picture_index import PictureRow
+from library.data.prefetch import prefetch
+from library.data.stores import Digest, DiskStore, MemoryStore, Store, digest_of
+
+# Part of every digest: raise it when masks are made differently.
+_VERSION = 1
+
+
+class MaskCache:
+    """Masks (h, w) float32 of pictures that are cut out at one place, not mirrored.
+
+    A mask that is 0 everywhere is not kept on disk: so it is found, and named, at every start.
+
+    Args:
+        sources: which pictures have masks.
+        places: where entries and content hashes are kept on disk; ``None`` keeps masks in memory.
+        image_dirs: the picture folders.
+        num_workers: threads that read masks.
+    """
+
+    def __init__(
+        self, sources: MaskSources, places: CachePlaces | None, image_dirs: Iterable[Path], num_workers: int
+    ) -> None:
+        self._sources = sources
+        self._places = places
+        self._num_workers = num_workers
+        self._disk: DiskStore | None = None
+        if places:
+            self._disk = DiskStore("masks", [places.folder(folder) for folder in image_dirs], torch.float32)
+        self._store: Store = self._disk or MemoryStore(torch.float32)
+        self._empty: set[int] = set()
+
+    def fill(self, items: Sequence[Item], sharing: Sharing) -> None:
+        """Reads the masks that are missing. All processes call it, after pictures have been hashed.
+
+        Args:
+            items: all pictures that can be read, the same on every process.
+            sharing: who shares the work.
+
+        Raises:
+            DatasetError: a mask cannot be read, or the cache folder cannot be written to.
+        """
+        masked = {item.index: item for item in items if self._sources.of(item) is not None}
+        if not masked:
+            return
+        self._hash_files(masked, sharing)
+        self._store.refresh()
+        missing = sharing.union(index for index, item in masked.items() if self._digest(item) not in self._store)
+        if self._disk and self._places:
+            for image_dir in {masked[index].subset.image_dir for index in missing}:
+                self._disk.check_writable(self._places.folder(image_dir))
+        mine = sharing.share(missing)
+        made: list[Digest] = []
+        empty: list[int] = []
+        hidden = not (sharing.show_progress and missing)
+        with tqdm(total=len(mine), desc="Caching masks", unit="mask", disable=hidden) as bar:
+            for index, mask in prefetch(mine, lambda index: (index, self._load(masked[index])), self._num_workers):
+                if bool(mask.any()):
+                    item = masked[index]
+                    folder = self._places.folder(item.subset.image_dir) if self._places else None
+                    self._store.put(self._digest(item), mask, folder)
+                    made.append(self._digest(item))
+                else:
+                    empty.append(index)
+                bar.update()
+        exchange(self._store, made, sharing)
+        self._empty = set(sharing.union(empty))
+        warn_of_empty([str(self._sources.of(masked[index])) for index in sorted(self._empty)])
+        if any(self._digest(masked[index]) not in self._store for index in missing if index not in self._empty):
+            raise not_shared()
+
+    def get(self, item: Item) -> torch.Tensor:
+        """Returns the mask (h, w) float32 of a picture that has one; ``fill`` came before."""
+        if item.index in self._empty:
+            width, height = item.bucket_px
+            return torch.zeros(height // 8, width // 8)
+        return self._store.get(self._digest(item))
+
+    def _load(self, item: Item) -> torch.Tensor:
+        return load_mask(self._source(item), item.placement, item.subset.resize_interpolation)
+
+    def _source(self, item: Item) -> MaskSource:
+        source = self._sources.of(item)
+        if source is None:
+            raise RuntimeError(f"{item.path} has no mask")
+        return source
+
+    def _digest(self, item: Item) -> Digest:
+        if self._places is None:
+            return digest_of("mask in memory", item.index)
+        source, subset = self._source(item), item.subset
+        contents = []
+        if source.file and subset.conditioning_data_dir:
+            contents.append(("file", self._places.index(subset.conditioning_data_dir).hash_of(source.file.name)))
+        if source.alpha_of:
+            contents.append(("alpha", self._places.index(subset.image_dir).hash_of(item.name)))
+        return digest_of(
+            "masks",
+            _VERSION,
+            images.PIXELS_VERSION,
+            [(kind, content.hex() if content else "") for kind, content in contents],
+            item.resized_px,
+            item.bucket_px,
+            subset.resize_interpolation,
+        )
+
+    def _hash_files(self, masked: dict[int, Item], sharing: Sharing) -> None:
+        """Brings the content hashes of mask pictures up to date, on every process."""
+        if self._places is None:
+            return
+        todo = sharing.union(index for index, item in masked.items() if not self._is_hashed(item))
+        mine = sharing.share(todo)
+        hidden = not (sharing.show_progress and todo)
+        results = prefetch(mine, lambda index: (index, self._hash(masked[index])), self._num_workers)
+        rows = list(tqdm(results, total=len(mine), desc="Hashing masks", unit="mask", disable=hidden))
+        for index, row in (pair for part in sharing.gather(rows) for pair in part):
+            folder, source = masked[index].subset.conditioning_data_dir, self._source(masked[index])
+            if folder and source.file:
+                self._places.index(folder).put(source.file.name, row)
+        if sharing.rank == 0:
+            self._places.save_indexes()
+
+    def _is_hashed(self, item: Item) -> bool:
+        source, folder = self._source(item), item.subset.conditioning_data_dir
+        if self._places is None or source.file is None or folder is None:
+            return True
+        try:
+            row = self._places.index(folder).get(source.file.name, source.file.stat())
+        except OSError:
+            return False  # hashing will say what is wrong with it
+        return row is not None and row.sha256 is not None
+
+    def _hash(self, item: Item) -> PictureRow:
+        """Returns the row of a mask picture with its content hash.
+
+        Raises:
+            DatasetError: the file cannot be read.
+        """
+        source = self._source(item)
+        path = source.file or item.path
+        try:
+            # The state before reading: should the file change meanwhile, the next start sees a different one.
+            stat = path.stat()
+            content = bytes.fromhex(files.sha256_of_file(path))
+            return PictureRow(stat.st_size, stat.st_mtime_ns, *images.read_size(path), content)
+        except images.BROKEN_PICTURE as error:
+            raise broken_mask(source, error) from error
