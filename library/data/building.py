@@ -1,12 +1,14 @@
-"""Folders -> items: which pictures there are, their sizes, captions and buckets."""
+"""Folders and metadata files -> items: which pictures there are, their sizes, captions and buckets."""
 
 from __future__ import annotations
 
+import hashlib
 import logging
 import os
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import TypeVar
 
 from tqdm import tqdm
 
@@ -17,11 +19,18 @@ from library.data.captions import read_caption
 from library.data.config import DatasetConfig, SubsetConfig
 from library.data.folders import pictures
 from library.data.items import Item
-from library.data.picture_index import PictureIndex, PictureRow
+from library.data.metadata_file import read_metadata
+from library.data.picture_index import FileState
 from library.data.prefetch import prefetch
+from library.data.sharing import Sharing
 from library.errors import DatasetError, some
 
 logger = logging.getLogger(__name__)
+
+Result = TypeVar("Result")
+Caption = str | None  # None: there is none
+_Key = tuple[Path, Path | None, bool, str]  # what decides which pictures and captions a subset has
+_AT_A_TIME = 128  # files that a thread looks at before it reports
 
 
 @dataclass
@@ -30,48 +39,183 @@ class _Findings:
 
     unreadable: list[tuple[Path, str]] = field(default_factory=list)
     too_small: list[Path] = field(default_factory=list)
-    class_tokens: list[Path] = field(default_factory=list)
-    no_caption: list[Path] = field(default_factory=list)
-    extensions: set[str] = field(default_factory=set)
+    class_tokens: list[str] = field(default_factory=list)
+    no_caption: list[str] = field(default_factory=list)
+    sources: set[str] = field(default_factory=set)
 
 
 def build_items(
-    datasets: Sequence[DatasetConfig], places: CachePlaces | None, num_workers: int, show_progress: bool
+    datasets: Sequence[DatasetConfig], places: CachePlaces, num_workers: int, sharing: Sharing
 ) -> list[Item]:
-    """Returns the pictures of all datasets in a fixed order (datasets, subsets, file names).
+    """Returns the pictures of all datasets in a fixed order (datasets, subsets, file names), the same on every process.
 
     Unreadable pictures, pictures too small for any bucket and missing captions are warned about, each kind once.
+    Afterwards the indexes of ``places`` hold a row for every picture.
 
     Args:
         datasets: what to look for.
-        places: where sizes may be known from an earlier run; ``None`` opens every picture.
-        num_workers: threads that open pictures.
-        show_progress: with a progress bar.
+        places: has the indexes, from which sizes may be known.
+        num_workers: threads that open files.
+        sharing: who shares the opening of pictures; all processes call this.
 
     Raises:
-        DatasetError: no picture is left, or a caption file is broken.
+        DatasetError: no picture is left, a caption or metadata file is broken, or processes see different pictures.
     """
     findings = _Findings()
+    subsets = [subset for config in datasets for subset in config.subsets]
+    sources = _Sources(subsets, num_workers, sharing.show_progress)
+    _look_at_sizes(sources, places, findings, num_workers, sharing)
     items: list[Item] = []
     for dataset_index, config in enumerate(datasets):
         place = _sharing(BucketChooser(config))
         for subset in config.subsets:
-            index = places.index(subset.image_dir) if places else None
-            for name, size in _sizes(subset.image_dir, index, findings, num_workers, show_progress):
-                placement = place(size)
+            index = places.index(subset.image_dir)
+            repeats = subset.num_repeats
+            for name, caption in sources.of(subset):
+                size = index.known_size(name)
+                if size is None:
+                    continue
+                size, placement = place(size)
                 if placement is None:
                     findings.too_small.append(subset.image_dir / name)
                     continue
-                caption = _caption(subset, name, findings)
-                items.append(Item(len(items), name, size, placement, caption, subset, dataset_index))
+                text = caption if caption is not None else _instead(subset, name, findings)
+                items.append(Item(len(items), name, size, placement, text, subset, dataset_index, repeats))
     _report(findings, len(items))
     if not items:
         raise DatasetError("No picture is left to train on: " + _why_none(findings))
+    _check_same(items, sharing)
     return items
 
 
-def undecodable(items: Sequence[Item], num_workers: int, show_progress: bool) -> dict[int, str]:
-    """Decodes every picture once and returns the indexes of those that fail, with the reason.
+class _Sources:
+    """What each subset's folder or metadata file holds; one that several subsets use is read once."""
+
+    def __init__(self, subsets: Sequence[SubsetConfig], num_workers: int, show_progress: bool) -> None:
+        self._names: dict[Path, list[str]] = {}  # of folders
+        self._pairs: dict[_Key, list[tuple[str, Caption]]] = {}
+        for subset in subsets:
+            key = _source_key(subset)
+            if key in self._pairs:
+                continue
+            if subset.metadata_file is not None:
+                self._pairs[key] = read_metadata(subset)
+                continue
+            if subset.image_dir not in self._names:
+                self._names[subset.image_dir] = sorted(entry.name for entry in pictures(subset.image_dir))
+            names = self._names[subset.image_dir]
+            self._pairs[key] = list(zip(names, _captions(subset, names, num_workers, show_progress), strict=True))
+
+    def of(self, subset: SubsetConfig) -> list[tuple[str, Caption]]:
+        """Returns (name, caption) of a subset's pictures, by name."""
+        return self._pairs[_source_key(subset)]
+
+    def folders(self) -> dict[Path, tuple[list[str], bool]]:
+        """Returns each picture folder with all names in use, and whether these are all of its pictures."""
+        found: dict[Path, tuple[list[str], bool]] = {}
+        for (image_dir, *_), pairs in self._pairs.items():
+            names = found[image_dir][0] if image_dir in found else []
+            found[image_dir] = ([*names, *(name for name, _ in pairs)], image_dir in self._names)
+        return {folder: (list(dict.fromkeys(names)), whole) for folder, (names, whole) in found.items()}
+
+
+def _source_key(subset: SubsetConfig) -> _Key:
+    rule = subset.caption_separator if subset.metadata_file else subset.caption_extension
+    return subset.image_dir, subset.metadata_file, subset.enable_wildcard, rule
+
+
+def _captions(subset: SubsetConfig, names: list[str], num_workers: int, show_progress: bool) -> Iterator[Caption]:
+    """Yields the texts of the caption files beside pictures, in order; equal ones are one object, to save memory."""
+    folder, extension, all_lines = str(subset.image_dir), subset.caption_extension, subset.enable_wildcard
+    known: dict[Caption, Caption] = {}
+    what = f"Reading captions of {subset.image_dir.name}"
+
+    def read(name: str) -> Caption:
+        return read_caption(os.path.join(folder, name), extension, all_lines)  # noqa: PTH118 - as in read_caption
+
+    for caption in _each(names, read, num_workers, what, show_progress):
+        yield known.setdefault(caption, caption)
+
+
+def _each(
+    names: Sequence[str], work: Callable[[str], Result], num_workers: int, what: str, show_progress: bool
+) -> Iterator[Result]:
+    """Yields ``work(name)`` in order, done by threads; a bar appears where that takes long."""
+    chunks = [names[start : start + _AT_A_TIME] for start in range(0, len(names), _AT_A_TIME)]
+    with tqdm(total=len(names), desc=what, unit="file", delay=3, disable=not show_progress) as bar:
+        for results in prefetch(chunks, lambda chunk: [work(name) for name in chunk], num_workers):
+            yield from results
+            bar.update(len(results))
+
+
+def _look_at_sizes(
+    sources: _Sources, places: CachePlaces, findings: _Findings, num_workers: int, sharing: Sharing
+) -> None:
+    """Brings the indexes up to date: files that are new or changed are opened, each by one process."""
+    folders = sources.folders()
+    unknown: list[tuple[str, str]] = []
+    for folder, (names, whole) in folders.items():
+        index = places.index(folder)
+        states = _each(names, _state_of(folder), num_workers, f"Looking at {folder.name}", sharing.show_progress)
+        new = {name for name, state in zip(names, states, strict=True) if index.size_of(name, state) is None}
+        unknown += [(str(folder), name) for name in new]
+        known = [name for name in names if name not in new]
+        if not whole:  # a metadata file names some of the pictures; what is known of the others stays
+            known += sorted(index.names() - set(names))
+        index.keep_only(known)
+    unknown = sharing.union(unknown)
+    by_text = {str(folder): folder for folder in folders}
+
+    def read(job: tuple[str, str]) -> tuple[str, str, FileState | None, Size | str]:
+        path = by_text[job[0]] / job[1]
+        try:
+            stat = path.stat()
+            return *job, FileState(stat.st_size, stat.st_mtime_ns), images.read_size(path)
+        except images.BROKEN_PICTURE as error:
+            return *job, None, images.reason(error)
+
+    mine = sharing.share(unknown)
+    results = prefetch(mine, read, num_workers)
+    hidden = not (sharing.show_progress and unknown)
+    found = list(tqdm(results, total=len(mine), desc="Looking at new pictures", unit="picture", disable=hidden))
+    for text, name, state, size in sorted(sharing.together(found), key=lambda row: row[:2]):
+        if isinstance(size, str):
+            findings.unreadable.append((by_text[text] / name, size))
+        elif state is not None:
+            places.index(by_text[text]).put(name, FileState(*state), size)
+
+
+def _state_of(folder: Path) -> Callable[[str], FileState]:
+    base = str(folder)
+
+    def state(name: str) -> FileState:
+        try:
+            stat = os.stat(os.path.join(base, name))  # noqa: PTH116, PTH118 - once per picture, of 100,000
+        except OSError:
+            return FileState(-1, -1)  # reading its size will say what is wrong with it
+        return FileState(stat.st_size, stat.st_mtime_ns)
+
+    return state
+
+
+def _check_same(items: Sequence[Item], sharing: Sharing) -> None:
+    """Raises ``DatasetError`` where processes, on several machines, see different pictures or captions."""
+    if sharing.count == 1:
+        return
+    digest = hashlib.sha256()
+    for item in items:
+        digest.update(repr((item.name, item.size_px, item.caption)).encode("utf-8", "surrogatepass"))
+    states = sharing.together([(len(items), digest.hexdigest())])
+    if len(set(states)) > 1:
+        counts = ", ".join(str(count) for count, _ in states)
+        raise DatasetError(
+            f"The processes of this run see different pictures or captions ({counts} pictures); all machines need the same"
+            " files."
+        )
+
+
+def undecodable(items: Sequence[Item], num_workers: int, sharing: Sharing) -> dict[int, str]:
+    """Decodes every picture once and returns the indexes of those that fail, with the reason. All processes call it.
 
     For runs that read the files themselves in every epoch: a truncated one would end such a run hours later.
     """
@@ -83,9 +227,13 @@ def undecodable(items: Sequence[Item], num_workers: int, show_progress: bool) ->
             return images.reason(error)
         return None
 
-    checks = prefetch(items, check, num_workers)
-    bar = tqdm(checks, total=len(items), desc="Checking pictures", unit="picture", disable=not show_progress)
-    return {item.index: problem for item, problem in zip(items, bar, strict=True) if problem is not None}
+    once = {item.path: item for item in items}  # of several datasets, one picture each
+    mine = sharing.share(list(once.values()))
+    checks = prefetch(mine, check, num_workers)
+    bar = tqdm(checks, total=len(mine), desc="Checking pictures", unit="picture", disable=not sharing.show_progress)
+    failed = [(str(item.path), problem) for item, problem in zip(mine, bar, strict=True) if problem is not None]
+    problems = dict(sharing.together(failed))
+    return {item.index: problems[str(item.path)] for item in items if str(item.path) in problems} if problems else {}
 
 
 def warn_unreadable(pairs: Sequence[tuple[Path, str]]) -> None:
@@ -97,69 +245,24 @@ def warn_unreadable(pairs: Sequence[tuple[Path, str]]) -> None:
         logger.warning("%s left out: %s", count, some([f"{path} ({why})" for path, why in pairs]))
 
 
-def _sharing(chooser: BucketChooser) -> Callable[[Size], Placement | None]:
-    """Returns ``chooser.place`` that gives pictures of one size the same object, to save memory."""
-    known: dict[Size, Placement | None] = {}
+def _sharing(chooser: BucketChooser) -> Callable[[Size], tuple[Size, Placement | None]]:
+    """Returns ``chooser.place`` that gives pictures of one size the same objects, to save memory."""
+    known: dict[Size, tuple[Size, Placement | None]] = {}
 
-    def place(size: Size) -> Placement | None:
+    def place(size: Size) -> tuple[Size, Placement | None]:
         if size not in known:
-            known[size] = chooser.place(*size)
+            known[size] = size, chooser.place(*size)
         return known[size]
 
     return place
 
 
-def _sizes(
-    folder: Path, index: PictureIndex | None, findings: _Findings, num_workers: int, show_progress: bool
-) -> Iterator[tuple[str, Size]]:
-    """Yields (file name, size) of a folder's readable pictures by name, and keeps the index up to date."""
-    names = sorted(entry.name for entry in pictures(folder))
-    known: dict[str, Size] = {}
-    if index is not None:
-        index.keep_only(set(names))
-        for name in names:
-            row = _row_of(index, folder, name)
-            if row is not None:
-                known[name] = (row.width_px, row.height_px)
-
-    def read(name: str) -> tuple[str, os.stat_result | None, Size | str]:
-        path = folder / name
-        try:
-            return name, path.stat(), images.read_size(path)
-        except images.BROKEN_PICTURE as error:
-            return name, None, images.reason(error)
-
-    unknown = [name for name in names if name not in known]
-    results = prefetch(unknown, read, num_workers)
-    hidden = not (show_progress and unknown)
-    for name, stat, size in tqdm(
-        results, total=len(unknown), desc=f"Looking at {folder.name}", unit="picture", disable=hidden
-    ):
-        if isinstance(size, str):
-            findings.unreadable.append((folder / name, size))
-            continue
-        known[name] = size
-        if index is not None and stat is not None:
-            index.put(name, PictureRow(stat.st_size, stat.st_mtime_ns, *size))
-    for name in names:
-        if name in known:
-            yield name, known[name]
-
-
-def _row_of(index: PictureIndex, folder: Path, name: str) -> PictureRow | None:
-    try:
-        return index.get(name, os.stat(os.path.join(folder, name)))  # noqa: PTH116, PTH118 - once per picture, of 100,000
-    except OSError:
-        return None  # reading its size will say what is wrong with it
-
-
-def _caption(subset: SubsetConfig, name: str, findings: _Findings) -> str:
-    path = subset.image_dir / name
-    caption = read_caption(path, subset.caption_extension, subset.enable_wildcard)
-    if caption is not None:
-        return caption
-    findings.extensions.add(subset.caption_extension)
-    (findings.class_tokens if subset.class_tokens else findings.no_caption).append(path)
+def _instead(subset: SubsetConfig, name: str, findings: _Findings) -> str:
+    """Returns the caption of a picture that has none of its own."""
+    findings.sources.add(
+        f"in {subset.metadata_file.name}" if subset.metadata_file else f"in a {subset.caption_extension} file"
+    )
+    (findings.class_tokens if subset.class_tokens else findings.no_caption).append(os.path.split(name)[1])
     return subset.class_tokens or ""
 
 
@@ -171,16 +274,16 @@ def _report(findings: _Findings, num_items: int) -> None:
             len(findings.too_small),
             some([str(path) for path in findings.too_small]),
         )
-    looked_for = ", ".join(sorted(findings.extensions))
-    for paths, instead in ((findings.class_tokens, "their class tokens"), (findings.no_caption, "an empty caption")):
-        if paths:
+    looked_for = " or ".join(sorted(findings.sources))
+    for names, instead in ((findings.class_tokens, "their class tokens"), (findings.no_caption, "an empty caption")):
+        if names:
             logger.warning(
-                "%d of %d pictures have no caption in a %s file and are trained with %s: %s",
-                len(paths),
+                "%d of %d pictures have no caption %s and are trained with %s: %s",
+                len(names),
                 num_items,
                 looked_for,
                 instead,
-                some([path.name for path in paths]),
+                some(names),
             )
 
 

@@ -8,21 +8,22 @@ they wait for each other with. Every process asks for the same things in the sam
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from dataclasses import dataclass
 from pathlib import Path
 
 import torch
 from tqdm import tqdm
 
-from library import files
 from library.data import images
 from library.data.cache_places import CachePlaces
 from library.data.config import SubsetConfig
+from library.data.content import hash_contents
 from library.data.items import Item
-from library.data.picture_index import PictureRow
 from library.data.prefetch import prefetch
+from library.data.sharing import ALONE, Sharing
 from library.data.stores import Digest, DiskStore, MemoryStore, Store, digest_of
 from library.errors import DatasetError
+
+__all__ = ["ALONE", "EncodeCaptions", "EncodePixels", "LatentCache", "Sharing", "TextCache"]
 
 # Part of every digest: raise it when entries are made differently.
 _VERSION = 1
@@ -30,39 +31,10 @@ _VERSION = 1
 # Entries that each process sends at a time: a whole cache at once would need its size twice.
 _EXCHANGED_AT_ONCE = 64
 
-Gather = Callable[[list], list[list]]
 EncodePixels = Callable[[torch.Tensor], torch.Tensor]
 EncodeCaptions = Callable[[list[str]], Sequence[torch.Tensor]]
 Job = tuple[int, tuple[bool, ...]]
 Unreadable = dict[int, str]
-
-
-@dataclass(frozen=True)
-class Sharing:
-    """How processes share the filling of a cache; all of them call what takes it, in the same order.
-
-    Attributes:
-        rank: this process.
-        count: how many share the work.
-        gather: exchanges a list of picklable objects: ``gather(mine)`` returns the lists of all, by rank.
-        show_progress: with progress bars.
-    """
-
-    rank: int = 0
-    count: int = 1
-    gather: Gather = lambda mine: [mine]
-    show_progress: bool = False
-
-    def union(self, mine: Iterable) -> list:
-        """Returns the sorted union of all processes' elements, the same on each of them."""
-        return sorted({element for part in self.gather(list(mine)) for element in part})
-
-    def share(self, everything: Sequence) -> Sequence:
-        """Returns this process's part of a list that all have."""
-        return everything[self.rank :: self.count]
-
-
-ALONE = Sharing()
 
 
 class LatentCache:
@@ -84,11 +56,11 @@ class LatentCache:
     def missing(self, items: Sequence[Item], fingerprint: str, sharing: Sharing) -> tuple[list[Job], Unreadable]:
         """Returns what is to be encoded, as (item index, flips), and the pictures that cannot be read, with the reason.
 
-        Content is hashed where a picture is new or its byte count or mtime changed. No encoder is needed.
+        Content is hashed where a picture is new or has changed. No encoder is needed.
         """
         self._fingerprint = fingerprint
         self._store.refresh()
-        unreadable = self._hash_contents(items, sharing) if self._places else {}
+        unreadable = hash_contents(items, self._places, sharing, self._num_workers) if self._places else {}
         jobs = []
         for item in items:
             if item.index not in unreadable:
@@ -186,38 +158,6 @@ class LatentCache:
             flip,
         )
         return digest_of("latents", _VERSION, pixels, self._fingerprint)
-
-    def _hash_contents(self, items: Sequence[Item], sharing: Sharing) -> Unreadable:
-        """Brings the content hashes up to date, on every process, and returns the pictures that cannot be read."""
-        if self._places is None:
-            return {}
-        by_index = {item.index: item for item in items}
-        todo = sharing.union(item.index for item in items if self._known_row(item) is None)
-        mine = sharing.share(todo)
-        rows: list[tuple[int, PictureRow | str]] = []
-        hidden = not (sharing.show_progress and todo)
-        with tqdm(total=len(mine), desc="Hashing pictures", unit="picture", disable=hidden) as bar:
-            for index, row in prefetch(mine, lambda index: (index, _hash(by_index[index])), self._num_workers):
-                rows.append((index, row))
-                bar.update()
-        unreadable = {}
-        for index, row in (pair for part in sharing.gather(rows) for pair in part):
-            if isinstance(row, str):
-                unreadable[index] = row
-            else:
-                self._places.index(by_index[index].subset.image_dir).put(by_index[index].name, row)
-        if sharing.rank == 0:
-            self._places.save_indexes()
-        return unreadable
-
-    def _known_row(self, item: Item) -> PictureRow | None:
-        if self._places is None:
-            return None
-        try:
-            row = self._places.index(item.subset.image_dir).get(item.name, item.path.stat())
-        except OSError:
-            return None  # hashing will say what is wrong with it
-        return row if row is not None and row.sha256 is not None else None
 
 
 class TextCache:
@@ -325,17 +265,6 @@ def _decode(chunk: list[Job], by_index: Mapping[int, Item]) -> list[tuple[int, t
         except images.BROKEN_PICTURE as error:
             decoded.append((index, flips, images.reason(error)))
     return decoded
-
-
-def _hash(item: Item) -> PictureRow | str:
-    """Returns the row of a picture file with its content hash, or what is wrong with the file."""
-    try:
-        # The state before reading: should the file change meanwhile, the next start sees a different one.
-        stat = item.path.stat()
-        content = bytes.fromhex(files.sha256_of_file(item.path))
-    except OSError as error:
-        return images.reason(error)
-    return PictureRow(stat.st_size, stat.st_mtime_ns, *item.size_px, content)
 
 
 def exchange(store: Store, made: list[Digest], sharing: Sharing) -> None:

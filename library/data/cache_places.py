@@ -17,24 +17,35 @@ class CachePlaces:
 
     def __init__(self, cache_dir: Path | None) -> None:
         self._cache_dir = cache_dir.expanduser() if cache_dir else None
+        self._folders: dict[Path, Path] = {}
         self._indexes: dict[Path, PictureIndex] = {}
+        self._kept: set[Path] = set()
 
     def folder(self, image_dir: Path) -> Path:
         """Returns the cache folder for the pictures of ``image_dir``."""
-        return self._cache_dir or image_dir / CACHE_FOLDER
+        if image_dir not in self._folders:
+            self._folders[image_dir] = self._cache_dir or image_dir / CACHE_FOLDER
+        return self._folders[image_dir]
+
+    def keep_index(self, image_dir: Path) -> None:
+        """Has the index of ``image_dir`` kept on disk; to be called before the index is used."""
+        self._kept.add(image_dir)
 
     def index(self, image_dir: Path) -> PictureIndex:
-        """Returns the index of ``image_dir``, read from disk the first time."""
+        """Returns the index of ``image_dir``: one that lasts as long as the run, or is read from disk the first time."""
         if image_dir not in self._indexes:
-            name = "pictures.json"
-            if self._cache_dir:
-                # One folder for several picture folders: each has an index of its own.
-                name = f"pictures-{digest_of(str(image_dir.resolve())).hex()[:12]}.json"
-            self._indexes[image_dir] = PictureIndex.load(self.folder(image_dir) / name)
+            self._indexes[image_dir] = self._load(image_dir) if image_dir in self._kept else PictureIndex(None)
         return self._indexes[image_dir]
 
+    def _load(self, image_dir: Path) -> PictureIndex:
+        name = "pictures.json"
+        if self._cache_dir:
+            # One folder for several picture folders: each has an index of its own.
+            name = f"pictures-{digest_of(str(image_dir.resolve())).hex()[:12]}.json"
+        return PictureIndex.load(self.folder(image_dir) / name)
+
     def save_indexes(self) -> None:
-        """Writes the indexes that changed; a folder that cannot be written to is only warned about."""
+        """Writes the kept indexes that changed; a folder that cannot be written to is only warned about."""
         for index in self._indexes.values():
             try:
                 index.save()

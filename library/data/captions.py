@@ -6,6 +6,7 @@ that a run will use can be listed before it starts.
 
 from __future__ import annotations
 
+import os
 import random
 import re
 from pathlib import Path
@@ -19,7 +20,7 @@ _CHOICE = re.compile(r"\{([^{}]+)\}")
 _OPEN, _CLOSE = "\ue000", "\ue001"
 
 
-def read_caption(picture: Path, extension: str, all_lines: bool) -> str | None:
+def read_caption(picture: str | Path, extension: str, all_lines: bool) -> str | None:
     """Returns the text of the caption file beside a picture, or ``None`` where there is none or it is blank.
 
     Args:
@@ -30,11 +31,15 @@ def read_caption(picture: Path, extension: str, all_lines: bool) -> str | None:
     Raises:
         DatasetError: the file is not UTF-8 or cannot be read.
     """
-    content = _read(picture.with_name(picture.stem + extension))
-    # Tools that mark faces append _cx_cy_w_h to a picture's name; its caption file may have the name without that.
-    parts = picture.stem.split("_")
-    if content is None and len(parts) >= 5:
-        content = _read(picture.with_name("_".join(parts[:-4]) + extension))
+    # Texts and not Path objects, which would cost more than the reading where there are 100,000.
+    stem = os.path.splitext(picture)[0]  # noqa: PTH122
+    content = _read(stem + extension)
+    if content is None:
+        # Tools that mark faces append _cx_cy_w_h to a picture's name; its caption file may have the name without that.
+        folder, name = os.path.split(stem)
+        parts = name.split("_")
+        if len(parts) >= 5:
+            content = _read(os.path.join(folder, "_".join(parts[:-4]) + extension))  # noqa: PTH118
     # Not splitlines(), which also ends lines at characters that are part of a text, such as U+2028.
     lines = [line.strip() for line in re.split(r"\r\n|\r|\n", content or "") if line.strip()]
     if not lines:
@@ -42,9 +47,10 @@ def read_caption(picture: Path, extension: str, all_lines: bool) -> str | None:
     return "\n".join(lines) if all_lines else lines[0]
 
 
-def _read(path: Path) -> str | None:
+def _read(path: str) -> str | None:
     try:
-        content = path.read_bytes()
+        with open(path, "rb", buffering=0) as file:  # noqa: PTH123
+            content = file.read()
         if b"\0" in content:
             raise DatasetError(f"The caption file {path} holds NUL bytes, so it is not UTF-8 text; save it as UTF-8.")
         return content.decode("utf-8-sig")

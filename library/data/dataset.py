@@ -10,15 +10,19 @@ import torch
 
 from library import keyed_random
 from library.data import captions as caption_rules
+from library.data import regularisation
 from library.data.building import build_items, undecodable, warn_unreadable
-from library.data.cache import ALONE, EncodeCaptions, EncodePixels, LatentCache, Sharing, TextCache
+from library.data.cache import EncodeCaptions, EncodePixels, LatentCache, TextCache
 from library.data.cache_places import CachePlaces
 from library.data.config import DatasetConfig, load_dataset_config
+from library.data.content import content_of, hash_contents
 from library.data.epoch_plan import EpochPlan, GlobalBatch, Group, count_batches, make_plan
 from library.data.items import Batch, Draw, Item
 from library.data.prefetch import prefetch
 from library.data.settings import DataSettings
+from library.data.sharing import ALONE, Sharing
 from library.data.showings import Showings
+from library.data.validation_split import Split, asks_for_split, split_by_content
 from library.errors import DatasetError
 
 __all__ = ["Batch", "Draw", "EpochPlan", "GlobalBatch", "Item", "TrainingData"]
@@ -35,8 +39,8 @@ class TrainingData:
     Attributes:
         datasets: their settings.
         items: the pictures that are trained on; pictures that turn out to be unreadable while caching disappear.
+        validation_items: the pictures that are held out to measure the validation loss on; none of them is in ``items``.
         latents: the latent cache, or ``None`` where pictures are read anew for each batch.
-        validation_items: the pictures that are held out.
         showings: what a showing of a picture looks like, and what of it counts.
         text: the text cache, or ``None`` where captions are encoded for each batch.
     """
@@ -48,15 +52,20 @@ class TrainingData:
         datasets: Sequence[DatasetConfig],
         items: Sequence[Item],
         places: CachePlaces,
+        split: Split | None = None,
     ) -> None:
         self.datasets = tuple(datasets)
         self._settings = settings
         self._seed = seed
         self._places = places
-        self._all = tuple(items)
+        split = split or Split(tuple(items))
+        self._all = list(items)
+        self._validation_keys = split.keys
+        self.items, self.validation_items = split.training, split.validation
+        for item in self.validation_items:
+            self._all[item.index] = item
         self._dropped: set[int] = set()
         self._set_items()
-        self.validation_items: tuple[Item, ...] = ()
         image_dirs = [subset.image_dir for config in datasets for subset in config.subsets]
         self.latents: LatentCache | None = None
         self.text: TextCache | None = None
@@ -74,8 +83,9 @@ class TrainingData:
         seed: int,
         datasets: Sequence[DatasetConfig] | None = None,
         show_progress: bool = True,
+        sharing: Sharing | None = None,
     ) -> TrainingData:
-        """Returns the datasets that the settings describe; pictures are measured, captions read.
+        """Returns the datasets that the settings describe; pictures are measured, captions read, validation held out.
 
         Without cached latents every picture is also decoded once, so that a broken one shows now.
 
@@ -83,25 +93,33 @@ class TrainingData:
             settings: which folders, and how.
             seed: of every random draw.
             datasets: from :func:`load_dataset_config`, where they were read already.
-            show_progress: with progress bars.
+            show_progress: with progress bars; ``sharing`` has its own say.
+            sharing: who shares the work, where there are several processes; all of them call this.
 
         Raises:
             DatasetError: a file or folder is missing or broken, or no picture is left.
         """
+        sharing = sharing or Sharing(show_progress=show_progress)
         datasets = load_dataset_config(settings) if datasets is None else datasets
         places = CachePlaces(settings.cache_dir)
         workers = settings.max_data_loader_n_workers
-        items = build_items(datasets, places if settings.cache_latents_to_disk else None, workers, show_progress)
-        data = cls(settings, seed, datasets, items, places)
-        data._check_pixels(show_progress)
+        on_disk = settings.cache_latents_to_disk or settings.cache_text_encoder_outputs_to_disk
+        for subset in (subset for config in datasets for subset in config.subsets):
+            if on_disk or subset.cache_info:
+                places.keep_index(subset.image_dir)
+        items = build_items(datasets, places, workers, sharing)
+        broken = {} if settings.cache_latents else undecodable(items, workers, sharing)
+        split = Split(_left(items, broken))
+        if asks_for_split(split.training):
+            unhashed = hash_contents(split.training, places, sharing, workers)
+            broken |= unhashed
+            split = split_by_content(_left(items, broken), lambda item: content_of(item, places), seed)
+        data = cls(settings, seed, datasets, items, places, split)
+        data._report(broken)
+        data.showings.check(data._encoded_items, sharing)
+        if sharing.rank == 0:
+            places.save_indexes()
         return data
-
-    def _check_pixels(self, show_progress: bool) -> None:
-        """Finds out now what is wrong with pictures and masks, as far as caching them will not."""
-        self.showings.check_sizes(show_progress)
-        if not self._settings.cache_latents:
-            self._drop(undecodable(self._all, self._settings.max_data_loader_n_workers, show_progress))
-            self.showings.check_masks(self.items, show_progress)
 
     @property
     def num_workers(self) -> int:
@@ -136,13 +154,15 @@ class TrainingData:
         return set(self.caption_folders(epochs))
 
     def caption_folders(self, epochs: Iterable[int]) -> dict[str, Path]:
-        """Returns every final caption that these epochs use with the cache folder of the first picture that uses it."""
+        """Returns every final caption that these epochs and validation use, with the cache folder of the first that does."""
         epochs = sorted(set(epochs))
         folders: dict[str, Path] = {}
         for item in self.items:
             folder = self._places.folder(item.subset.image_dir)
             for caption in self._captions_of(item, epochs):
                 folders.setdefault(caption, folder)
+        for item in self.validation_items:
+            folders.setdefault(self.validation_draw(item.index).caption, self._places.folder(item.subset.image_dir))
         return folders
 
     def _captions_of(self, item: Item, epochs: list[int]) -> Iterator[str]:
@@ -164,30 +184,76 @@ class TrainingData:
         return keyed_random.key("draw", self._seed, epoch, index, repeat)
 
     def _set_items(self) -> None:
-        self.items = tuple(item for item in self._all if item.index not in self._dropped)
-        members: dict[tuple[int, tuple[int, int]], list[tuple[int, int]]] = {}
+        kept = [item for item in self.items if item.index not in self._dropped]
+        self.items = tuple(regularisation.balanced(kept, self._seed))
         for item in self.items:
+            self._all[item.index] = item
+        self.validation_items = tuple(item for item in self.validation_items if item.index not in self._dropped)
+        self._groups = self._groups_of(self.items)
+
+    def _groups_of(self, items: Iterable[Item]) -> list[Group]:
+        members: dict[tuple[int, tuple[int, int]], list[tuple[int, int]]] = {}
+        for item in items:
             members.setdefault((item.dataset_index, item.bucket_px), []).append((item.index, item.num_repeats))
-        self._groups = [
+        return [
             Group(dataset, bucket, self.datasets[dataset].batch_size, slots)
             for (dataset, bucket), slots in members.items()
         ]
 
+    def _report(self, broken: dict[int, str]) -> None:
+        """Says what was found, once at the start."""
+        warn_unreadable([(self._all[index].path, why) for index, why in sorted(broken.items())])
+        regularisation.report(self._all, self.items)
+        self._check_left(broken)
+
     def _drop(self, unreadable: dict[int, str]) -> None:
         """Leaves pictures out of the run and says so once."""
-        new = sorted(index for index in unreadable if index not in self._dropped)
+        new = {index: why for index, why in sorted(unreadable.items()) if index not in self._dropped}
         if not new:
             return
-        warn_unreadable([(self._all[index].path, unreadable[index]) for index in new])
+        warn_unreadable([(self._all[index].path, why) for index, why in new.items()])
         self._dropped.update(new)
         self._set_items()
-        if not self.items:
-            first = self._all[new[0]].path
-            raise DatasetError(
-                f"No picture is left to train on: none can be read, for example {first} ({unreadable[new[0]]})."
-            )
+        self._check_left(new)
+
+    def _check_left(self, broken: dict[int, str]) -> None:
+        """Raises ``DatasetError`` where nothing is left to train on."""
+        if any(not item.subset.is_reg for item in self.items):
+            return
+        index = min(broken)
+        raise DatasetError(
+            "No picture is left to train on: none of the others can be read, for example "
+            f"{self._all[index].path} ({broken[index]})."
+        )
+
+    # Validation
+
+    def validation_draw(self, index: int) -> Draw:
+        """Returns the one showing of a held-out picture; it depends on the validation seed and the picture alone."""
+        item, key = self._all[index], self._validation_keys[index]
+        return Draw(item, 0, 0, caption_rules.final_caption(item.subset, item.caption, 1, key), False, key)
+
+    def validation_batches(
+        self, rank: int = 0, num_processes: int = 1, max_batches: int | None = None
+    ) -> Generator[Batch]:
+        """Yields this process's part of each global batch of held-out pictures, always the same in the same order.
+
+        Args:
+            rank: this process; its part of a short batch may be empty.
+            num_processes: over how many processes each global batch is split.
+            max_batches: at most this many global batches.
+        """
+        # By content, so that other names or another order of the files change nothing.
+        items = sorted(self.validation_items, key=lambda item: (item.dataset_index, self._validation_keys[item.index]))
+        seed = self._seed if self._settings.validation_seed is None else self._settings.validation_seed
+        plan = make_plan(self._groups_of(items), seed, 0, num_processes, lambda index, *_: self.validation_draw(index))
+        return self.batches(plan, rank, num_processes, stop=max_batches)
 
     # Caches
+
+    @property
+    def _encoded_items(self) -> tuple[Item, ...]:
+        return (*self.items, *self.validation_items)
 
     def missing_latents(
         self,
@@ -197,7 +263,7 @@ class TrainingData:
         """Returns how many pictures are to be encoded; 0: no autoencoder is needed. All processes call it."""
         if self.latents is None:
             return 0
-        jobs, unreadable = self.latents.missing(self.items, fingerprint, sharing)
+        jobs, unreadable = self.latents.missing(self._encoded_items, fingerprint, sharing)
         self._drop(unreadable)
         return len(jobs)
 
@@ -219,8 +285,8 @@ class TrainingData:
         """
         if self.latents is not None:
             batch_size = self._settings.vae_batch_size
-            self._drop(self.latents.fill(self.items, encode, fingerprint, batch_size, sharing))
-            self.showings.fill_masks(self.items, sharing)
+            self._drop(self.latents.fill(self._encoded_items, encode, fingerprint, batch_size, sharing))
+            self.showings.fill_masks(self._encoded_items, sharing)
 
     def missing_text(self, captions: Iterable[str], fingerprint: str, sharing: Sharing = ALONE) -> int:
         """Returns how many captions are to be encoded; 0: no text encoder is needed. All processes call it."""
@@ -300,12 +366,19 @@ class TrainingData:
             pixels = torch.stack([self.showings.pixels(draw) for draw in draws])
         if self.text is not None:
             text = tuple(self.text.get(draw.caption) for draw in draws)
-        weights = torch.ones(len(draws), dtype=torch.float32)
+        prior = self._settings.prior_loss_weight
+        weights = torch.tensor([prior if draw.item.subset.is_reg else 1.0 for draw in draws], dtype=torch.float32)
         num_global = len(draws) if num_global is None else num_global
         return Batch(tuple(draws), latents, pixels, text, weights, num_global, self.showings.masks(draws))
 
     def batches(
-        self, plan: EpochPlan, rank: int = 0, num_processes: int = 1, start: int = 0, num_workers: int | None = None
+        self,
+        plan: EpochPlan,
+        rank: int = 0,
+        num_processes: int = 1,
+        start: int = 0,
+        num_workers: int | None = None,
+        stop: int | None = None,
     ) -> Generator[Batch]:
         """Yields this process's part of each global batch of a plan, read ahead by threads.
 
@@ -317,6 +390,7 @@ class TrainingData:
             num_processes: over how many processes each global batch is split.
             start: first global batch, for a run that is resumed inside an epoch.
             num_workers: threads (default: ``--max_data_loader_n_workers``; 0 reads without threads).
+            stop: global batch before which to end (default: the plan's end).
         """
 
         def read(number: int) -> Batch:
@@ -325,11 +399,17 @@ class TrainingData:
 
         workers = self._settings.max_data_loader_n_workers if num_workers is None else num_workers
         depth = max(1, min(2 * workers, self._max_waiting()))
-        return prefetch(range(start, len(plan)), read, min(workers, depth), depth)
+        end = len(plan) if stop is None else min(stop, len(plan))
+        return prefetch(range(start, end), read, min(workers, depth), depth)
 
     def _max_waiting(self) -> int:
         """Returns how many batches may wait so that decoded pictures stay within their share of the memory."""
         if self.latents is not None:
             return 64
-        largest = max(group.batch_size * 12 * group.bucket_px[0] * group.bucket_px[1] for group in self._groups)
+        groups = [*self._groups, *self._groups_of(self.validation_items)]
+        largest = max(group.batch_size * 12 * group.bucket_px[0] * group.bucket_px[1] for group in groups)
         return max(2, _WAITING_PIXELS_BYTES // largest)
+
+
+def _left(items: Sequence[Item], broken: dict[int, str]) -> tuple[Item, ...]:
+    return tuple(item for item in items if item.index not in broken)

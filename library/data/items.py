@@ -19,12 +19,13 @@ class Item:
 
     Attributes:
         index: place among all pictures of the run, the identity that random draws are keyed by.
-        name: file name inside ``subset.image_dir``.
+        name: file name inside ``subset.image_dir``; from a metadata file also a path below it, or an absolute one.
         size_px: (width, height) of the upright picture.
         placement: what it is resized to and which bucket is cut out.
-        caption: text of the caption file, else the class tokens, else empty; not yet the final caption.
+        caption: text of the caption or metadata file, else the class tokens, else empty; not yet the final caption.
         subset: the folder's settings.
         dataset_index: which dataset it belongs to.
+        num_repeats: showings in an epoch: the subset's, or what regularisation pictures need to match the others.
     """
 
     index: int
@@ -34,6 +35,7 @@ class Item:
     caption: str
     subset: SubsetConfig
     dataset_index: int
+    num_repeats: int = 1
 
     @property
     def path(self) -> Path:
@@ -46,10 +48,6 @@ class Item:
     @property
     def resized_px(self) -> Size:
         return self.placement.resized_px
-
-    @property
-    def num_repeats(self) -> int:
-        return self.subset.num_repeats
 
 
 @dataclass(frozen=True, slots=True)

@@ -4,39 +4,42 @@ from __future__ import annotations
 
 import json
 import logging
-import os
-from dataclasses import dataclass
+from array import array
+from collections.abc import Iterable, KeysView
 from pathlib import Path
-from typing import Any
+from typing import NamedTuple
 
 from library import files
+from library.data.buckets import Size
 
 logger = logging.getLogger(__name__)
 
 _VERSION = 1
+_HASH_BYTES = 32
+_NO_HASH = bytes(_HASH_BYTES)
 
 
-@dataclass(slots=True)
-class PictureRow:
-    """One file: its byte count and mtime when it was looked at, (width, height) in pixels, and SHA-256 if known."""
+class FileState(NamedTuple):
+    """What tells whether a file is still the same without reading it."""
 
     num_bytes: int
     mtime_ns: int
-    width_px: int
-    height_px: int
-    sha256: bytes | None = None
-
-    def matches(self, stat: os.stat_result) -> bool:
-        """Tells whether the file still looks the same."""
-        return self.num_bytes == stat.st_size and self.mtime_ns == stat.st_mtime_ns
 
 
 class PictureIndex:
-    """The rows of one picture folder, kept in a JSON file in its cache folder."""
+    """The rows of one picture folder, kept in a JSON file in its cache folder.
 
-    def __init__(self, path: Path) -> None:
+    A row is (byte count, mtime, width, height, SHA-256 or unknown). Rows are kept in flat arrays: as objects, those of
+    100,000 pictures would take more memory than everything else that is known of them.
+    """
+
+    def __init__(self, path: Path | None) -> None:
+        """Makes an empty index; without a path it is not kept."""
         self.path = path
-        self._rows: dict[str, PictureRow] = {}
+        self._rows: dict[str, int] = {}
+        self._states = array("q")
+        self._sides = array("I")
+        self._hashes = bytearray()
         self._changed = False
 
     @classmethod
@@ -46,34 +49,72 @@ class PictureIndex:
         try:
             document = json.loads(path.read_bytes())
             if document["version"] == _VERSION:
-                index._rows = {name: _row(values) for name, values in document["pictures"].items()}
+                for name, (num_bytes, mtime_ns, width, height, sha256) in document["pictures"].items():
+                    content = bytes.fromhex(sha256) if sha256 else _NO_HASH
+                    index._add(name, FileState(num_bytes, mtime_ns), (width, height), content)
         except FileNotFoundError:
             pass
-        except (OSError, ValueError, KeyError, TypeError, AttributeError):
+        except (OSError, ValueError, KeyError, TypeError, AttributeError, OverflowError):
             logger.warning("%s cannot be understood; the pictures of this folder are looked at again.", path)
+            index = cls(path)
         return index
 
-    def get(self, name: str, stat: os.stat_result) -> PictureRow | None:
-        """Returns the row of a file that still looks the same."""
+    def size_of(self, name: str, state: FileState) -> Size | None:
+        """Returns (width, height) of a file that still looks the same."""
         row = self._rows.get(name)
-        return row if row is not None and row.matches(stat) else None
+        if row is None or (self._states[2 * row], self._states[2 * row + 1]) != state:
+            return None
+        return self._sides[2 * row], self._sides[2 * row + 1]
+
+    def known_size(self, name: str) -> Size | None:
+        """Returns (width, height) of a file that has a row."""
+        row = self._rows.get(name)
+        return None if row is None else (self._sides[2 * row], self._sides[2 * row + 1])
 
     def hash_of(self, name: str) -> bytes | None:
-        """Returns the content hash that :meth:`put` gave, or ``None``."""
+        """Returns the content hash of a file, or ``None`` where it is not known."""
         row = self._rows.get(name)
-        return row.sha256 if row else None
+        if row is None:
+            return None
+        content = bytes(self._hashes[_HASH_BYTES * row : _HASH_BYTES * (row + 1)])
+        return content if content != _NO_HASH else None
 
-    def put(self, name: str, row: PictureRow) -> None:
+    def put(self, name: str, state: FileState, size: Size, sha256: bytes | None = None) -> None:
         """Adds or replaces a row."""
-        self._rows[name] = row
         self._changed = True
+        row = self._rows.get(name)
+        if row is None:
+            self._add(name, state, size, sha256 or _NO_HASH)
+            return
+        self._states[2 * row : 2 * row + 2] = array("q", state)
+        self._sides[2 * row : 2 * row + 2] = array("I", size)
+        self._hashes[_HASH_BYTES * row : _HASH_BYTES * (row + 1)] = sha256 or _NO_HASH
 
-    def keep_only(self, names: set[str]) -> None:
-        """Forgets files that are no longer there."""
-        gone = self._rows.keys() - names
-        for name in gone:
-            del self._rows[name]
-        self._changed = self._changed or bool(gone)
+    def names(self) -> KeysView[str]:
+        """Returns the names of all rows."""
+        return self._rows.keys()
+
+    def _add(self, name: str, state: FileState, size: Size, content: bytes) -> None:
+        if len(content) != _HASH_BYTES:
+            raise ValueError("not a SHA-256")
+        self._states.extend(state)
+        self._sides.extend(size)
+        self._hashes += content
+        self._rows[name] = len(self._rows)
+
+    def keep_only(self, names: Iterable[str]) -> None:
+        """Forgets other files; the texts given here are those that are kept as names."""
+        kept = {name: self._rows[name] for name in names if name in self._rows}
+        if len(kept) < len(self._rows):
+            states, sides, hashes = self._states, self._sides, self._hashes
+            self._states, self._sides, self._hashes = array("q"), array("I"), bytearray()
+            for number, (name, row) in enumerate(kept.items()):
+                self._states += states[2 * row : 2 * row + 2]
+                self._sides += sides[2 * row : 2 * row + 2]
+                self._hashes += hashes[_HASH_BYTES * row : _HASH_BYTES * (row + 1)]
+                kept[name] = number
+            self._changed = True
+        self._rows = kept
 
     def save(self) -> None:
         """Writes the index if anything changed.
@@ -81,21 +122,16 @@ class PictureIndex:
         Raises:
             OSError: the folder cannot be written to.
         """
-        if not self._changed:
+        if not self._changed or self.path is None:
             return
-        rows = {
-            name: [row.num_bytes, row.mtime_ns, row.width_px, row.height_px, row.sha256.hex() if row.sha256 else None]
-            for name, row in sorted(self._rows.items())
-        }
         # One picture a line: people look into this file when something seems wrong.
-        lines = ",\n".join(f"{json.dumps(name, ensure_ascii=False)}: {json.dumps(row)}" for name, row in rows.items())
+        lines = ",\n".join(self._line(name) for name in sorted(self._rows))
         files.write_text(self.path, f'{{"version": {_VERSION}, "pictures": {{\n{lines}\n}}}}\n')
         self._changed = False
 
-
-def _row(values: Any) -> PictureRow:
-    num_bytes, mtime_ns, width, height, sha256 = values
-    for number in (num_bytes, mtime_ns, width, height):
-        if not isinstance(number, int):
-            raise TypeError("not a number")
-    return PictureRow(num_bytes, mtime_ns, width, height, bytes.fromhex(sha256) if sha256 else None)
+    def _line(self, name: str) -> str:
+        row = self._rows[name]
+        content = self.hash_of(name)
+        values = [*self._states[2 * row : 2 * row + 2], *self._sides[2 * row : 2 * row + 2]]
+        # ASCII, so that file names that are no valid Unicode survive too.
+        return f"{json.dumps(name)}: {json.dumps([*values, content.hex() if content else None])}"

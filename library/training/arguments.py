@@ -86,7 +86,7 @@ class TrainConfig:
                 "--pretrained_model_name_or_path is missing: there is no model to train; give the Lumina Image 2.0 file"
                 " or folder"
             )
-        if self.data.dataset_config is None and self.data.train_data_dir is None:
+        if self.data.dataset_config is None and self.data.train_data_dir is None and self.data.in_json is None:
             raise SettingsError("there are no pictures to train on; give --dataset_config or --train_data_dir")
         if self.network.network_module is None:
             raise SettingsError("--network_module is missing; give --network_module networks.lora_lumina")
@@ -247,7 +247,27 @@ _NEEDS: tuple[tuple[tuple[str, ...], str, Callable[[TrainConfig], bool]], ...] =
     (
         ("cache_dir",),
         "nothing is cached to disk",
-        lambda c: c.data.cache_latents_to_disk or c.data.cache_text_encoder_outputs_to_disk,
+        lambda c: (
+            c.data.cache_latents_to_disk
+            or c.data.cache_text_encoder_outputs_to_disk
+            or c.data.cache_info
+            or c.data.dataset_config is not None  # which may hold cache_info
+        ),
+    ),
+    (
+        ("conditioning_data_dir",),
+        "mask pictures are used with --masked_loss alone",
+        lambda c: c.data.masked_loss or c.data.dataset_config is not None,
+    ),
+    (
+        ("prior_loss_weight",),
+        "there are no regularisation pictures; --reg_data_dir gives some",
+        lambda c: c.data.reg_data_dir is not None or c.data.dataset_config is not None,
+    ),
+    (
+        ("validation_seed",),
+        "no picture is held out without --validation_split",
+        lambda c: bool(c.data.validation_split) or c.data.dataset_config is not None,
     ),
     (
         ("sample_prompts",),

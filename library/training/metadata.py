@@ -44,9 +44,6 @@ _CONSTANT_ENTRIES: dict[str, Any] = {
     "full_fp16": False,
     "fp8_base": False,
     "fp8_base_unet": False,
-    "face_crop_aug_range": None,
-    "validation_seed": None,
-    "validation_split": 0.0,
     "max_validation_steps": None,
     "validate_every_n_epochs": None,
     "validate_every_n_steps": None,
@@ -66,7 +63,6 @@ _IGNORED_FLAGS: dict[str, Any] = {
     "zero_terminal_snr": False,
     "noise_offset_random_strength": False,
     "min_snr_gamma": None,
-    "prior_loss_weight": 1.0,
 }
 _FROM_SETTINGS: dict[str, tuple[str, ...]] = {
     "optimizer": ("learning_rate", "unet_lr", "lr_warmup_steps", "lr_scheduler", "max_grad_norm"),
@@ -79,7 +75,11 @@ _FROM_SETTINGS: dict[str, tuple[str, ...]] = {
         "caption_dropout_rate",
         "caption_dropout_every_n_epochs",
         "caption_tag_dropout_rate",
+        "face_crop_aug_range",
+        "prior_loss_weight",
         "resize_interpolation",
+        "validation_seed",
+        "validation_split",
     ),
     "model": ("system_prompt", "gemma2_max_token_length"),
     "flow": (
@@ -270,8 +270,8 @@ def dataset_entries(data: TrainingData, num_processes: int, from_file: bool) -> 
     datasets = summary.dataset_summaries(data)
     entries: dict[str, Any] = {
         "num_train_images": sum(one["num_train_images"] for one in datasets),
-        "num_reg_images": 0,
-        "num_validation_images": 0,
+        "num_reg_images": sum(one["num_reg_images"] for one in datasets),
+        "num_validation_images": len(data.validation_items),
         "tag_frequency": summary.tag_frequency(data.items),
         "dataset_dirs": summary.dataset_dirs(data),
     }
@@ -286,7 +286,7 @@ def dataset_entries(data: TrainingData, num_processes: int, from_file: bool) -> 
         "batch_size_per_device": one["batch_size_per_device"],
         "total_batch_size": one["batch_size_per_device"] * num_processes,
         "resolution": tuple(one["resolution"]),
-        "reg_dataset_dirs": {},
+        "reg_dataset_dirs": summary.dataset_dirs(data, is_reg=True),
         **{name: first[name] for name in in_subset},
         **{name: one[name] for name in in_dataset},
     }

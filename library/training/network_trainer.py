@@ -151,7 +151,7 @@ class NetworkTrainer(ModelFamily):
         from library.data.dataset import TrainingData
 
         self.data: TrainingData = TrainingData.build(
-            self.config.data, self.seed, self.dataset_configs, show_progress=self.processes.is_main
+            self.config.data, self.seed, self.dataset_configs, sharing=self.sharing()
         )
         self.check_captions()
         check_writable("--output_dir", self.output_dir())
@@ -222,12 +222,13 @@ class NetworkTrainer(ModelFamily):
             return self.ready_text_encoder().encode(captions)
 
         captions = self.data.caption_folders(range(1, self.plan.num_epochs + 1))
-        if len(captions) > len(self.data.items) + 1:  # one each, and the empty one
+        num_pictures = len(self.data.items) + len(self.data.validation_items)
+        if len(captions) > num_pictures + 1:  # one each, and the empty one
             logger.warning(
                 "Shuffled, dropped and chosen tags give %d different captions for %d pictures in %d epochs; each is encoded"
                 " and kept, about %.1f GiB. Fewer epochs, or captions that stay the same, need less",
                 len(captions),
-                len(self.data.items),
+                num_pictures,
                 self.plan.num_epochs,
                 self.text_cache_bytes(captions) / 2**30,
             )

@@ -194,7 +194,114 @@ def test_a_byte_order_mark_does_not_matter(tmp_path: Path) -> None:
     assert load_dataset_config(DataSettings(dataset_config=path, resolution=(64, 64)))
 
 
+# Metadata files, masks, regularisation
+
+
+def test_styles_may_be_mixed_and_a_metadata_file_needs_no_folder(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    (tmp_path / "more").mkdir()
+    (tmp_path / "more" / "meta.jsonl").write_bytes(b"")
+    toml = (
+        "[[datasets]]\n[[datasets.subsets]]\nimage_dir='$P'\n"
+        "[[datasets.subsets]]\nmetadata_file='more/meta.jsonl'\nnum_repeats=2\n"
+        "[[datasets.subsets]]\nmetadata_file='more/meta.jsonl'\nimage_dir='$P'\n"
+    )
+    (dataset,) = _load(tmp_path, toml)
+    assert [(subset.image_dir, subset.metadata_file) for subset in dataset.subsets] == [
+        (tmp_path / "pictures", None),
+        (tmp_path / "more", tmp_path / "more" / "meta.jsonl"),
+    ]
+    assert "meta.jsonl is already in this dataset; this subset is ignored" in caplog.text
+
+
+def test_masks_are_kept_with_masked_loss_alone(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    (tmp_path / "masks").mkdir()
+    toml = "[[datasets]]\n[[datasets.subsets]]\nimage_dir='$P'\nconditioning_data_dir='masks'\n" * 2
+    assert _load(tmp_path, toml, masked_loss=True)[0].subsets[0].conditioning_data_dir == tmp_path / "masks"
+    assert caplog.text == ""
+    assert _load(tmp_path, toml)[0].subsets[0].conditioning_data_dir is None
+    assert caplog.text.count("conditioning_data_dir has no effect, because --masked_loss is not given") == 1
+    with pytest.raises(DatasetError, match=r"subsets\[0\]: conditioning_data_dir = 'gone' does not exist \(looked in"):
+        _load(tmp_path, toml.replace("'masks'", "'gone'"), masked_loss=True)
+
+
+@pytest.mark.parametrize(
+    ("line", "message"),
+    [
+        ("metadata_file = 'gone.json'", r"subsets\[0\]: metadata_file = 'gone.json' does not exist \(looked in"),
+        ("metadata_file = '$P'", r"metadata_file = '.*pictures' is not a file"),
+        ("metadata_file = '$P/a.txt'\nimage_dir = 'gone'", "image_dir = 'gone' does not exist"),
+        ("is_reg = 1", "is_reg = 1 is not valid: expected true or false"),
+        ("validation_split = 1.5", "validation_split = 1.5 is not valid: expected a number from 0 to 1"),
+        ("prior_loss_weight = 1.0", "unknown key prior_loss_weight"),
+    ],
+)
+def test_wrong_sources(tmp_path: Path, line: str, message: str) -> None:
+    with pytest.raises(DatasetError, match=message):
+        _load(tmp_path, f"[[datasets]]\n[[datasets.subsets]]\n{line}\n")
+
+
+def test_validation_split_on_every_level(tmp_path: Path) -> None:
+    make_pictures(tmp_path / "b", ONE)
+    # defect 55: sd-scripts' documentation shows it in a subset, where its schema refuses it; and 1 is a number too
+    toml = (
+        "[general]\nvalidation_split = 0.1\nvalidation_seed = 1\n"
+        "[[datasets]]\nvalidation_split = 0.2\n[[datasets.subsets]]\nimage_dir='$P'\nvalidation_split = 1\n"
+        "[[datasets.subsets]]\nimage_dir='b'\nvalidation_seed = 3\n"
+        "[[datasets]]\n[[datasets.subsets]]\nimage_dir='$P'\n"
+    )
+    first, second = _load(tmp_path, toml, validation_split=0.5, validation_seed=9)
+    found = [(subset.validation_split, subset.validation_seed) for subset in (*first.subsets, *second.subsets)]
+    assert found == [(1.0, 1), (0.2, 3), (0.1, 1)]
+
+
+def test_a_dataset_without_subsets_is_an_error_in_every_form(tmp_path: Path) -> None:
+    # defect 48: no subsets made a dataset of another style there, and empty data ended with exit code 0
+    for toml in ("[[datasets]]\nresolution=64", "[[datasets]]\nsubsets=[]"):
+        with pytest.raises(DatasetError, match=r"there is no \[\[datasets.subsets\]\]"):
+            _load(tmp_path, toml)
+
+
 # Without a file
+
+
+def test_the_flags_of_a_run_without_a_file(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    for name in ("train/5_cat", "train/2_dog", "reg/3_animal"):
+        make_pictures(tmp_path / name, ONE)
+    (tmp_path / "masks" / "2_dog").mkdir(parents=True)
+    flags = {
+        "train_data_dir": str(tmp_path / "train"),
+        "reg_data_dir": str(tmp_path / "reg"),
+        "conditioning_data_dir": str(tmp_path / "masks"),
+        "resolution": (64, 64),
+    }
+    (dataset,) = load_dataset_config(DataSettings(**flags, masked_loss=True))
+    assert [
+        (one.image_dir.name, one.num_repeats, one.class_tokens, one.is_reg, one.conditioning_data_dir)
+        for one in dataset.subsets
+    ] == [
+        ("2_dog", 2, "dog", False, tmp_path / "masks" / "2_dog"),
+        ("5_cat", 5, "cat", False, tmp_path / "masks"),
+        ("3_animal", 3, "animal", True, None),
+    ]
+    (dataset,) = load_dataset_config(DataSettings(**flags))
+    assert not any(one.conditioning_data_dir for one in dataset.subsets)
+    for changes, message in (
+        ({"conditioning_data_dir": "gone", "masked_loss": True}, "--conditioning_data_dir: gone does not exist"),
+        ({"reg_data_dir": "gone"}, "--reg_data_dir: gone is not a folder"),
+        ({"reg_data_dir": str(tmp_path / "masks")}, "--reg_data_dir: .*masks holds no pictures"),
+        ({"in_json": "gone.json"}, "--in_json: gone.json does not exist"),
+    ):
+        with pytest.raises(DatasetError, match=message):
+            load_dataset_config(DataSettings(**{**flags, **changes}))
+    path = tmp_path / "data.toml"
+    path.write_text(f"[[datasets]]\n[[datasets.subsets]]\nimage_dir='{tmp_path.as_posix()}/train/5_cat'", "utf-8")
+    load_dataset_config(DataSettings(dataset_config=path, **flags, in_json="x"))
+    assert (
+        "--train_data_dir, --reg_data_dir, --in_json, --conditioning_data_dir have no effect, because --dataset_config"
+        in caplog.text
+    )
 
 
 def _load_folder(folder: Path, **flags: Any) -> DatasetConfig:
