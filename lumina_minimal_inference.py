@@ -25,6 +25,7 @@ from library.command_line import build_parser, read_command_line
 from library.console import run_program
 from library.errors import NetworkError, SettingsError, UserError
 from library.files import check_writable, read_safetensors_header, write_with
+from library.lumina.prompt_template import PromptTemplate
 from library.prompts import MAX_SEED, Prompt, PromptError, parse_line, parse_multiplier
 from library.settings import flag, from_given, specs_of
 
@@ -88,6 +89,9 @@ class PictureFlags:
     image_height: int = flag(1024, "height in pixels, a multiple of 16")
     system_prompt: str = flag("", "text before the prompt, as in training")
     add_system_prompt_to_negative_prompt: bool = flag(False, "put it before the negative prompt too")
+    system_prompt_on_empty_caption: bool = flag(
+        False, "put it before empty prompts and empty negative prompts too, as the training flag of this name does"
+    )
     gemma2_max_token_length: int = flag(256, "longest prompt in tokens, system prompt included")
     discrete_flow_shift: float = flag(6.0, "shift of the sampling schedule")
     cfg_trunc_ratio: float = flag(
@@ -102,6 +106,18 @@ class PictureFlags:
                 raise SettingsError(f"--{name}: {getattr(self, name)} must be above 0")
         if self.seed is not None and not 0 <= self.seed <= MAX_SEED:
             raise SettingsError(f"--seed: {self.seed} is outside 0 to {MAX_SEED}")
+
+    @property
+    def caption_template(self) -> PromptTemplate:
+        """The system prompts of prompts."""
+        return PromptTemplate.of_captions(self.system_prompt, self.system_prompt_on_empty_caption)
+
+    @property
+    def negative_template(self) -> PromptTemplate:
+        """The system prompts of negative prompts."""
+        return PromptTemplate.of_negatives(
+            self.system_prompt, self.system_prompt_on_empty_caption, self.add_system_prompt_to_negative_prompt
+        )
 
     def to_prompt(self) -> Prompt:
         """Returns the flags as a prompt."""
@@ -196,7 +212,7 @@ class Painter:
         self._check_loras(models, files)
         logger.info("Reading the models")
         self.encoder = loading.load_gemma2(
-            files, to_dtype(models.gemma2_dtype), pictures.gemma2_max_token_length, pictures.system_prompt
+            files, to_dtype(models.gemma2_dtype), pictures.gemma2_max_token_length, pictures.caption_template
         )
         self.dit = loading.load_next_dit(files.dit, to_dtype(models.dtype), attention=sdpa_attention)
         self.autoencoder = loading.load_autoencoder(files.ae, to_dtype(models.ae_dtype))
@@ -283,7 +299,7 @@ class Painter:
             positive, negative = self._encode(prompt)
             self._place(self.dit)
             size_px = (prompt.width, prompt.height)
-            latents = draw_latents(self.dit, positive, negative, size_px, seed, options, self.device)
+            latents = draw_latents(self.dit, [positive], [negative], size_px, [seed], options, self.device)
             self._put_away(self.dit)
             self._place(self.autoencoder.model)
             picture = to_picture(self.autoencoder.decode, latents)
@@ -295,10 +311,8 @@ class Painter:
         return path
 
     def _encode(self, prompt: Prompt) -> tuple[Tensor, Tensor]:
-        from library.lumina.gemma2 import prompt_text
-
         self._place(self.encoder.model)
-        num_tokens = self.encoder.tokenizer.count(prompt_text(self.encoder.system_prompt, prompt.prompt))
+        num_tokens = self.encoder.tokenizer.count(self.encoder.template.text(prompt.prompt))
         if num_tokens > self._pictures.gemma2_max_token_length:
             logger.warning(
                 "The prompt has %d tokens with its system prompt; what is behind the first %d is cut off"
@@ -307,8 +321,7 @@ class Painter:
                 self._pictures.gemma2_max_token_length,
             )
         (positive,) = self.encoder.encode([prompt.prompt])
-        against = self._pictures.system_prompt if self._pictures.add_system_prompt_to_negative_prompt else ""
-        (negative,) = self.encoder.encode([prompt.negative_prompt], system_prompt=against)
+        (negative,) = self.encoder.encode([prompt.negative_prompt], self._pictures.negative_template)
         self._put_away(self.encoder.model)
         return positive, negative
 

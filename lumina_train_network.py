@@ -18,7 +18,8 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from library.console import run_program, set_up_logging
-from library.errors import SettingsError, some
+from library.errors import SettingsError
+from library.lumina.prompt_template import PromptTemplate
 from library.prompts import Prompt
 from library.training.arguments import parse_arguments
 from library.training.hooks import Losses
@@ -35,6 +36,8 @@ if TYPE_CHECKING:
     from library.lumina.gemma2 import Gemma2Encoder
 
 logger = logging.getLogger(__name__)
+
+_TRAINED_TOKENS = 256  # its authors cut captions off there; its position tables were made for 300
 
 
 class LuminaNetworkTrainer(NetworkTrainer):
@@ -60,6 +63,13 @@ class LuminaNetworkTrainer(NetworkTrainer):
 
     def _explain_settings(self) -> None:
         flow, data, given = self.config.flow, self.config.data, self.config.given
+        if self.config.model.gemma2_max_token_length > _TRAINED_TOKENS:
+            logger.info(
+                "--gemma2_max_token_length %d: the released Lumina Image 2.0 has seen no captions of more than %d tokens;"
+                " longer ones are read whole, and how well it follows them is for the training to show",
+                self.config.model.gemma2_max_token_length,
+                _TRAINED_TOKENS,
+            )
         if data.cache_text_encoder_outputs and not self.config.network.network_train_unet_only:
             logger.info("Gemma2 is not trained, because --cache_text_encoder_outputs keeps its outputs as they are")
         if self.config.trains_text_encoder:
@@ -82,19 +92,27 @@ class LuminaNetworkTrainer(NetworkTrainer):
 
         settings = self.config.model
         return load_gemma2(
-            self.files, dtype, settings.gemma2_max_token_length, settings.system_prompt, self.processes.is_main
+            self.files, dtype, settings.gemma2_max_token_length, self._caption_template(), self.processes.is_main
         )
 
-    def text_fingerprint(self) -> str:
-        return self._text_fingerprint(self.config.model.system_prompt)
+    def _caption_template(self) -> PromptTemplate:
+        settings = self.config.model
+        return PromptTemplate.of_captions(settings.system_prompt, settings.system_prompt_on_empty_caption)
 
-    def _text_fingerprint(self, system_prompt: str) -> str:
+    def _negative_template(self) -> PromptTemplate:
+        settings = self.config.model
+        return PromptTemplate.of_negatives(settings.system_prompt, settings.system_prompt_on_empty_caption)
+
+    def text_fingerprint(self) -> str:
+        return self._text_fingerprint(self._caption_template())
+
+    def _text_fingerprint(self, template: PromptTemplate) -> str:
         from library.lumina.loading import gemma2_fingerprint
 
         if not self.config.data.cache_text_encoder_outputs_to_disk:
-            return f"this run, {system_prompt}"  # gigabytes need not be hashed for what ends with the run
+            return f"this run, {template.fingerprint}"  # gigabytes need not be hashed for what ends with the run
         max_tokens = self.config.model.gemma2_max_token_length
-        return gemma2_fingerprint(self.files, self.weight_dtype, max_tokens, system_prompt)
+        return gemma2_fingerprint(self.files, self.weight_dtype, max_tokens, template.fingerprint)
 
     def load_autoencoder(self, dtype: torch.dtype) -> Autoencoder:
         from library.lumina.loading import load_autoencoder
@@ -131,42 +149,34 @@ class LuminaNetworkTrainer(NetworkTrainer):
             yield from self.ready_text_encoder().model.get_submodule("layers").children()
 
     def check_captions(self) -> None:
-        from library.lumina.gemma2 import prompt_text
+        from library.training.caption_report import training_captions, warn_of_long_captions
 
-        system_prompt, limit = self.config.model.system_prompt, self.config.model.gemma2_max_token_length
-        if system_prompt and self.tokenizer.count(prompt_text(system_prompt, ".")) > limit:
+        template, limit = self._caption_template(), self.config.model.gemma2_max_token_length
+        if template.filled and self.tokenizer.count(template.text(".")) > limit:
             raise SettingsError(
                 f"--system_prompt fills the {limit} tokens of --gemma2_max_token_length, so that no caption is read at"
                 " all; shorten it or raise the limit"
             )
-        texts = [(item.path.name, item.caption) for item in self.data.items]
-        texts += [(f"sample prompt {number}", prompt.prompt) for number, prompt in enumerate(self.prompts, start=1)]
-        counts = [(name, self.tokenizer.count(prompt_text(system_prompt, text))) for name, text in texts]
-        too_long = [f"{name} ({num_tokens} tokens)" for name, num_tokens in counts if num_tokens > limit]
-        if too_long:
-            logger.warning(
-                "%d captions are longer than --gemma2_max_token_length %d with the system prompt; their ends are cut off:"
-                " %s",
-                len(too_long),
-                limit,
-                some(too_long),
-            )
+        warn_of_long_captions(training_captions(self.data), template.text, self.tokenizer, limit, "captions")
+        numbered = list(enumerate(self.prompts, start=1))
+        prompts = [(f"prompt {number}", [prompt.prompt]) for number, prompt in numbered]
+        warn_of_long_captions(prompts, template.text, self.tokenizer, limit, "sample prompts")
+        negatives = [(f"prompt {number}", [prompt.negative_prompt]) for number, prompt in numbered]
+        against = self._negative_template().text
+        warn_of_long_captions(negatives, against, self.tokenizer, limit, "negative sample prompts")
 
     def caption_tokens(self, caption: str) -> CaptionTokens:
         from library.data.debug_page import CaptionTokens
-        from library.lumina.gemma2 import prompt_text
 
-        whole = prompt_text(self.config.model.system_prompt, caption)
+        whole = self._caption_template().text(caption)
         num_in_front = len(whole) - len(caption)
         num_kept = max(0, len(self.tokenizer.kept_part(whole)) - num_in_front)
         num_tokens = self.tokenizer.count(whole)
         return CaptionTokens(caption[:num_kept], caption[num_kept:], num_tokens, self.tokenizer.max_tokens)
 
     def text_cache_bytes(self, captions: Iterable[str]) -> int:
-        from library.lumina.gemma2 import prompt_text
-
-        limit = self.config.model.gemma2_max_token_length
-        counts = (self.tokenizer.count(prompt_text(self.config.model.system_prompt, text)) for text in captions)
+        limit, template = self.config.model.gemma2_max_token_length, self._caption_template()
+        counts = self.tokenizer.counts([template.text(caption) for caption in captions])
         return sum(min(count, limit) for count in counts) * self.files.gemma2.config.hidden_size * 2  # bfloat16
 
     # ---- one training step ----
@@ -246,44 +256,53 @@ class LuminaNetworkTrainer(NetworkTrainer):
             "sample prompts",
         )
         # As in sd-scripts, the system prompt is not part of the negative prompt.
+        template = self._negative_template()
         negative = self.data.extra_text(
             [prompt.negative_prompt for prompt in self.prompts],
-            lambda texts: self.ready_text_encoder().encode(texts, system_prompt=""),
-            self._text_fingerprint(""),
+            lambda texts: self.ready_text_encoder().encode(texts, template),
+            self._text_fingerprint(template),
             self.sharing(),
             "negative prompts",
         )
         self._prompt_features.update(zip(self.prompts, zip(positive, negative, strict=True), strict=True))
 
-    def _encode_prompt(self, prompt: Prompt) -> tuple[Tensor, Tensor]:
+    def _features_of(self, prompt: Prompt) -> tuple[Tensor, Tensor]:
+        """Returns the features of a prompt and its negative prompt: cached, or by the text encoder as it now is."""
         import torch
 
+        cached = self._prompt_features.get(prompt)
+        if cached is not None:
+            return cached
         encoder = self.ready_text_encoder()
         with torch.no_grad():
             (positive,) = encoder.encode([prompt.prompt])
-            (negative,) = encoder.encode([prompt.negative_prompt], system_prompt="")
-        return positive.cpu(), negative.cpu()
+            (negative,) = encoder.encode([prompt.negative_prompt], self._negative_template())
+        return positive, negative
 
     def draw(self, prompts: Sequence[Prompt], seeds: Sequence[int]) -> list[Image]:
-        return [self._draw_one(prompt, seed) for prompt, seed in zip(prompts, seeds, strict=True)]
-
-    def _draw_one(self, prompt: Prompt, seed: int) -> Image:
-        from library.lumina.drawing import draw_latents, to_picture
+        from library.lumina.drawing import draw_latents, to_pictures
         from library.lumina.sampler import SamplingOptions
 
-        cached = self._prompt_features.get(prompt)
-        positive, negative = cached if cached is not None else self._encode_prompt(prompt)
+        features = [self._features_of(prompt) for prompt in prompts]
+        first = prompts[0]
         options = SamplingOptions(
-            steps=prompt.sample_steps,
-            guidance_scale=prompt.scale,
+            steps=first.sample_steps,
+            guidance_scale=first.scale,
             shift=self.config.flow.discrete_flow_shift,
-            cfg_trunc_ratio=prompt.cfg_trunc_ratio,
-            renorm_cfg=prompt.renorm_cfg,
+            cfg_trunc_ratio=first.cfg_trunc_ratio,
+            renorm_cfg=first.renorm_cfg,
         )
-        size_px = (prompt.width, prompt.height)
-        show_progress = self.processes.is_main
-        latents = draw_latents(self.dit, positive, negative, size_px, seed, options, self.device, show_progress)
-        return to_picture(self.ready_autoencoder().decode, latents)
+        latents = draw_latents(
+            self.dit,
+            [positive for positive, _ in features],
+            [negative for _, negative in features],
+            (first.width, first.height),
+            seeds,
+            options,
+            self.device,
+            show_progress=self.processes.is_main,
+        )
+        return to_pictures(self.ready_autoencoder().decode, latents)
 
     # ---- metadata ----
 

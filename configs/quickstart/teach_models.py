@@ -19,7 +19,7 @@ from tqdm import tqdm
 
 from configs.quickstart.make_models import Models
 from library.lumina.autoencoder import Autoencoder, build_autoencoder
-from library.lumina.gemma2 import Gemma2Encoder, GemmaTokenizer, build_gemma2, pad_features
+from library.lumina.gemma2 import Gemma2Encoder, GemmaTokenizer, PromptTemplate, build_gemma2, pad_features
 from library.lumina.next_dit import NextDiT
 
 logger = logging.getLogger(__name__)
@@ -175,7 +175,7 @@ def _examples(models: Models, pictures: tuple[Tensor, list[str]]) -> tuple[Tenso
     return latents, features
 
 
-def _variant(caption: str, index: int) -> tuple[Sequence[str], str | None]:
+def _variant(caption: str, index: int) -> tuple[Sequence[str], PromptTemplate | None]:
     if index % 10 == 0:
         return [""], None
-    return [caption], None if index % 2 else ""
+    return [caption], None if index % 2 else PromptTemplate()

@@ -172,10 +172,22 @@ class TextCache:
         self._disk = DiskStore("text", folders) if folders else None
         self._store: Store = self._disk or MemoryStore()
 
-    def missing(self, captions: Iterable[str], fingerprint: str, sharing: Sharing) -> list[str]:
-        """Returns the captions that are not encoded yet, sorted; no encoder is needed."""
+    def look_again(self, fingerprint: str) -> None:
+        """Looks which entries there are; from now on they are those of this encoder."""
         self._fingerprint = fingerprint
         self._store.refresh()
+
+    def without_known(self, captions: Iterable[tuple[str, Path]]) -> dict[str, Path]:
+        """Returns the captions that are not encoded yet, each with the first folder it came with."""
+        missing: dict[str, Path] = {}
+        for caption, folder in captions:
+            if caption not in missing and self._digest(caption) not in self._store:
+                missing[caption] = folder
+        return missing
+
+    def missing(self, captions: Iterable[str], fingerprint: str, sharing: Sharing) -> list[str]:
+        """Returns the captions that are not encoded yet, sorted; no encoder is needed."""
+        self.look_again(fingerprint)
         return sharing.union(caption for caption in set(captions) if self._digest(caption) not in self._store)
 
     def fill(
@@ -202,7 +214,7 @@ class TextCache:
         """
         missing = self.missing(captions, fingerprint, sharing)
         if self._disk and missing:
-            for folder in {captions[caption] for caption in missing}:
+            for folder in {captions.get(caption) for caption in missing}:
                 self._disk.check_writable(folder)
         # Of like length, so that little is padded; the longest first, so that too little memory shows at once.
         ordered = sorted(missing, key=lambda caption: (-len(caption), caption))
@@ -218,7 +230,7 @@ class TextCache:
                     if not bool(torch.isfinite(feature).all()):
                         raise DatasetError(f"Encoding the caption {caption!r} gave numbers that are not finite.")
                     digest = self._digest(caption)
-                    self._store.put(digest, feature, captions[caption])
+                    self._store.put(digest, feature, captions.get(caption))
                     made.append(digest)
                 bar.update(len(chunk))
         exchange(self._store, made, sharing)

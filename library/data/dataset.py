@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import logging
 from collections.abc import Generator, Iterable, Iterator, Sequence
 from pathlib import Path
@@ -14,9 +15,10 @@ from library.data import regularisation
 from library.data.building import build_items, undecodable, warn_unreadable
 from library.data.cache import EncodeCaptions, EncodePixels, LatentCache, TextCache
 from library.data.cache_places import CachePlaces
+from library.data.caption_plan import CaptionPlan, Clock, draw_key
 from library.data.config import DatasetConfig, load_dataset_config
 from library.data.content import content_of, hash_contents
-from library.data.epoch_plan import EpochPlan, GlobalBatch, Group, count_batches, make_plan
+from library.data.epoch_plan import EpochPlan, GlobalBatch, Group, Members, count_batches, make_plan
 from library.data.items import Batch, Draw, Item
 from library.data.prefetch import prefetch
 from library.data.settings import DataSettings
@@ -65,6 +67,7 @@ class TrainingData:
         for item in self.validation_items:
             self._all[item.index] = item
         self._dropped: set[int] = set()
+        self.caption_plan = CaptionPlan(seed, settings.caption_variants)
         self._set_items()
         image_dirs = [subset.image_dir for config in datasets for subset in config.subsets]
         self.latents: LatentCache | None = None
@@ -137,16 +140,29 @@ class TrainingData:
         """Returns the number of steps of an epoch, that is of global batches."""
         return count_batches(self._groups, num_processes)
 
+    def set_clock(self, steps_per_epoch: int, accumulation: int, num_steps: int, num_processes: int = 1) -> None:
+        """Tells how global batches become optimizer steps, for captions whose number of tags grows with them."""
+        self.caption_plan.clock = Clock(steps_per_epoch, accumulation, num_steps, num_processes)
+
     def plan_epoch(self, epoch: int, num_processes: int) -> EpochPlan:
         """Returns the global batches of an epoch (counted from 1); a pure function of the seed and the epoch."""
-        return make_plan(self._groups, self._seed, epoch, num_processes, self.draw)
+        clock = self.caption_plan.clock
+        step_of = functools.partial(clock.step_of, epoch) if clock else None
+        return make_plan(self._groups, self._seed, epoch, num_processes, self.draw, step_of)
 
-    def draw(self, index: int, epoch: int, repeat: int) -> Draw:
-        """Returns one showing of the picture with this index."""
+    def draw(self, index: int, epoch: int, repeat: int, step: int | None = None) -> Draw:
+        """Returns one showing of the picture with this index.
+
+        Args:
+            index: the picture's.
+            epoch: counted from 1.
+            repeat: from 0.
+            step: optimizer steps done before it; ``None``: after captions have grown to their full length.
+        """
         item = self._all[index]
         key = self._draw_key(index, epoch, repeat)
         flip = item.subset.flip_aug and bool(keyed_random.key("flip", key) & 1)
-        caption = caption_rules.final_caption(item.subset, item.caption, epoch, key)
+        caption = self.caption_plan.caption(item, epoch, repeat, step)
         return Draw(item, epoch, repeat, caption, flip, key)
 
     def captions(self, epochs: Iterable[int]) -> set[str]:
@@ -155,33 +171,19 @@ class TrainingData:
 
     def caption_folders(self, epochs: Iterable[int]) -> dict[str, Path]:
         """Returns every final caption that these epochs and validation use, with the cache folder of the first that does."""
-        epochs = sorted(set(epochs))
         folders: dict[str, Path] = {}
-        for item in self.items:
-            folder = self._places.folder(item.subset.image_dir)
-            for caption in self._captions_of(item, epochs):
-                folders.setdefault(caption, folder)
-        for item in self.validation_items:
-            folders.setdefault(self.validation_draw(item.index).caption, self._places.folder(item.subset.image_dir))
+        for caption, folder in self._listed(epochs):
+            folders.setdefault(caption, folder)
         return folders
 
-    def _captions_of(self, item: Item, epochs: list[int]) -> Iterator[str]:
-        subset, raw = item.subset, item.caption
-        if caption_rules.may_be_empty(subset):
-            yield ""
-        for epoch in epochs:
-            if not caption_rules.text_varies(subset, raw):
-                caption = caption_rules.undropped_caption(subset, raw, epoch)
-                if caption is not None:
-                    yield caption
-                    return
-                continue
-            for repeat in range(item.num_repeats):
-                key = self._draw_key(item.index, epoch, repeat)
-                yield caption_rules.final_caption(subset, raw, epoch, key)
+    def _listed(self, epochs: Iterable[int]) -> Iterator[tuple[str, Path]]:
+        for item, caption in self.caption_plan.listed(self.items, epochs, self.plan_epoch):
+            yield caption, self._places.folder(item.subset.image_dir)
+        for item in self.validation_items:
+            yield self.validation_draw(item.index).caption, self._places.folder(item.subset.image_dir)
 
     def _draw_key(self, index: int, epoch: int, repeat: int) -> int:
-        return keyed_random.key("draw", self._seed, epoch, index, repeat)
+        return draw_key(self._seed, epoch, index, repeat)
 
     def _set_items(self) -> None:
         kept = [item for item in self.items if item.index not in self._dropped]
@@ -192,9 +194,9 @@ class TrainingData:
         self._groups = self._groups_of(self.items)
 
     def _groups_of(self, items: Iterable[Item]) -> list[Group]:
-        members: dict[tuple[int, tuple[int, int]], list[tuple[int, int]]] = {}
+        members: dict[tuple[int, tuple[int, int]], Members] = {}
         for item in items:
-            members.setdefault((item.dataset_index, item.bucket_px), []).append((item.index, item.num_repeats))
+            members.setdefault((item.dataset_index, item.bucket_px), Members()).add(item.index, item.num_repeats)
         return [
             Group(dataset, bucket, self.datasets[dataset].batch_size, slots)
             for (dataset, bucket), slots in members.items()
@@ -317,6 +319,26 @@ class TrainingData:
         folders = dict(captions) if isinstance(captions, dict) else dict.fromkeys(captions)
         batch_size = self._settings.text_encoder_batch_size or max(config.batch_size for config in self.datasets)
         self.text.fill(folders, encode, fingerprint, batch_size, sharing)
+
+    def fill_captions(
+        self, epochs: Iterable[int], encode: EncodeCaptions, fingerprint: str, sharing: Sharing = ALONE
+    ) -> None:
+        """Encodes every caption that these epochs use and that has no entry yet. All processes call it.
+
+        Captions that have one are not collected: a large dataset with a filled cache needs no memory for its texts.
+
+        Args:
+            epochs: counted from 1.
+            encode: texts -> one (L_i, D) tensor each.
+            fingerprint: of the text encoder with its system prompt and token limit.
+            sharing: with whom the work is shared.
+
+        Raises:
+            DatasetError: nothing can be written, or a feature is not finite.
+        """
+        if self.text is not None:
+            self.text.look_again(fingerprint)
+            self.fill_text(self.text.without_known(self._listed(epochs)), encode, fingerprint, sharing)
 
     def extra_text(
         self,

@@ -1,8 +1,8 @@
-"""From caption features to a picture: noise, sampler, autoencoder. Previews and inference both draw with this."""
+"""From caption features to pictures: noise, sampler, autoencoder. Previews and inference both draw with this."""
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING
 
 import torch
@@ -10,6 +10,7 @@ from torch import Tensor
 from tqdm import tqdm
 
 from library.errors import DrawingError
+from library.lumina.gemma2 import pad_features
 from library.lumina.next_dit import NextDiT
 from library.lumina.sampler import Conditioning, SamplingOptions, initial_noise, sample
 
@@ -17,29 +18,29 @@ if TYPE_CHECKING:
     from PIL.Image import Image
 
 
-def conditioning(features: Tensor, model: NextDiT, device: torch.device) -> Conditioning:
-    """Returns one caption's features (L,D) as a batch of one, on the device and in the model's dtype."""
-    return Conditioning(features[None].to(device, model.dtype))
+def conditioning(features: Sequence[Tensor], model: NextDiT, device: torch.device) -> Conditioning:
+    """Returns captions' features (L_i,D) as a batch on the device and in the model's dtype."""
+    return Conditioning(*pad_features([feature.to(device, model.dtype) for feature in features]))
 
 
 def draw_latents(
     model: NextDiT,
-    prompt: Tensor,
-    negative: Tensor,
+    prompts: Sequence[Tensor],
+    negatives: Sequence[Tensor],
     size_px: tuple[int, int],
-    seed: int,
+    seeds: Sequence[int],
     options: SamplingOptions,
     device: torch.device,
     show_progress: bool = True,
 ) -> Tensor:
-    """Returns the latents (1,C,H,W) float32 of one picture, with a progress bar.
+    """Returns the latents (B,C,H,W) float32 of pictures of one size, with a progress bar.
 
     Args:
         model: on ``device``.
-        prompt: caption features (L,D).
-        negative: features of what to stay away from (L,D).
+        prompts: caption features (L_i,D) of each picture.
+        negatives: features (L_i,D) of what each is to stay away from.
         size_px: width and height, multiples of 16.
-        seed: of the initial noise.
+        seeds: of the initial noise, one a picture.
         options: steps and guidance.
         device: where the model is.
         show_progress: with a bar.
@@ -48,16 +49,21 @@ def draw_latents(
     def predict(latents: Tensor, lumina_time: Tensor, features: Tensor, mask: Tensor | None) -> Tensor:
         return model(latents.to(model.dtype), lumina_time, features, mask)
 
-    noise = initial_noise(seed, model.config.channels, *size_px).to(device)
+    noise = initial_noise(seeds, model.config.channels, *size_px).to(device)
     with tqdm(total=options.steps, desc="drawing", leave=False, disable=not show_progress) as bar:
         return sample(
             predict,
             noise,
-            conditioning(prompt, model, device),
-            conditioning(negative, model, device),
+            conditioning(prompts, model, device),
+            conditioning(negatives, model, device),
             options,
             on_step=bar.update,
         )
+
+
+def to_pictures(decode: Callable[[Tensor], Tensor], latents: Tensor) -> list[Image]:
+    """Returns the RGB pictures of latents (B,C,H,W), decoded one after the other: decoding needs the most memory."""
+    return [to_picture(decode, one) for one in latents.split(1)]
 
 
 @torch.no_grad()

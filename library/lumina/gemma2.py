@@ -17,19 +17,11 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from library.lumina.configs import Gemma2TextConfig
+from library.lumina.prompt_template import PromptTemplate
 from library.lumina.quiet import quiet_libraries
 from library.lumina.tokenizer import GemmaTokenizer
 
-__all__ = ["Gemma2Encoder", "GemmaTokenizer", "build_gemma2", "empty_gemma2", "pad_features", "prompt_text"]
-
-
-def prompt_text(system_prompt: str, caption: str) -> str:
-    """Returns the text that is encoded for a caption.
-
-    The official rule: ``"{system} <Prompt Start> {caption}"``; an empty caption (dropped, or an empty negative prompt)
-    has no system prompt.
-    """
-    return f"{system_prompt} <Prompt Start> {caption}" if system_prompt and caption else caption
+__all__ = ["Gemma2Encoder", "GemmaTokenizer", "PromptTemplate", "build_gemma2", "empty_gemma2", "pad_features"]
 
 
 def empty_gemma2(config: Gemma2TextConfig) -> nn.Module:
@@ -82,19 +74,20 @@ def build_gemma2(config: Gemma2TextConfig, tensors: Mapping[str, Tensor]) -> nn.
 
 
 class Gemma2Encoder:
-    """The text encoder with its tokenizer and system prompt.
+    """The text encoder with its tokenizer and prompt template.
 
     Attributes:
         model: transformers' ``Gemma2Model`` (25 layers, no final norm). Move it with ``.model.to(device)``; its dtype
             is chosen when it is loaded (converting it later would round the rotary frequencies too).
         tokenizer: text -> tokens.
-        system_prompt: put in front of every caption that is not empty.
+        template: the system prompts of captions.
     """
 
-    def __init__(self, model: nn.Module, tokenizer: GemmaTokenizer, system_prompt: str) -> None:
+    def __init__(self, model: nn.Module, tokenizer: GemmaTokenizer, template: PromptTemplate | str) -> None:
+        """Puts the encoder together; ``template`` may be the system prompt of captions that are not empty."""
         self.model: Any = model
         self.tokenizer = tokenizer
-        self.system_prompt = system_prompt
+        self.template = template if isinstance(template, PromptTemplate) else PromptTemplate(template)
 
     @property
     def device(self) -> torch.device:
@@ -106,7 +99,7 @@ class Gemma2Encoder:
         """The dtype of the weights and of the features."""
         return self.model.embed_tokens.weight.dtype
 
-    def encode(self, captions: Sequence[str], system_prompt: str | None = None) -> list[Tensor]:
+    def encode(self, captions: Sequence[str], template: PromptTemplate | None = None) -> list[Tensor]:
         """Returns one feature tensor (L_i,D) for each caption, on the model's device, in its dtype.
 
         All captions are one batch, so captions of like length cost least. Gradients flow to what the caller made
@@ -114,12 +107,12 @@ class Gemma2Encoder:
 
         Args:
             captions: texts without the system prompt.
-            system_prompt: instead of the encoder's own; "" = none.
+            template: instead of the encoder's own, for negative prompts.
         """
         if not captions:
             return []
-        system_prompt = self.system_prompt if system_prompt is None else system_prompt
-        tokens = [self.tokenizer.encode(prompt_text(system_prompt, caption)) for caption in captions]
+        template = self.template if template is None else template
+        tokens = [self.tokenizer.encode(template.text(caption)) for caption in captions]
         longest = max(map(len, tokens))
         padded = [ids + [self.tokenizer.pad_id] * (longest - len(ids)) for ids in tokens]
         input_ids = torch.tensor(padded, device=self.device)  # (B,L)

@@ -15,7 +15,7 @@ from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from library.errors import ModelFileError
+from library.errors import ModelFileError, SettingsError
 from library.lumina.checkpoint_files import Checkpoint, open_checkpoint
 from library.lumina.component import ComponentFile, SourceShapes, bind, layout_of, not_this_model
 from library.lumina.configs import AutoencoderConfig, Gemma2TextConfig, NextDiTConfig
@@ -29,6 +29,7 @@ if TYPE_CHECKING:
     from library.lumina.autoencoder import Autoencoder
     from library.lumina.gemma2 import Gemma2Encoder
     from library.lumina.next_dit import AttentionFn, NextDiT
+    from library.lumina.prompt_template import PromptTemplate
 
 __all__ = [
     "ComponentFile",
@@ -82,7 +83,14 @@ class ModelFiles:
 
         Raises:
             ModelFileError: there is none, or it does not belong to this Gemma2.
+            SettingsError: Gemma2 cannot read that many.
         """
+        most = self.gemma2.config.max_position_embeddings
+        if max_tokens > most:
+            raise SettingsError(
+                f"--gemma2_max_token_length: {max_tokens} is more than the {most} tokens that the Gemma2 in"
+                f" {self.gemma2.path} can read; give {most} or less"
+            )
         return GemmaTokenizer(self._checked_proto, max_tokens)
 
     @cached_property
@@ -316,7 +324,7 @@ def load_gemma2(
     files: ModelFiles,
     dtype: torch.dtype,
     max_token_length: int,
-    system_prompt: str,
+    template: PromptTemplate | str,
     show_progress: bool = True,
 ) -> Gemma2Encoder:
     """Returns the text encoder: frozen, in evaluation mode, on the CPU.
@@ -325,7 +333,7 @@ def load_gemma2(
         files: from :func:`inspect_models`.
         dtype: of all weights and of the features.
         max_token_length: longest caption in tokens, BOS and system prompt included.
-        system_prompt: put in front of every caption that is not empty.
+        template: system prompts of captions, or the one of captions that are not empty.
         show_progress: a bar where reading takes more than two seconds.
 
     Raises:
@@ -335,7 +343,7 @@ def load_gemma2(
 
     tokenizer = files.load_tokenizer(max_token_length)
     model = build_gemma2(files.gemma2.config, files.gemma2.tensors(dtype, show_progress))
-    return Gemma2Encoder(model, tokenizer, system_prompt)
+    return Gemma2Encoder(model, tokenizer, template)
 
 
 def load_autoencoder(

@@ -10,10 +10,11 @@ B batch, C latent channels, H W latent height and width, L caption tokens, D cap
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 from library.lumina import flow
@@ -28,6 +29,21 @@ class Conditioning:
 
     features: Tensor
     mask: Tensor | None = None
+
+    def beside(self, other: Conditioning) -> Conditioning:
+        """Returns both batches as one, this one first; padded, with a mask, only where their lengths differ."""
+        parts = (self, other)
+        lengths = [part.features.shape[1] for part in parts]
+        features = torch.cat([F.pad(part.features, (0, 0, 0, max(lengths) - part.features.shape[1])) for part in parts])
+        if lengths[0] == lengths[1] and self.mask is None and other.mask is None:
+            return Conditioning(features)
+        return Conditioning(features, torch.cat([part._mask_of(max(lengths)) for part in parts]))
+
+    def _mask_of(self, length: int) -> Tensor:
+        mask = self.mask
+        if mask is None:
+            mask = torch.ones(self.features.shape[:2], dtype=torch.bool, device=self.features.device)
+        return F.pad(mask, (0, length - mask.shape[1]), value=False)
 
 
 @dataclass(frozen=True)
@@ -79,7 +95,9 @@ def sample(
     options: SamplingOptions,
     on_step: Callable[[], object] = lambda: None,
 ) -> Tensor:
-    """Returns latents (B,C,H,W) float32 drawn from ``noise``.
+    """Returns latents (B,C,H,W) float32 drawn from ``noise``; each picture is the one that it would be alone.
+
+    Where guidance acts, the model sees prompts and negative prompts as one batch.
 
     Args:
         predict: the model.
@@ -92,21 +110,24 @@ def sample(
     sigmas = sigma_schedule(options.steps, options.shift)
     guided = guided_steps(sigmas, options)
     latents = noise.float()
+    both = prompt.beside(negative) if any(guided) else prompt
     # Only values that the host knows decide what runs, so that no step waits for the device.
     times = flow.lumina_time(sigmas).tolist()
     drops = (sigmas[:-1] - sigmas[1:]).tolist()
     for step in range(options.steps):
-        time = torch.full((latents.shape[0],), times[step], dtype=torch.float32, device=latents.device)
-        velocity = predict(latents, time, prompt.features, prompt.mask).float()
+        text, copies = (both, 2) if guided[step] else (prompt, 1)
+        time = torch.full((copies * latents.shape[0],), times[step], dtype=torch.float32, device=latents.device)
+        velocity = predict(latents.repeat(copies, 1, 1, 1), time, text.features, text.mask).float()
         if guided[step]:
-            against = predict(latents, time, negative.features, negative.mask).float()
-            velocity = guide(velocity, against, options.guidance_scale, options.renorm_cfg)
+            conditional, against = velocity.chunk(2)
+            velocity = guide(conditional, against, options.guidance_scale, options.renorm_cfg)
         latents = latents + drops[step] * velocity
         on_step()
     return latents
 
 
-def initial_noise(seed: int, channels: int, width_px: int, height_px: int) -> Tensor:
-    """Returns noise (1,C,H,W) float32, drawn on the CPU so that every device draws the same picture."""
-    shape = (1, channels, height_px // 8, width_px // 8)
-    return torch.randn(shape, generator=torch.Generator().manual_seed(seed), dtype=torch.float32)
+def initial_noise(seeds: Sequence[int], channels: int, width_px: int, height_px: int) -> Tensor:
+    """Returns noise (B,C,H,W) float32, a picture's by its seed alone, drawn on the CPU so that every device draws the
+    same pictures."""
+    shape = (channels, height_px // 8, width_px // 8)
+    return torch.stack([torch.randn(shape, generator=torch.Generator().manual_seed(seed)) for seed in seeds])

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import abc
 from collections.abc import Iterable, Sequence
-from typing import TYPE_CHECKING, NamedTuple, Protocol
+from typing import TYPE_CHECKING, Any, NamedTuple, Protocol
 
 from library.prompts import Prompt
 
@@ -26,8 +26,8 @@ class TextEncoder(Protocol):
     def model(self) -> nn.Module:
         """The module that is moved between devices and trained on."""
 
-    def encode(self, captions: Sequence[str], system_prompt: str | None = None) -> list[Tensor]:
-        """Returns (L_i, D) features of each caption's real tokens, with its own system prompt or another."""
+    def encode(self, captions: Sequence[str], template: Any = None) -> list[Tensor]:
+        """Returns (L_i, D) features of each text's real tokens; as captions, or by the family's ``template`` of others."""
 
 
 class PictureEncoder(Protocol):

@@ -211,28 +211,22 @@ class NetworkTrainer(ModelFamily):
         num_batches = self.data.num_batches(self.processes.count)
         if num_batches == 0:
             raise DatasetError("no picture is left to train on; the warnings above name those that could not be read")
-        self.plan = RunPlan.of(self.config.schedule, num_batches)
+        self.plan = plan = RunPlan.of(self.config.schedule, num_batches)
+        accumulation = self.config.schedule.gradient_accumulation_steps
+        self.data.set_clock(plan.steps_per_epoch, accumulation, plan.num_steps, self.processes.count)
 
     def cache_text(self) -> None:
         """Encodes the captions that have no cache entry yet, if they are to be cached, and lets the text encoder go."""
         if not self.config.data.cache_text_encoder_outputs:
             return
 
+        from library.training.caption_report import warn_of_many_captions
+
         def encode(captions: Sequence[str]) -> list[Tensor]:
             return self.ready_text_encoder().encode(captions)
 
-        captions = self.data.caption_folders(range(1, self.plan.num_epochs + 1))
-        num_pictures = len(self.data.items) + len(self.data.validation_items)
-        if len(captions) > num_pictures + 1:  # one each, and the empty one
-            logger.warning(
-                "Shuffled, dropped and chosen tags give %d different captions for %d pictures in %d epochs; each is encoded"
-                " and kept, about %.1f GiB. Fewer epochs, or captions that stay the same, need less",
-                len(captions),
-                num_pictures,
-                self.plan.num_epochs,
-                self.text_cache_bytes(captions) / 2**30,
-            )
-        self.data.fill_text(captions, encode, self.text_fingerprint(), self.sharing())
+        warn_of_many_captions(self.data, self.plan.num_epochs, self.text_cache_bytes)
+        self.data.fill_captions(range(1, self.plan.num_epochs + 1), encode, self.text_fingerprint(), self.sharing())
         self.encode_prompts()
         self.text_encoder = None
         self._free()

@@ -3,7 +3,17 @@ from typing import Any
 
 import pytest
 
-from library.data.captions import caption_varies, final_caption, read_caption
+from library.data.captions import (
+    WarmUp,
+    caption_varies,
+    final_caption,
+    longest_captions,
+    read_caption,
+    undropped_caption,
+    variant_caption,
+    warm_up_at,
+    warm_up_steps,
+)
 from library.data.config import SubsetConfig
 from library.errors import DatasetError
 
@@ -166,3 +176,71 @@ def test_a_caption_with_nul_bytes_is_named(tmp_path: Path) -> None:
 def test_only_line_ends_end_lines(tmp_path: Path) -> None:
     (tmp_path / "a.txt").write_bytes("a\u2028b\rc".encode())
     assert read_caption(tmp_path / "a.png", ".txt", all_lines=True) == "a\u2028b\nc"
+
+
+def _warming(subset: SubsetConfig, raw: str, num_steps: int) -> list[str]:
+    return [final_caption(subset, raw, 1, 5, warm_up_at(subset, step, num_run_steps=100)) for step in range(num_steps)]
+
+
+def test_the_number_of_tags_grows_with_the_optimizer_steps() -> None:
+    subset = _subset(token_warmup_min=1, token_warmup_step=8, keep_tokens=1)
+    # 4 free tags grow from 1 by 3 * step / 8; the kept tag is always there.
+    assert [caption.count(",") for caption in _warming(subset, "k,a,b,c,d", 10)] == [1, 1, 1, 2, 2, 2, 3, 3, 4, 4]
+    assert _warming(subset, "k,a,b,c,d", 4)[3] == "k, a, b"  # without shuffling the first ones
+    assert _warming(subset, "k,a,b,c,d", 9)[8] == "k, a, b, c, d"  # and joined alike when all are there
+
+
+def test_a_warm_up_ends_with_the_ordinary_caption() -> None:
+    growing = _subset(token_warmup_min=0, token_warmup_step=5, shuffle_caption=True, caption_tag_dropout_rate=0.2)
+    steady = _subset(shuffle_caption=True, caption_tag_dropout_rate=0.2)
+    assert [final_caption(growing, "a, b, c, d, e", 1, key) for key in range(50)] == _draws(steady, "a, b, c, d, e", 50)
+    assert _warming(growing, "a, b, c, d, e", 1) == [""]
+
+
+def test_few_tags_are_all_shown_from_the_first_step() -> None:
+    assert _warming(_subset(token_warmup_min=3, token_warmup_step=8), "a, b", 1) == ["a, b"]
+
+
+def test_a_warm_up_below_one_is_a_share_of_the_run() -> None:
+    # defect 28: there it is 0 where the run's length does not reach the dataset
+    assert warm_up_steps(_subset(token_warmup_step=0.25), 90) == 22
+    assert warm_up_steps(_subset(token_warmup_step=7), 90) == 7
+    assert warm_up_at(_subset(token_warmup_step=0.25), 21, 90) == WarmUp(21, 22)
+    assert warm_up_at(_subset(token_warmup_step=0.25), 22, 90) is None
+    assert warm_up_at(_subset(), 0, 90) is None
+
+
+def test_variants_are_few_and_belong_to_the_text() -> None:
+    subset = _subset(shuffle_caption=True, enable_wildcard=True)
+    raw = "a, b, c, d, {e|f}"
+    used = {final_caption(subset, raw, epoch, epoch, variant=epoch % 3) for epoch in range(1, 40)}
+    assert used == {variant_caption(subset, raw, number) for number in range(3)}
+    assert len(used) == 3
+    # Whole captions are dropped showing by showing.
+    subset = _subset(shuffle_caption=True, caption_dropout_rate=0.5)
+    drawn = [final_caption(subset, raw, 1, key, variant=0) for key in range(400)]
+    assert set(drawn) == {"", variant_caption(subset, raw, 0)}
+    assert abs(drawn.count("") - 200) < 50  # standard deviation 10; five of them
+
+
+def test_epoch_zero_drops_nothing() -> None:
+    # defect 29: 0 is divisible by every number of epochs
+    subset = _subset(caption_dropout_every_n_epochs=2)
+    assert undropped_caption(subset, "a", 0) == final_caption(subset, "a", 0, 0) == "a"
+    assert undropped_caption(subset, "a", 2) is None
+
+
+def test_the_undropped_caption_takes_the_first_of_everything() -> None:
+    subset = _subset(shuffle_caption=True, caption_tag_dropout_rate=0.9, caption_dropout_rate=1.0, enable_wildcard=True)
+    assert undropped_caption(subset, "b, a, {x|y}\nother", 1) == "b, a, x"
+
+
+def test_longest_captions_are_at_least_as_long_as_every_draw() -> None:
+    subset = _subset(
+        caption_prefix="the", shuffle_caption=True, enable_wildcard=True, secondary_separator=";", token_warmup_step=3
+    )
+    raw = "{a|bb|cccc} {{x}}, y;z\nsecond, line of {d|ee}"
+    longest = longest_captions(subset, raw)
+    assert longest == ["the cccc {x}, y,z", "the second, line of ee"]
+    assert max(map(len, _draws(subset, raw))) == max(map(len, longest))
+    assert longest_captions(_subset(), "a {x|yy}") == ["a {x|yy}"]

@@ -4,7 +4,7 @@ import pytest
 import torch
 from models_helpers import tiny_models
 
-from library.lumina.gemma2 import Gemma2Encoder, GemmaTokenizer, build_gemma2, pad_features, prompt_text
+from library.lumina.gemma2 import Gemma2Encoder, GemmaTokenizer, PromptTemplate, build_gemma2, pad_features
 
 CAPTIONS = ["a red disc on a blue background", "", "ring", "a yellow cross, drawn in the centre of a dark picture"]
 
@@ -57,7 +57,7 @@ def test_features_equal_the_whole_models_hidden_states() -> None:
 
 def test_only_real_tokens_come_back_and_a_batch_changes_nothing(encoder: Gemma2Encoder) -> None:
     features = encoder.encode(CAPTIONS)
-    texts = [prompt_text("Draw well.", caption) for caption in CAPTIONS]
+    texts = [PromptTemplate("Draw well.").text(caption) for caption in CAPTIONS]
     assert [feature.shape for feature in features] == [(len(encoder.tokenizer.encode(text)), 32) for text in texts]
     for caption, feature in zip(CAPTIONS, features, strict=True):
         (alone,) = encoder.encode([caption])
@@ -67,11 +67,8 @@ def test_only_real_tokens_come_back_and_a_batch_changes_nothing(encoder: Gemma2E
 
 
 def test_the_system_prompt_is_left_out_for_empty_captions_and_can_be_replaced(encoder: Gemma2Encoder) -> None:
-    assert prompt_text("Draw well.", "a cat") == "Draw well. <Prompt Start> a cat"
-    assert prompt_text("Draw well.", "") == ""
-    assert prompt_text("", "a cat") == "a cat"
     assert encoder.encode([""])[0].shape[0] == 1  # BOS
-    with_prompt, without = encoder.encode(["a cat"])[0], encoder.encode(["a cat"], system_prompt="")[0]
+    with_prompt, without = encoder.encode(["a cat"])[0], encoder.encode(["a cat"], PromptTemplate())[0]
     assert without.shape[0] == len(encoder.tokenizer.encode("a cat")) < with_prompt.shape[0]
     assert encoder.encode([]) == []
 

@@ -43,7 +43,7 @@ def test_guidance_takes_part_in_24_of_36_steps() -> None:
 
 def test_straight_field_ends_at_its_target() -> None:
     target = torch.randn(1, 16, 4, 4, generator=torch.Generator().manual_seed(1))
-    noise = initial_noise(0, 16, 32, 32)
+    noise = initial_noise([0], 16, 32, 32)
     for steps in (1, 7):
         latents = sample(
             lambda *_: target - noise, noise, PROMPT, NEGATIVE, SamplingOptions(steps=steps, guidance_scale=1.0)
@@ -51,20 +51,49 @@ def test_straight_field_ends_at_its_target() -> None:
         torch.testing.assert_close(latents, target, atol=1e-5, rtol=0)  # float32 sums of seven steps
 
 
-def test_negative_prompt_is_left_out_where_it_does_not_act() -> None:
-    calls: list[tuple[float, int]] = []
+def test_negative_prompt_takes_part_in_the_same_forward_where_it_acts() -> None:
+    calls: list[tuple[float, int, object]] = []
 
     def predict(latents: torch.Tensor, time: torch.Tensor, features: torch.Tensor, mask: object) -> torch.Tensor:
-        calls.append((float(time), features.shape[1]))
+        assert len(latents) == len(time) == len(features)
+        calls.append((float(time[0]), len(latents), mask))
         return torch.zeros_like(latents)
 
     steps: list[int] = []
-    sample(predict, initial_noise(0, 16, 16, 16), PROMPT, NEGATIVE, SamplingOptions(steps=9), lambda: steps.append(1))
-    assert len(steps) == 9
-    negative_times = [time for time, length in calls if length == 2]
-    assert len([1 for _, length in calls if length == 3]) == 9
-    assert len(negative_times) == 6
-    assert max(negative_times) < 0.25
+    sample(predict, initial_noise([0], 16, 16, 16), PROMPT, NEGATIVE, SamplingOptions(steps=9), lambda: steps.append(1))
+    assert len(steps) == len(calls) == 9
+    guided = [(time, mask) for time, rows, mask in calls if rows == 2]
+    assert len(guided) == 6
+    assert max(time for time, _ in guided) < 0.25
+    assert all(mask.tolist() == [[True] * 3, [True, True, False]] for _, mask in guided)
+    assert all(mask is None for _, rows, mask in calls if rows == 1)
+
+
+def test_captions_of_one_length_need_no_mask() -> None:
+    both = PROMPT.beside(PROMPT)
+    assert both.mask is None
+    assert both.features.shape == (2, 3, 2)
+    masked = Conditioning(torch.ones(1, 3, 2), torch.tensor([[True, True, False]]))
+    joint = PROMPT.beside(masked)
+    assert joint.mask is not None
+    assert joint.mask.tolist() == [[True] * 3, [True, True, False]]
+    longer = masked.beside(Conditioning(torch.ones(1, 4, 2)))
+    assert longer.mask is not None
+    assert longer.mask.tolist() == [[True, True, False, False], [True] * 4]
+    assert longer.features[0, 3].tolist() == [0, 0]
+
+
+def test_each_picture_of_a_batch_is_guided_and_renormalised_alone() -> None:
+    def predict(latents: torch.Tensor, time: torch.Tensor, features: torch.Tensor, mask: object) -> torch.Tensor:
+        return latents * features.mean(dim=(1, 2))[:, None, None, None]
+
+    prompts, negatives = (torch.rand(3, 4, 2, generator=torch.Generator().manual_seed(seed)) for seed in (1, 2))
+    noise, options = initial_noise([5, 0, 7], 4, 32, 16), SamplingOptions(steps=6, renorm_cfg=0.9)
+    together = sample(predict, noise, Conditioning(prompts), Conditioning(negatives), options)
+    for row in range(3):
+        part = slice(row, row + 1)
+        alone = sample(predict, noise[part], Conditioning(prompts[part]), Conditioning(negatives[part]), options)
+        torch.testing.assert_close(together[part], alone, atol=1e-6, rtol=1e-6)  # float32 sums in another order
 
 
 def test_guide_by_hand() -> None:
@@ -89,6 +118,8 @@ def test_norm_is_over_the_whole_latent_of_each_sample() -> None:
 
 
 def test_seed_zero_is_a_seed() -> None:
-    assert torch.equal(initial_noise(0, 16, 64, 48), initial_noise(0, 16, 64, 48))
-    assert initial_noise(0, 16, 64, 48).shape == (1, 16, 6, 8)
-    assert not torch.equal(initial_noise(0, 16, 64, 48), initial_noise(1, 16, 64, 48))
+    assert torch.equal(initial_noise([0], 16, 64, 48), initial_noise([0], 16, 64, 48))
+    assert initial_noise([0], 16, 64, 48).shape == (1, 16, 6, 8)
+    assert not torch.equal(initial_noise([0], 16, 64, 48), initial_noise([1], 16, 64, 48))
+    both = initial_noise([1, 0], 16, 64, 48)
+    assert torch.equal(both[1:], initial_noise([0], 16, 64, 48))

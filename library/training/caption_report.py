@@ -1,0 +1,116 @@
+"""What the log says of captions: those that are too long for the text encoder, and those that are too many to keep."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from typing import TYPE_CHECKING, Protocol
+
+from library.data import captions as rules
+from library.errors import some
+
+if TYPE_CHECKING:
+    from library.data.dataset import TrainingData
+
+logger = logging.getLogger(__name__)
+
+_SAMPLED = 200  # captions that are measured to estimate the size of all
+_SUGGESTED_VARIANTS = (1, 4, 16)
+_COUNTED_AT_A_TIME = 1000
+
+
+class CountsTokens(Protocol):
+    """What is needed of a tokenizer."""
+
+    def counts(self, texts: Sequence[str]) -> list[int]:
+        """Returns how many tokens each text has, without cutting off."""
+
+
+def training_captions(data: TrainingData) -> Iterator[tuple[str, list[str]]]:
+    """Yields (file name, captions) for every picture: the longest captions that its text can become in this run."""
+    for item in (*data.items, *data.validation_items):
+        if item.subset.caption_dropout_rate < 1 and item.subset.caption_dropout_every_n_epochs != 1:
+            yield item.name, rules.longest_captions(item.subset, item.caption)
+
+
+def warn_of_long_captions(
+    captions: Iterable[tuple[str, Sequence[str]]],
+    full_text: Callable[[str], str],
+    tokenizer: CountsTokens,
+    limit: int,
+    what: str,
+) -> None:
+    """Warns once of captions that are longer than the text encoder takes, with their names and numbers of tokens.
+
+    Only captions that could be too long are tokenised: a token has at least one byte.
+
+    Args:
+        captions: (name, its possible captions).
+        full_text: adds the system prompt.
+        tokenizer: counts.
+        limit: of tokens.
+        what: they are.
+    """
+    found: dict[int, tuple[str, int]] = {}
+    waiting: list[tuple[int, str, str]] = []
+    num_names = 0
+
+    def count_waiting() -> None:
+        counts = tokenizer.counts([text for _, _, text in waiting])
+        for (number, name, _), num_tokens in zip(waiting, counts, strict=True):
+            if num_tokens > max(limit, found.get(number, ("", 0))[1]):
+                found[number] = name, num_tokens
+        waiting.clear()
+
+    for number, (name, texts) in enumerate(captions):
+        num_names += 1
+        for text in map(full_text, texts):
+            # Besides the bytes there are BOS and the mark that tokenizers may put before the first word.
+            if 4 * len(text) + 2 > limit and len(text.encode("utf-8", "replace")) + 2 > limit:
+                waiting.append((number, name, text))
+        if len(waiting) >= _COUNTED_AT_A_TIME:
+            count_waiting()
+    count_waiting()
+    if found:
+        by_length = sorted(found.values(), key=lambda entry: -entry[1])
+        logger.warning(
+            "%d of %d %s are longer than --gemma2_max_token_length %d with the system prompt; their ends are cut off:"
+            " %s. A larger --gemma2_max_token_length reads them whole",
+            len(found),
+            num_names,
+            what,
+            limit,
+            some([f"{name} ({num_tokens} tokens)" for name, num_tokens in by_length]),
+        )
+
+
+def warn_of_many_captions(data: TrainingData, num_epochs: int, size_bytes: Callable[[Iterable[str]], int]) -> None:
+    """Warns where many more captions than pictures are going to be encoded and kept, with what would need less.
+
+    Args:
+        data: the datasets, with their clock set.
+        num_epochs: of the run.
+        size_bytes: returns how many bytes the features of captions take.
+    """
+    plan, items = data.caption_plan, data.items
+    most = plan.most(items, num_epochs)
+    if most <= len(items):
+        return
+    sampled = items[:: max(1, len(items) // _SAMPLED)]
+    texts = [caption for item in sampled for caption in rules.longest_captions(item.subset, item.caption)[:1]]
+    mean_gib = size_bytes(texts) / len(texts) / 2**30
+    fewer = {number: plan.most(items, num_epochs, number) for number in _SUGGESTED_VARIANTS}
+    offers = [f"{k} would be {count} captions, {_size(count * mean_gib)}" for k, count in fewer.items() if count < most]
+    logger.warning(
+        "Shuffled, chosen or growing captions give up to %d different ones for %d pictures in %d epochs; each is encoded"
+        " once and kept, about %s.%s",
+        most,
+        len(items),
+        num_epochs,
+        _size(most * mean_gib),
+        f" With --caption_variants {'; '.join(offers)}" if offers else "",
+    )
+
+
+def _size(gib: float) -> str:
+    return f"{gib:.1f} GiB" if gib >= 1 else f"{gib * 1024:.1f} MiB"
