@@ -110,8 +110,6 @@ class TrainingData:
         for subset in (subset for config in datasets for subset in config.subsets):
             if on_disk or subset.cache_info:
                 places.keep_index(subset.image_dir)
-            if on_disk and subset.conditioning_data_dir is not None:
-                places.keep_index(subset.conditioning_data_dir)
         items = build_items(datasets, places, workers, sharing)
         broken = {} if settings.cache_latents else undecodable(items, workers, sharing)
         split = Split(_left(items, broken))
@@ -121,9 +119,7 @@ class TrainingData:
             split = split_by_content(_left(items, broken), lambda item: content_of(item, places), seed)
         data = cls(settings, seed, datasets, items, places, split)
         data._report(broken)
-        data.showings.check_sizes(sharing.show_progress)
-        if not settings.cache_latents:
-            data.showings.check_masks(data._encoded_items, sharing.show_progress)
+        data.showings.check(data._encoded_items, sharing)
         if sharing.rank == 0:
             places.save_indexes()
         return data
