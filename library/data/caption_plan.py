@@ -103,16 +103,18 @@ class CaptionPlan:
                     item = by_index[index]
                     if self._starts_growing(item.subset, epoch):
                         yield item, self.caption(item, epoch, repeat, step)
+        full: dict[int, list[int]] = {}  # by subset
         for item in items:
-            full = [epoch for epoch in epochs if not self._starts_growing(item.subset, epoch)]
-            for caption in self._grown(item, full):
+            if id(item.subset) not in full:
+                full[id(item.subset)] = [each for each in epochs if not self._starts_growing(item.subset, each)]
+                if rules.may_be_empty(item.subset):
+                    yield item, ""
+            for caption in self._grown(item, full[id(item.subset)]):
                 yield item, caption
 
     def _grown(self, item: Item, epochs: Sequence[int]) -> Iterator[str]:
-        """Yields a picture's captions of epochs in which they have all their tags."""
+        """Yields a picture's captions of epochs in which they have all their tags, where chance does not drop them."""
         subset, raw = item.subset, item.caption
-        if rules.may_be_empty(subset):
-            yield ""
         epochs = [epoch for epoch in epochs if not rules.is_dropped_epoch(subset, epoch)]
         if not epochs:
             return

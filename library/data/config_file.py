@@ -124,15 +124,12 @@ class _FileReader:
                     "%s: %s: num_repeats is %d; this subset is ignored.", self._path, where, subset.num_repeats
                 )
                 continue
-            self._check_crops(subset, [values, *parents], where)
+            bucketed = look_up("enable_bucket", "enable_bucket", parents, self._settings)
+            given = [name for name in UNCACHED if getattr(subset, name)]
+            problem = contradiction(given, self._settings.cache_latents, bucketed)
+            if problem:
+                raise self._error(where, f"{problem}.")
             yield subset
-
-    def _check_crops(self, subset: SubsetConfig, tables: Sequence[Table], where: str) -> None:
-        given = [name for name in UNCACHED if getattr(subset, name)]
-        bucketed = look_up("enable_bucket", "enable_bucket", tables, self._settings)
-        problem = contradiction(given, self._settings.cache_latents, bucketed)
-        if problem:
-            raise self._error(where, f"{problem}.")
 
     def _find_files(self, values: dict[str, Any], where: str) -> None:
         """Puts paths in the place of the texts that name a subset's folders and its metadata file."""

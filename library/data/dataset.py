@@ -18,7 +18,7 @@ from library.data.cache_places import CachePlaces
 from library.data.caption_plan import CaptionPlan, Clock, draw_key
 from library.data.config import DatasetConfig, load_dataset_config
 from library.data.content import content_of, hash_contents
-from library.data.epoch_plan import EpochPlan, GlobalBatch, Group, count_batches, make_plan
+from library.data.epoch_plan import EpochPlan, GlobalBatch, Group, Members, count_batches, make_plan
 from library.data.items import Batch, Draw, Item
 from library.data.prefetch import prefetch
 from library.data.settings import DataSettings
@@ -110,8 +110,6 @@ class TrainingData:
         for subset in (subset for config in datasets for subset in config.subsets):
             if on_disk or subset.cache_info:
                 places.keep_index(subset.image_dir)
-                if subset.conditioning_data_dir is not None:
-                    places.keep_index(subset.conditioning_data_dir)
         items = build_items(datasets, places, workers, sharing)
         broken = {} if settings.cache_latents else undecodable(items, workers, sharing)
         split = Split(_left(items, broken))
@@ -121,9 +119,7 @@ class TrainingData:
             split = split_by_content(_left(items, broken), lambda item: content_of(item, places), seed)
         data = cls(settings, seed, datasets, items, places, split)
         data._report(broken)
-        data.showings.check_sizes(sharing.show_progress)
-        if not settings.cache_latents:
-            data.showings.check_masks([*data.items, *data.validation_items], sharing.show_progress)
+        data.showings.check(data._encoded_items, sharing)
         if sharing.rank == 0:
             places.save_indexes()
         return data
@@ -198,9 +194,9 @@ class TrainingData:
         self._groups = self._groups_of(self.items)
 
     def _groups_of(self, items: Iterable[Item]) -> list[Group]:
-        members: dict[tuple[int, tuple[int, int]], list[tuple[int, int]]] = {}
+        members: dict[tuple[int, tuple[int, int]], Members] = {}
         for item in items:
-            members.setdefault((item.dataset_index, item.bucket_px), []).append((item.index, item.num_repeats))
+            members.setdefault((item.dataset_index, item.bucket_px), Members()).add(item.index, item.num_repeats)
         return [
             Group(dataset, bucket, self.datasets[dataset].batch_size, slots)
             for (dataset, bucket), slots in members.items()
@@ -226,13 +222,9 @@ class TrainingData:
         """Raises ``DatasetError`` where nothing is left to train on."""
         if any(not item.subset.is_reg for item in self.items):
             return
-        if not broken:
-            raise DatasetError("All pictures are for regularisation (is_reg), so there is nothing to train on.")
-        index = min(broken)
-        raise DatasetError(
-            "No picture is left to train on: none of the others can be read, for example "
-            f"{self._all[index].path} ({broken[index]})."
-        )
+        example = f", for example {self._all[min(broken)].path} ({broken[min(broken)]})" if broken else ""
+        others = " (regularisation pictures do not count)" if self.items else ""
+        raise DatasetError(f"No picture is left to train on: none can be read{example}{others}.")
 
     # Validation
 

@@ -213,14 +213,14 @@ def _dataset_section(data: TrainingData, index: int, sheets: dict[tuple[int, Siz
         if item.dataset_index == index:
             counts[id(item.subset)] += 1
             showings[id(item.subset)] += item.num_repeats
-    held_out = Counter(id(item.subset) for item in data.validation_items if item.dataset_index == index)
+    held_out = Counter(_source(item.subset) for item in data.validation_items if item.dataset_index == index)
     rows = [
         (
             subset.image_dir,
             counts[id(subset)],
             subset.num_repeats,
             showings[id(subset)],
-            held_out[id(subset)],
+            held_out[_source(subset)],
             _settings_of(subset),
         )
         for subset in config.subsets
@@ -237,6 +237,11 @@ def _dataset_section(data: TrainingData, index: int, sheets: dict[tuple[int, Siz
         f'<h2>Dataset {index + 1} <span class="quiet">({width} x {height}, {kind}, batch size'
         f" {config.batch_size})</span></h2>{table(head, rows)}<h3>Showings in each size</h3>{bars(sizes)}"
     )
+
+
+def _source(subset: SubsetConfig) -> tuple[Path | None, ...]:
+    """Returns what tells the subsets of a dataset apart; held-out pictures have settings of their own."""
+    return subset.metadata_file, subset.image_dir, subset.conditioning_data_dir
 
 
 def _settings_of(subset: SubsetConfig) -> str:

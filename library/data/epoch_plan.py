@@ -10,7 +10,7 @@ from array import array
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import partial
-from typing import overload
+from typing import Any, overload
 
 from library import keyed_random
 from library.data.buckets import Size
@@ -20,6 +20,29 @@ MakeDraw = Callable[..., Draw]
 """(item index, epoch, repeat) -> the showing; with the keyword ``step`` where the plan knows its optimizer steps."""
 StepOf = Callable[[int], int]
 """number of a global batch in its epoch -> optimizer steps done before it."""
+
+
+class Members(Sequence[tuple[int, int]]):
+    """(item index, number of repeats) of pictures, in flat arrays, because there may be 100,000."""
+
+    def __init__(self) -> None:
+        self._items, self._repeats = array("i"), array("i")
+
+    def add(self, item: int, repeats: int) -> None:
+        """Adds a picture."""
+        self._items.append(item)
+        self._repeats.append(repeats)
+
+    def __len__(self) -> int:
+        return len(self._items)
+
+    def __getitem__(self, number: Any) -> Any:
+        if isinstance(number, slice):
+            return list(zip(self._items[number], self._repeats[number], strict=True))
+        return self._items[number], self._repeats[number]
+
+    def __iter__(self) -> Iterator[tuple[int, int]]:
+        return zip(self._items, self._repeats, strict=True)
 
 
 @dataclass(frozen=True)
@@ -147,17 +170,25 @@ def make_plan(
         make_draw: called with (item index, epoch, repeat) and, where ``step_of`` is given, ``step=``.
         step_of: the optimizer step of a global batch.
     """
-    batches: list[list[tuple[int, int]]] = []
+    # Numbers in flat arrays throughout: an epoch of a million showings as tuples would take hundreds of megabytes.
+    slot_items, slot_repeats, order, batch_starts = array("i"), array("i"), array("i"), array("i")
     for group in sorted(groups, key=lambda group: (group.dataset_index, group.bucket_px)):
-        slots = [(item, repeat) for item, num_repeats in group.members for repeat in range(num_repeats)]
-        keyed_random.python_random("group order", seed, epoch, group.dataset_index, *group.bucket_px).shuffle(slots)
-        size = group.batch_size * num_processes
-        batches += [slots[start : start + size] for start in range(0, len(slots), size)]
-    keyed_random.python_random("batch order", seed, epoch).shuffle(batches)
-    items, repeats, starts = array("q"), array("q"), array("q", [0])
-    for batch in batches:
-        items.extend(item for item, _ in batch)
-        repeats.extend(repeat for _, repeat in batch)
+        first = len(slot_items)
+        for item, num_repeats in group.members:
+            slot_items.extend([item] * num_repeats)
+            slot_repeats.extend(range(num_repeats))
+        in_group = array("i", range(first, len(slot_items)))
+        keyed_random.python_random("group order", seed, epoch, group.dataset_index, *group.bucket_px).shuffle(in_group)
+        order += in_group
+        batch_starts.extend(range(first, len(slot_items), group.batch_size * num_processes))
+    numbers = array("i", range(len(batch_starts)))
+    keyed_random.python_random("batch order", seed, epoch).shuffle(numbers)
+    batch_starts.append(len(order))
+    items, repeats, starts = array("i"), array("i"), array("i", [0])
+    for number in numbers:
+        slots = order[batch_starts[number] : batch_starts[number + 1]]
+        items.extend(slot_items[slot] for slot in slots)
+        repeats.extend(slot_repeats[slot] for slot in slots)
         starts.append(len(items))
     return EpochPlan(epoch, items, repeats, starts, make_draw, step_of)
 

@@ -45,7 +45,9 @@ def first_picture(folder: Path) -> Path | None:
 def named_subfolders(folder: Path) -> tuple[list[tuple[Path, int, str]], list[str]]:
     """Returns (folder, repeats, class tokens) of each sub-folder ``N_name``, sorted, and the names of the others."""
     named, others = [], []
-    for sub_folder in sorted(path for path in folder.iterdir() if path.is_dir()):
+    with os.scandir(folder) as entries:
+        sub_folders = [Path(entry.path) for entry in entries if entry.is_dir()]
+    for sub_folder in sorted(sub_folders):
         count, _, class_tokens = sub_folder.name.partition("_")
         if count.isascii() and count.isdigit():
             named.append((sub_folder, int(count), class_tokens))

@@ -108,8 +108,8 @@ class MaskCache:
             return digest_of("mask in memory", item.index)
         source, subset = self._source(item), item.subset
         contents = []
-        if source.file and subset.conditioning_data_dir:
-            contents.append(("file", self._places.index(subset.conditioning_data_dir).hash_of(source.file.name)))
+        if source.file:
+            contents.append(("file", self._places.index(source.file.parent).hash_of(source.file.name)))
         if source.alpha_of:
             contents.append(("alpha", self._places.index(subset.image_dir).hash_of(item.name)))
         return digest_of(
@@ -126,43 +126,31 @@ class MaskCache:
         """Brings the content hashes of mask pictures up to date, on every process."""
         if self._places is None:
             return
-        todo = sharing.union(index for index, item in masked.items() if not self._is_hashed(item))
+        paths = {index: self._sources.file_of(item) for index, item in masked.items() if self._sources.has_file(item)}
+        places = self._places
+        todo = sharing.union(
+            index for index, path in paths.items() if places.index(path.parent).hash_of(path.name) is None
+        )
         mine = sharing.share(todo)
         hidden = not (sharing.show_progress and todo)
-        results = prefetch(mine, lambda index: (index, self._hash(masked[index])), self._num_workers)
+        results = prefetch(mine, lambda index: (index, *_hash(paths[index])), self._num_workers)
         rows = list(tqdm(results, total=len(mine), desc="Hashing masks", unit="mask", disable=hidden))
-        for index, row in (pair for part in sharing.gather(rows) for pair in part):
-            folder, source = masked[index].subset.conditioning_data_dir, self._source(masked[index])
-            if folder and source.file:
-                state, size, content = row
-                self._places.index(folder).put(source.file.name, FileState(*state), size, content)
+        for index, state, size, content in sharing.together(rows):
+            places.index(paths[index].parent).put(paths[index].name, FileState(*state), size, content)
         if sharing.rank == 0:
-            self._places.save_indexes()
+            places.save_indexes()
 
-    def _is_hashed(self, item: Item) -> bool:
-        source, folder = self._source(item), item.subset.conditioning_data_dir
-        if self._places is None or source.file is None or folder is None:
-            return True
-        try:
-            stat = source.file.stat()
-        except OSError:
-            return False  # hashing will say what is wrong with it
-        index, name = self._places.index(folder), source.file.name
-        same = index.size_of(name, FileState(stat.st_size, stat.st_mtime_ns)) is not None
-        return same and index.hash_of(name) is not None
 
-    def _hash(self, item: Item) -> tuple[FileState, Size, bytes]:
-        """Returns the state, the size and the content hash of a mask picture.
+def _hash(path: Path) -> tuple[FileState, Size, bytes]:
+    """Returns (state, size, content hash) of a mask picture.
 
-        Raises:
-            DatasetError: the file cannot be read.
-        """
-        source = self._source(item)
-        path = source.file or item.path
-        try:
-            # The state before reading: should the file change meanwhile, the next start sees a different one.
-            stat = path.stat()
-            content = bytes.fromhex(files.sha256_of_file(path))
-            return FileState(stat.st_size, stat.st_mtime_ns), images.read_size(path), content
-        except images.BROKEN_PICTURE as error:
-            raise broken_mask(source, error) from error
+    Raises:
+        DatasetError: the file cannot be read.
+    """
+    try:
+        # The state before reading: should the file change meanwhile, the next start sees a different one.
+        stat = path.stat()
+        content = bytes.fromhex(files.sha256_of_file(path))
+        return FileState(stat.st_size, stat.st_mtime_ns), images.read_size(path), content
+    except images.BROKEN_PICTURE as error:
+        raise broken_mask(path, error) from error

@@ -23,6 +23,7 @@ from library.data.folders import pictures
 from library.data.items import Item
 from library.data.picture_index import FileState
 from library.data.prefetch import prefetch
+from library.data.sharing import Sharing
 from library.errors import DatasetError, some
 
 logger = logging.getLogger(__name__)
@@ -93,52 +94,53 @@ class MaskSources:
 
     def of(self, item: Item) -> MaskSource | None:
         """Returns where the mask of a picture comes from, or ``None`` where it is trained whole."""
-        name, folder = self._files.get(item.index), item.subset.conditioning_data_dir
-        file = folder / name if name is not None and folder is not None else None
+        file = self.file_of(item) if self.has_file(item) else None
         if file is None and not item.subset.alpha_mask:
             return None
         return MaskSource(file, item.path if item.subset.alpha_mask else None)
 
-    def check_sizes(
-        self, items: Iterable[Item], places: CachePlaces | None, num_workers: int, show_progress: bool
-    ) -> None:
-        """Looks at the size of every mask picture.
+    def has_file(self, item: Item) -> bool:
+        """Tells whether a picture has a mask picture."""
+        return item.index in self._files
+
+    def file_of(self, item: Item) -> Path:
+        """Returns the mask picture of a picture that has one."""
+        folder = item.subset.conditioning_data_dir
+        if folder is None or not self.has_file(item):
+            raise RuntimeError(f"{item.path} has no mask picture")
+        return folder / self._files[item.index]
+
+    def check_sizes(self, items: Iterable[Item], places: CachePlaces, num_workers: int, show_progress: bool) -> None:
+        """Looks at the size of every mask picture, and has a row for each in the indexes afterwards.
 
         Args:
             items: the pictures.
-            places: where sizes may be known from an earlier run; ``None`` opens every mask.
+            places: where sizes may be known from an earlier run.
             num_workers: threads that open masks.
             show_progress: with a progress bar.
 
         Raises:
             DatasetError: a mask cannot be read, or has another shape than its picture.
         """
-        with_file = [item for item in items if item.index in self._files]
+        with_file = [item for item in items if self.has_file(item)]
 
         def read(item: Item) -> tuple[Path, Size, FileState | None]:
-            source = self.of(item)
-            if source is None or source.file is None:
-                raise RuntimeError(f"{item.path} has no mask")
-            path, folder = source.file, item.subset.conditioning_data_dir
+            path = self.file_of(item)
             try:
                 stat = path.stat()
                 state = FileState(stat.st_size, stat.st_mtime_ns)
-                known = places.index(folder).size_of(path.name, state) if places and folder else None
-                if known is not None:
-                    return path, known, None
-                size = images.read_size(path)
+                known = places.index(path.parent).size_of(path.name, state)
+                return (path, known, None) if known else (path, images.read_size(path), state)
             except images.BROKEN_PICTURE as error:
-                raise broken_mask(source, error) from error
-            return path, size, state
+                raise broken_mask(path, error) from error
 
         results = prefetch(with_file, read, num_workers)
         hidden = not (show_progress and with_file)
         bar = tqdm(results, total=len(with_file), desc="Looking at masks", unit="mask", disable=hidden)
         wrong = []
         for item, (path, size, new_state) in zip(with_file, bar, strict=True):
-            folder = item.subset.conditioning_data_dir
-            if places and folder and new_state is not None:
-                places.index(folder).put(path.name, new_state, size)
+            if new_state is not None:
+                places.index(path.parent).put(path.name, new_state, size)
             if not _same_shape(size, item.size_px):
                 wrong.append((item, path, size))
         if wrong:
@@ -205,7 +207,7 @@ def _wrong_shape(item: Item, path: Path, size: Size, num_more: int) -> DatasetEr
     )
 
 
-def broken_mask(source: MaskSource, error: BaseException) -> DatasetError:
+def broken_mask(source: MaskSource | Path, error: BaseException) -> DatasetError:
     """Returns the error for a mask that cannot be read."""
     return DatasetError(
         f"The mask {source} cannot be read ({images.reason(error)}); make it again, or remove it to train the whole"
@@ -251,22 +253,30 @@ def _method(interpolation: str | None, size: Size, resized: Size) -> str:
     return method if method == "none" or method in _WITHOUT_RINGING else "bilinear"
 
 
-def check_masks(sources: MaskSources, items: Sequence[Item], num_workers: int, show_progress: bool) -> None:
+def check_masks(sources: MaskSources, items: Sequence[Item], num_workers: int, sharing: Sharing) -> None:
     """Reads every mask once, for runs that read them in every epoch; warns of masks that leave nothing to train.
+
+    All processes call it: each reads a part.
 
     Raises:
         DatasetError: one cannot be read.
     """
-    masked = [(item, source) for item in items if (source := sources.of(item)) is not None]
+    masked = [item.index for item in items if sources.of(item) is not None]
+    by_index = {item.index: item for item in items}
 
-    def is_empty(pair: tuple[Item, MaskSource]) -> bool:
-        item, source = pair
-        return not bool(load_mask(source, item.placement, item.subset.resize_interpolation).any())
+    def is_empty(index: int) -> bool:
+        item = by_index[index]
+        source = sources.of(item)
+        return source is not None and not bool(
+            load_mask(source, item.placement, item.subset.resize_interpolation).any()
+        )
 
-    results = prefetch(masked, is_empty, num_workers)
-    hidden = not (show_progress and masked)
-    bar = tqdm(results, total=len(masked), desc="Checking masks", unit="mask", disable=hidden)
-    warn_of_empty([str(source) for (_, source), empty in zip(masked, bar, strict=True) if empty])
+    mine = sharing.share(masked)
+    results = prefetch(mine, is_empty, num_workers)
+    hidden = not (sharing.show_progress and masked)
+    bar = tqdm(results, total=len(mine), desc="Checking masks", unit="mask", disable=hidden)
+    found = sharing.union([index for index, empty in zip(mine, bar, strict=True) if empty])
+    warn_of_empty([str(sources.of(by_index[index])) for index in found])
 
 
 def warn_of_empty(names: Sequence[str]) -> None:

@@ -25,7 +25,7 @@ class Showings:
         items: all pictures, held-out ones too.
         datasets: their settings.
         settings: of the run.
-        places: where masks are kept if latents are kept on disk.
+        places: has the indexes of mask folders, and the folders of masks that are kept on disk.
 
     Raises:
         DatasetError: a mask folder cannot be read.
@@ -34,32 +34,35 @@ class Showings:
     def __init__(
         self, items: Sequence[Item], datasets: Sequence[DatasetConfig], settings: DataSettings, places: CachePlaces
     ) -> None:
-        self._items = items
         self._datasets = datasets
         self._num_workers = settings.max_data_loader_n_workers
-        self._places = places if settings.cache_latents_to_disk else None
+        self._places = places
         self._sources = MaskSources(items, settings.masked_loss)
         self._cache: MaskCache | None = None
         if settings.cache_latents:
             image_dirs = [subset.image_dir for config in datasets for subset in config.subsets]
-            self._cache = MaskCache(self._sources, self._places, image_dirs, self._num_workers)
+            on_disk = settings.cache_latents_to_disk
+            self._cache = MaskCache(self._sources, places if on_disk else None, image_dirs, self._num_workers)
+            for subset in (subset for config in datasets for subset in config.subsets):
+                if on_disk and subset.conditioning_data_dir is not None:
+                    places.keep_index(subset.conditioning_data_dir)
 
-    def check_sizes(self, show_progress: bool) -> None:
-        """Finds out whether masks fit their pictures, and which pictures have no face to be cut out.
+    def check(self, items: Sequence[Item], sharing: Sharing) -> None:
+        """Finds out whether masks fit their pictures and can be read, and which pictures have no face to be cut out.
+
+        Masks that will be cached are not read now. All processes call it.
+
+        Args:
+            items: pictures that can be read, the same on every process.
+            sharing: who shares the work.
 
         Raises:
             DatasetError: a mask cannot be read, or has another shape than its picture.
         """
-        augment.warn_of_missing_faces(self._items)
-        self._sources.check_sizes(self._items, self._places, self._num_workers, show_progress)
-
-    def check_masks(self, items: Sequence[Item], show_progress: bool) -> None:
-        """Reads every mask once, for runs that read masks in every epoch.
-
-        Raises:
-            DatasetError: a mask cannot be read.
-        """
-        check_masks(self._sources, items, self._num_workers, show_progress)
+        augment.warn_of_missing_faces(items)
+        self._sources.check_sizes(items, self._places, self._num_workers, sharing.show_progress)
+        if self._cache is None:
+            check_masks(self._sources, items, self._num_workers, sharing)
 
     def fill_masks(self, items: Sequence[Item], sharing: Sharing) -> None:
         """Caches the masks that are missing, if latents are cached. All processes call it.

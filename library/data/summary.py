@@ -10,8 +10,8 @@ from library.data.dataset import TrainingData
 from library.data.items import Item
 
 
-def dataset_summaries(data: TrainingData) -> list[dict[str, Any]]:
-    """Returns one dict per dataset with the entries of sd-scripts' ``ss_datasets``.
+def dataset_summaries(data: TrainingData, with_tags: bool = True) -> list[dict[str, Any]]:
+    """Returns one dict per dataset with the entries of sd-scripts' ``ss_datasets``, ``tag_frequency`` where it is asked for.
 
     ``num_train_images``, ``num_reg_images`` and bucket counts include repeats; ``img_count`` does not. Held-out pictures are
     in none of them.
@@ -19,7 +19,7 @@ def dataset_summaries(data: TrainingData) -> list[dict[str, Any]]:
     of_dataset: list[list[Item]] = [[] for _ in data.datasets]
     for item in data.items:
         of_dataset[item.dataset_index].append(item)
-    return [_dataset_summary(config, items) for config, items in zip(data.datasets, of_dataset, strict=True)]
+    return [_dataset_summary(config, items, with_tags) for config, items in zip(data.datasets, of_dataset, strict=True)]
 
 
 def source_name(subset: SubsetConfig) -> str:
@@ -84,7 +84,9 @@ def bucket_info(items: Sequence[Item]) -> dict[str, Any]:
 def summary_lines(data: TrainingData) -> list[str]:
     """Returns what the log says before the first step, one line per dataset and folder."""
     lines = []
-    for number, (config, summary) in enumerate(zip(data.datasets, dataset_summaries(data), strict=True)):
+    for number, (config, summary) in enumerate(
+        zip(data.datasets, dataset_summaries(data, with_tags=False), strict=True)
+    ):
         info = summary["bucket_info"]
         sizes = ", ".join(
             f"{width}x{height}: {bucket['count']}"
@@ -129,7 +131,7 @@ def _pictures_per_subset(items: Iterable[Item]) -> dict[tuple[int, int], int]:
     return counts
 
 
-def _dataset_summary(config: DatasetConfig, items: list[Item]) -> dict[str, Any]:
+def _dataset_summary(config: DatasetConfig, items: list[Item], with_tags: bool) -> dict[str, Any]:
     counts: dict[int, int] = {}
     for item in items:
         counts[id(item.subset)] = counts.get(id(item.subset), 0) + 1
@@ -143,7 +145,7 @@ def _dataset_summary(config: DatasetConfig, items: list[Item]) -> dict[str, Any]
         "bucket_no_upscale": config.bucket_no_upscale,
         "min_bucket_reso": config.min_bucket_reso,
         "max_bucket_reso": config.max_bucket_reso,
-        "tag_frequency": tag_frequency(items),
+        **({"tag_frequency": tag_frequency(items)} if with_tags else {}),
         "bucket_info": bucket_info(items),
         "subsets": [_subset_summary(subset, counts.get(id(subset), 0)) for subset in config.subsets],
     }

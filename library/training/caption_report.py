@@ -28,7 +28,7 @@ class CountsTokens(Protocol):
 
 def training_captions(data: TrainingData) -> Iterator[tuple[str, list[str]]]:
     """Yields (file name, captions) for every picture: the longest captions that its text can become in this run."""
-    for item in data.items:
+    for item in (*data.items, *data.validation_items):
         if item.subset.caption_dropout_rate < 1 and item.subset.caption_dropout_every_n_epochs != 1:
             yield item.name, rules.longest_captions(item.subset, item.caption)
 

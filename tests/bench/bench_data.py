@@ -153,6 +153,7 @@ def run_start(arguments: list[str], began: float, traced: bool) -> None:
     class Trainer(LuminaNetworkTrainer):
         def after_step(self, step: int, epoch: int, values: Any) -> None:
             found["first_step_s"] = round(time.monotonic() - began, 2)
+            found["cpu_s"] = round(time.process_time(), 2)  # says more where the machine does other things too
             found.update(_memory_bytes())
             if traced:
                 found["traced"], found["traced_peak"] = tracemalloc.get_traced_memory()
@@ -293,6 +294,7 @@ def measure_starts(root: Path, counts: list[int]) -> dict[str, Any]:
         run, more = runs[count], count - BASE
         result[str(count)] = {
             "first_step_s": run["first_step_s"],
+            "cpu_s": run["cpu_s"],
             "seconds": run["seconds"],
             "bytes_a_picture": {
                 "resident": round((run["resident"] - base["resident"]) / more),

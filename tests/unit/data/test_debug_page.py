@@ -181,15 +181,19 @@ def test_counts_of_the_whole(tmp_path: Path) -> None:
 
 
 def test_held_out_and_regularisation_pictures_are_counted(tmp_path: Path) -> None:
-    make(tmp_path, {"a.png": "a", "b.png": "b"})
-    make(tmp_path / "reg", {"c.png": "c", "d.png": "d"}, (96, 96))  # other contents
-    trained = SubsetConfig(tmp_path / "pictures", caption_extension=".txt", validation_split=0.5)
-    regular = SubsetConfig(tmp_path / "reg" / "pictures", caption_extension=".txt", is_reg=True, flip_aug=True)
-    page, _, data = write(tmp_path, {"subsets": (trained, regular)})
-    assert len(data.validation_items) == 1
-    assert "1 of the pictures are for regularisation" in page  # as many as are trained on
+    make(tmp_path, {f"{number}.png": "a" for number in range(4)})
+    make(tmp_path / "reg", {"r.png": "r"})
+    reg = SubsetConfig(tmp_path / "reg" / "pictures", caption_extension=".txt", is_reg=True, flip_aug=True)
+    one = SubsetConfig(tmp_path / "pictures", caption_extension=".txt", validation_split=0.25)
+    page, summary, data = write(tmp_path, {"subsets": (one, reg)})
+    assert "4 pictures; 6 showings with repeats; 6 batches" in page
+    assert "1 of the pictures are for regularisation" in page
     assert "1 pictures are held out for validation" in page
-    assert "flip_aug, regularisation" in page
+    rows = page.split("held out</th>")[1].split("</table>")[0].split("</tr>")[1:3]
+    assert [re.findall(r"<td class=number>(\d+)", row) for row in rows] == [["3", "1", "3", "1"], ["1", "1", "3", "0"]]
+    assert "flip_aug, regularisation" in rows[1]
+    assert summary == PageSummary(6, 6, 0)
+    assert f">{data.validation_items[0].name}<" not in page
 
 
 @pytest.mark.parametrize("broken", ["pictures", "masks"])

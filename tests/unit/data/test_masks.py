@@ -13,10 +13,10 @@ import torch
 from data_helpers import FakeAutoencoder, FakeProcesses, noise_image, settings_for
 from PIL import Image, ImageOps
 
-from library.data.cache import Sharing
 from library.data.config import DatasetConfig, SubsetConfig
 from library.data.dataset import TrainingData
 from library.data.masks import load_mask
+from library.data.sharing import Sharing
 from library.errors import DatasetError
 
 BUCKETS: dict[str, Any] = {
