@@ -222,6 +222,10 @@ class TrainingData:
         """Raises ``DatasetError`` where nothing is left to train on."""
         if any(not item.subset.is_reg for item in self.items):
             return
+        if not broken:  # what cannot even be measured was named before
+            raise DatasetError(
+                "No picture is left to train on: only regularisation pictures can be used; see the warnings above."
+            )
         index = min(broken)
         raise DatasetError(
             "No picture is left to train on: none of the others can be read, for example "
