@@ -110,6 +110,8 @@ class TrainingData:
         for subset in (subset for config in datasets for subset in config.subsets):
             if on_disk or subset.cache_info:
                 places.keep_index(subset.image_dir)
+            if on_disk and subset.conditioning_data_dir is not None:
+                places.keep_index(subset.conditioning_data_dir)
         items = build_items(datasets, places, workers, sharing)
         broken = {} if settings.cache_latents else undecodable(items, workers, sharing)
         split = Split(_left(items, broken))
@@ -222,15 +224,9 @@ class TrainingData:
         """Raises ``DatasetError`` where nothing is left to train on."""
         if any(not item.subset.is_reg for item in self.items):
             return
-        if not broken:  # what cannot even be measured was named before
-            raise DatasetError(
-                "No picture is left to train on: only regularisation pictures can be used; see the warnings above."
-            )
-        index = min(broken)
-        raise DatasetError(
-            "No picture is left to train on: none of the others can be read, for example "
-            f"{self._all[index].path} ({broken[index]})."
-        )
+        example = f", for example {self._all[min(broken)].path} ({broken[min(broken)]})" if broken else ""
+        others = " (regularisation pictures do not count)" if self.items else ""
+        raise DatasetError(f"No picture is left to train on: none can be read{example}{others}.")
 
     # Validation
 

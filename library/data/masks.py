@@ -21,7 +21,7 @@ from library.data.buckets import Placement, Size
 from library.data.cache_places import CachePlaces
 from library.data.folders import pictures
 from library.data.items import Item
-from library.data.picture_index import FileState
+from library.data.picture_index import PictureRow
 from library.data.prefetch import prefetch
 from library.data.sharing import Sharing
 from library.errors import DatasetError, some
@@ -124,13 +124,13 @@ class MaskSources:
         """
         with_file = [item for item in items if self.has_file(item)]
 
-        def read(item: Item) -> tuple[Path, Size, FileState | None]:
+        def read(item: Item) -> tuple[Path, PictureRow, bool]:
             path = self.file_of(item)
             try:
                 stat = path.stat()
-                state = FileState(stat.st_size, stat.st_mtime_ns)
-                known = places.index(path.parent).size_of(path.name, state)
-                return (path, known, None) if known else (path, images.read_size(path), state)
+                known = places.index(path.parent).get(path.name, stat)
+                row = known or PictureRow(stat.st_size, stat.st_mtime_ns, *images.read_size(path))
+                return path, row, known is None
             except images.BROKEN_PICTURE as error:
                 raise broken_mask(path, error) from error
 
@@ -138,9 +138,10 @@ class MaskSources:
         hidden = not (show_progress and with_file)
         bar = tqdm(results, total=len(with_file), desc="Looking at masks", unit="mask", disable=hidden)
         wrong = []
-        for item, (path, size, new_state) in zip(with_file, bar, strict=True):
-            if new_state is not None:
-                places.index(path.parent).put(path.name, new_state, size)
+        for item, (path, row, is_new) in zip(with_file, bar, strict=True):
+            if is_new:
+                places.index(path.parent).put(path.name, row)
+            size = (row.width_px, row.height_px)
             if not _same_shape(size, item.size_px):
                 wrong.append((item, path, size))
         if wrong:
