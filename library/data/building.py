@@ -20,7 +20,7 @@ from library.data.config import DatasetConfig, SubsetConfig
 from library.data.folders import pictures
 from library.data.items import Item
 from library.data.metadata_file import read_metadata
-from library.data.picture_index import PictureRow
+from library.data.picture_index import FileState
 from library.data.prefetch import prefetch
 from library.data.sharing import Sharing
 from library.errors import DatasetError, some
@@ -157,7 +157,7 @@ def _look_at_sizes(
     for folder, (names, whole) in folders.items():
         index = places.index(folder)
         states = _each(names, _state_of(folder), num_workers, f"Looking at {folder.name}", sharing.show_progress)
-        new = {name for name, state in zip(names, states, strict=True) if not index.is_same(name, *state)}
+        new = {name for name, state in zip(names, states, strict=True) if index.size_of(name, state) is None}
         unknown += [(str(folder), name) for name in new]
         known = [name for name in names if name not in new]
         if not whole:  # a metadata file names some of the pictures; what is known of the others stays
@@ -166,35 +166,34 @@ def _look_at_sizes(
     unknown = sharing.union(unknown)
     by_text = {str(folder): folder for folder in folders}
 
-    def read(job: tuple[str, str]) -> tuple[str, str, PictureRow | str]:
+    def read(job: tuple[str, str]) -> tuple[str, str, FileState | None, Size | str]:
         path = by_text[job[0]] / job[1]
         try:
             stat = path.stat()
-            return *job, PictureRow(stat.st_size, stat.st_mtime_ns, *images.read_size(path))
+            return *job, FileState(stat.st_size, stat.st_mtime_ns), images.read_size(path)
         except images.BROKEN_PICTURE as error:
-            return *job, images.reason(error)
+            return *job, None, images.reason(error)
 
     mine = sharing.share(unknown)
     results = prefetch(mine, read, num_workers)
     hidden = not (sharing.show_progress and unknown)
     found = list(tqdm(results, total=len(mine), desc="Looking at new pictures", unit="picture", disable=hidden))
-    for text, name, row in sorted(sharing.together(found), key=lambda result: result[:2]):
-        if isinstance(row, str):
-            findings.unreadable.append((by_text[text] / name, row))
-        else:
-            places.index(by_text[text]).put(name, row)
+    for text, name, state, size in sorted(sharing.together(found), key=lambda row: row[:2]):
+        if isinstance(size, str):
+            findings.unreadable.append((by_text[text] / name, size))
+        elif state is not None:
+            places.index(by_text[text]).put(name, FileState(*state), size)
 
 
-def _state_of(folder: Path) -> Callable[[str], tuple[int, int]]:
-    """Returns what gives a file's (byte count, mtime)."""
+def _state_of(folder: Path) -> Callable[[str], FileState]:
     base = str(folder)
 
-    def state(name: str) -> tuple[int, int]:
+    def state(name: str) -> FileState:
         try:
             stat = os.stat(os.path.join(base, name))  # noqa: PTH116, PTH118 - once per picture, of 100,000
         except OSError:
-            return -1, -1  # reading its size will say what is wrong with it
-        return stat.st_size, stat.st_mtime_ns
+            return FileState(-1, -1)  # reading its size will say what is wrong with it
+        return FileState(stat.st_size, stat.st_mtime_ns)
 
     return state
 

@@ -183,8 +183,8 @@ def _masks_of(image_dir: Path, settings: DataSettings) -> Path | None:
     return folder / image_dir.name if (folder / image_dir.name).is_dir() else folder
 
 
-def lookup(name: str, flag: str | None, tables: Sequence[Table], settings: DataSettings) -> Any:
-    """Returns the value of a key from the first table that has it, else from the command line; ``None``: nowhere."""
+def look_up(name: str, flag: str | None, tables: Sequence[Table], settings: DataSettings) -> Any:
+    """Returns the value from the first table that has it, else from the command line; ``None``: nowhere."""
     for table in tables:
         if table.get(name) is not None:
             return table[name]
@@ -193,7 +193,7 @@ def lookup(name: str, flag: str | None, tables: Sequence[Table], settings: DataS
 
 def make_subset(tables: Sequence[Table], settings: DataSettings) -> SubsetConfig:
     """Returns a subset whose values come from the first table that holds them, else from flags."""
-    values = {key.name: lookup(key.name, key.flag, tables, settings) for key in schema.SUBSET_KEYS}
+    values = {key.name: look_up(key.name, key.flag, tables, settings) for key in schema.SUBSET_KEYS}
     return SubsetConfig(**values)
 
 
@@ -209,7 +209,7 @@ def make_dataset(
         raise DatasetError(
             f"{where}: there are only regularisation pictures (is_reg), which accompany others; add a subset to train on."
         )
-    values = {key.name: lookup(key.name, key.flag, tables, settings) for key in schema.DATASET_KEYS}
+    values = {key.name: look_up(key.name, key.flag, tables, settings) for key in schema.DATASET_KEYS}
     if values["resolution"] is None:
         raise DatasetError(f"{where}: no training size is set; give resolution in the dataset file, or --resolution.")
     config = DatasetConfig(subsets=subsets, **values)

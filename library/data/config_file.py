@@ -12,7 +12,7 @@ from typing import Any
 
 from library.data import schema
 from library.data.augment_rules import UNCACHED, contradiction
-from library.data.config import DatasetConfig, SubsetConfig, lookup, make_dataset, make_subset
+from library.data.config import DatasetConfig, SubsetConfig, look_up, make_dataset, make_subset
 from library.data.folders import first_picture
 from library.data.settings import DataSettings
 from library.errors import DatasetError, nearest
@@ -122,7 +122,7 @@ class _FileReader:
                     "%s: %s: num_repeats is %d; this subset is ignored.", self._path, where, subset.num_repeats
                 )
                 continue
-            bucketed = lookup("enable_bucket", "enable_bucket", parents, self._settings)
+            bucketed = look_up("enable_bucket", "enable_bucket", parents, self._settings)
             given = [name for name in UNCACHED if getattr(subset, name)]
             problem = contradiction(given, self._settings.cache_latents, bucketed)
             if problem:

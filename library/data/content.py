@@ -10,7 +10,7 @@ from library import files
 from library.data import images
 from library.data.cache_places import CachePlaces
 from library.data.items import Item
-from library.data.picture_index import PictureRow
+from library.data.picture_index import FileState
 from library.data.prefetch import prefetch
 from library.data.sharing import Sharing
 
@@ -34,19 +34,19 @@ def hash_contents(items: Sequence[Item], places: CachePlaces, sharing: Sharing, 
     todo = {same[0].index: same for same in of_file.values()}
     everything = sharing.union(todo)
     mine = sharing.share(everything)
-    rows: list[tuple[int, PictureRow | str]] = []
+    rows: list[tuple[int, FileState, bytes | str]] = []
     hidden = not (sharing.show_progress and everything)
     with tqdm(total=len(mine), desc="Hashing pictures", unit="picture", disable=hidden) as bar:
         for row in prefetch(mine, lambda index: _hash(todo[index][0]), num_workers):
             rows.append(row)
             bar.update()
     unreadable = {}
-    for index, row in sharing.together(rows):
+    for index, state, content in sharing.together(rows):
         for item in todo[index]:
-            if isinstance(row, str):
-                unreadable[item.index] = row
+            if isinstance(content, str):
+                unreadable[item.index] = content
             else:
-                places.index(item.subset.image_dir).put(item.name, row)
+                places.index(item.subset.image_dir).put(item.name, FileState(*state), item.size_px, content)
     if sharing.rank == 0:
         places.save_indexes()
     return unreadable
@@ -60,13 +60,13 @@ def content_of(item: Item, places: CachePlaces) -> bytes:
     return content
 
 
-def _hash(item: Item) -> tuple[int, PictureRow | str]:
-    """Returns (index, row of a picture file with its content hash, or what is wrong with the file)."""
+def _hash(item: Item) -> tuple[int, FileState, bytes | str]:
+    """Returns (index, state, content hash of a picture file, or what is wrong with the file)."""
     path = item.path
     try:
         # The state before reading: should the file change meanwhile, the next start sees a different one.
         stat = path.stat()
         content = bytes.fromhex(files.sha256_of_file(path))
     except OSError as error:
-        return item.index, images.reason(error)
-    return item.index, PictureRow(stat.st_size, stat.st_mtime_ns, *item.size_px, content)
+        return item.index, FileState(0, 0), images.reason(error)
+    return item.index, FileState(stat.st_size, stat.st_mtime_ns), content

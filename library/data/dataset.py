@@ -110,8 +110,6 @@ class TrainingData:
         for subset in (subset for config in datasets for subset in config.subsets):
             if on_disk or subset.cache_info:
                 places.keep_index(subset.image_dir)
-            if on_disk and subset.conditioning_data_dir is not None:
-                places.keep_index(subset.conditioning_data_dir)
         items = build_items(datasets, places, workers, sharing)
         broken = {} if settings.cache_latents else undecodable(items, workers, sharing)
         split = Split(_left(items, broken))

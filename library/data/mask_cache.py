@@ -10,11 +10,12 @@ from tqdm import tqdm
 
 from library import files
 from library.data import images
+from library.data.buckets import Size
 from library.data.cache import exchange, not_shared
 from library.data.cache_places import CachePlaces
 from library.data.items import Item
-from library.data.masks import CELL_PX, MaskSource, MaskSources, broken_mask, load_mask, warn_of_empty
-from library.data.picture_index import PictureRow
+from library.data.masks import MaskSource, MaskSources, broken_mask, load_mask, warn_of_empty
+from library.data.picture_index import FileState
 from library.data.prefetch import prefetch
 from library.data.sharing import Sharing
 from library.data.stores import Digest, DiskStore, MemoryStore, Store, digest_of
@@ -90,7 +91,7 @@ class MaskCache:
         """Returns the mask (h, w) float32 of a picture that has one; ``fill`` came before."""
         if item.index in self._empty:
             width, height = item.bucket_px
-            return torch.zeros(height // CELL_PX, width // CELL_PX)
+            return torch.zeros(height // 8, width // 8)
         return self._store.get(self._digest(item))
 
     def _load(self, item: Item) -> torch.Tensor:
@@ -132,16 +133,16 @@ class MaskCache:
         )
         mine = sharing.share(todo)
         hidden = not (sharing.show_progress and todo)
-        results = prefetch(mine, lambda index: (index, _hash(paths[index])), self._num_workers)
+        results = prefetch(mine, lambda index: (index, *_hash(paths[index])), self._num_workers)
         rows = list(tqdm(results, total=len(mine), desc="Hashing masks", unit="mask", disable=hidden))
-        for index, row in sharing.together(rows):
-            places.index(paths[index].parent).put(paths[index].name, row)
+        for index, state, size, content in sharing.together(rows):
+            places.index(paths[index].parent).put(paths[index].name, FileState(*state), size, content)
         if sharing.rank == 0:
             places.save_indexes()
 
 
-def _hash(path: Path) -> PictureRow:
-    """Returns the row of a mask picture with its content hash.
+def _hash(path: Path) -> tuple[FileState, Size, bytes]:
+    """Returns (state, size, content hash) of a mask picture.
 
     Raises:
         DatasetError: the file cannot be read.
@@ -150,6 +151,6 @@ def _hash(path: Path) -> PictureRow:
         # The state before reading: should the file change meanwhile, the next start sees a different one.
         stat = path.stat()
         content = bytes.fromhex(files.sha256_of_file(path))
-        return PictureRow(stat.st_size, stat.st_mtime_ns, *images.read_size(path), content)
+        return FileState(stat.st_size, stat.st_mtime_ns), images.read_size(path), content
     except images.BROKEN_PICTURE as error:
         raise broken_mask(path, error) from error

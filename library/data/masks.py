@@ -21,14 +21,14 @@ from library.data.buckets import Placement, Size
 from library.data.cache_places import CachePlaces
 from library.data.folders import pictures
 from library.data.items import Item
-from library.data.picture_index import PictureRow
+from library.data.picture_index import FileState
 from library.data.prefetch import prefetch
 from library.data.sharing import Sharing
 from library.errors import DatasetError, some
 
 logger = logging.getLogger(__name__)
 
-CELL_PX = 8  # pixels of a latent cell's side
+_CELL_PX = 8  # pixels of a latent cell's side
 _WHITE = 255
 
 # Filters that never give more than the brightest pixel or less than the darkest one.
@@ -89,7 +89,7 @@ class MaskSources:
             )
         unused = [path for folder in folders.values() for path in folder.unused()]
         if unused:
-            logger.warning("%d masks belong to no picture that is used: %s", len(unused), some(unused))
+            logger.warning("%d masks belong to no picture and are not used: %s", len(unused), some(unused))
         _warn_of_no_effect(items, masked_loss)
 
     def of(self, item: Item) -> MaskSource | None:
@@ -124,13 +124,13 @@ class MaskSources:
         """
         with_file = [item for item in items if self.has_file(item)]
 
-        def read(item: Item) -> tuple[Path, PictureRow, bool]:
+        def read(item: Item) -> tuple[Path, Size, FileState | None]:
             path = self.file_of(item)
             try:
                 stat = path.stat()
-                known = places.index(path.parent).get(path.name, stat)
-                row = known or PictureRow(stat.st_size, stat.st_mtime_ns, *images.read_size(path))
-                return path, row, known is None
+                state = FileState(stat.st_size, stat.st_mtime_ns)
+                known = places.index(path.parent).size_of(path.name, state)
+                return (path, known, None) if known else (path, images.read_size(path), state)
             except images.BROKEN_PICTURE as error:
                 raise broken_mask(path, error) from error
 
@@ -138,10 +138,9 @@ class MaskSources:
         hidden = not (show_progress and with_file)
         bar = tqdm(results, total=len(with_file), desc="Looking at masks", unit="mask", disable=hidden)
         wrong = []
-        for item, (path, row, is_new) in zip(with_file, bar, strict=True):
-            if is_new:
-                places.index(path.parent).put(path.name, row)
-            size = (row.width_px, row.height_px)
+        for item, (path, size, new_state) in zip(with_file, bar, strict=True):
+            if new_state is not None:
+                places.index(path.parent).put(path.name, new_state, size)
             if not _same_shape(size, item.size_px):
                 wrong.append((item, path, size))
         if wrong:
@@ -238,8 +237,8 @@ def load_mask(source: MaskSource, placement: Placement, interpolation: str | Non
             weights = weights * np.asarray(layer, dtype=np.int32) // _WHITE
     except images.BROKEN_PICTURE as error:
         raise broken_mask(source, error) from error
-    cells = weights.reshape(height // CELL_PX, CELL_PX, width // CELL_PX, CELL_PX).sum(axis=(1, 3))
-    return torch.from_numpy(cells / (CELL_PX * CELL_PX * _WHITE * _WHITE)).to(torch.float32)
+    cells = weights.reshape(height // _CELL_PX, _CELL_PX, width // _CELL_PX, _CELL_PX).sum(axis=(1, 3))
+    return torch.from_numpy(cells / (_CELL_PX * _CELL_PX * _WHITE * _WHITE)).to(torch.float32)
 
 
 def _layers(source: MaskSource) -> list[Image.Image]:

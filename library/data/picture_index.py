@@ -4,11 +4,10 @@ from __future__ import annotations
 
 import json
 import logging
-import os
 from array import array
 from collections.abc import Iterable, KeysView
-from dataclasses import dataclass
 from pathlib import Path
+from typing import NamedTuple
 
 from library import files
 from library.data.buckets import Size
@@ -20,22 +19,18 @@ _HASH_BYTES = 32
 _NO_HASH = bytes(_HASH_BYTES)
 
 
-@dataclass(frozen=True, slots=True)
-class PictureRow:
-    """One file: its byte count and mtime when it was looked at, (width, height) in pixels, and SHA-256 if known."""
+class FileState(NamedTuple):
+    """What tells whether a file is still the same without reading it."""
 
     num_bytes: int
     mtime_ns: int
-    width_px: int
-    height_px: int
-    sha256: bytes | None = None
 
 
 class PictureIndex:
     """The rows of one picture folder, kept in a JSON file in its cache folder.
 
-    Rows are kept in flat arrays: as objects, those of 100,000 pictures would take more memory than everything else that is
-    known of them.
+    A row is (byte count, mtime, width, height, SHA-256 or unknown). Rows are kept in flat arrays: as objects, those of
+    100,000 pictures would take more memory than everything else that is known of them.
     """
 
     def __init__(self, path: Path | None) -> None:
@@ -55,8 +50,8 @@ class PictureIndex:
             document = json.loads(path.read_bytes())
             if document["version"] == _VERSION:
                 for name, (num_bytes, mtime_ns, width, height, sha256) in document["pictures"].items():
-                    content = bytes.fromhex(sha256) if sha256 else None
-                    index._add(name, PictureRow(num_bytes, mtime_ns, width, height, content))
+                    content = bytes.fromhex(sha256) if sha256 else _NO_HASH
+                    index._add(name, FileState(num_bytes, mtime_ns), (width, height), content)
         except FileNotFoundError:
             pass
         except (OSError, ValueError, KeyError, TypeError, AttributeError, OverflowError):
@@ -64,17 +59,12 @@ class PictureIndex:
             index = cls(path)
         return index
 
-    def get(self, name: str, stat: os.stat_result) -> PictureRow | None:
-        """Returns the row of a file that still looks the same."""
-        if not self.is_same(name, stat.st_size, stat.st_mtime_ns):
-            return None
-        width, height = self.known_size(name) or (0, 0)
-        return PictureRow(stat.st_size, stat.st_mtime_ns, width, height, self.hash_of(name))
-
-    def is_same(self, name: str, num_bytes: int, mtime_ns: int) -> bool:
-        """Tells whether there is a row of a file that looked like this."""
+    def size_of(self, name: str, state: FileState) -> Size | None:
+        """Returns (width, height) of a file that still looks the same."""
         row = self._rows.get(name)
-        return row is not None and self._states[2 * row] == num_bytes and self._states[2 * row + 1] == mtime_ns
+        if row is None or (self._states[2 * row], self._states[2 * row + 1]) != state:
+            return None
+        return self._sides[2 * row], self._sides[2 * row + 1]
 
     def known_size(self, name: str) -> Size | None:
         """Returns (width, height) of a file that has a row."""
@@ -89,27 +79,26 @@ class PictureIndex:
         content = bytes(self._hashes[_HASH_BYTES * row : _HASH_BYTES * (row + 1)])
         return content if content != _NO_HASH else None
 
-    def put(self, name: str, row: PictureRow) -> None:
+    def put(self, name: str, state: FileState, size: Size, sha256: bytes | None = None) -> None:
         """Adds or replaces a row."""
         self._changed = True
-        number = self._rows.get(name)
-        if number is None:
-            self._add(name, row)
+        row = self._rows.get(name)
+        if row is None:
+            self._add(name, state, size, sha256 or _NO_HASH)
             return
-        self._states[2 * number : 2 * number + 2] = array("q", (row.num_bytes, row.mtime_ns))
-        self._sides[2 * number : 2 * number + 2] = array("I", (row.width_px, row.height_px))
-        self._hashes[_HASH_BYTES * number : _HASH_BYTES * (number + 1)] = row.sha256 or _NO_HASH
+        self._states[2 * row : 2 * row + 2] = array("q", state)
+        self._sides[2 * row : 2 * row + 2] = array("I", size)
+        self._hashes[_HASH_BYTES * row : _HASH_BYTES * (row + 1)] = sha256 or _NO_HASH
 
     def names(self) -> KeysView[str]:
         """Returns the names of all rows."""
         return self._rows.keys()
 
-    def _add(self, name: str, row: PictureRow) -> None:
-        content = row.sha256 or _NO_HASH
+    def _add(self, name: str, state: FileState, size: Size, content: bytes) -> None:
         if len(content) != _HASH_BYTES:
             raise ValueError("not a SHA-256")
-        self._states.extend((row.num_bytes, row.mtime_ns))
-        self._sides.extend((row.width_px, row.height_px))
+        self._states.extend(state)
+        self._sides.extend(size)
         self._hashes += content
         self._rows[name] = len(self._rows)
 

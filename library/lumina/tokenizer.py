@@ -68,10 +68,6 @@ class GemmaTokenizer:
         """Returns how many tokens the text has, BOS included, without cutting off."""
         return 1 + len(self._processor.EncodeAsIds(_valid(text)))
 
-    def counts(self, texts: Sequence[str]) -> list[int]:
-        """Returns :meth:`count` of each text; many at once are counted by several threads."""
-        return [1 + len(ids) for ids in self._processor.EncodeAsIds([_valid(text) for text in texts])]
-
     def kept_part(self, text: str) -> str:
         """Returns the beginning of a text that the tokens of :meth:`encode` hold."""
         tokens = self.encode(text)[1:]
@@ -81,6 +77,10 @@ class GemmaTokenizer:
         held = self._processor.DecodeIds(tokens)
         same = itertools.takewhile(lambda pair: pair[0] == pair[1], zip(_valid(text), held, strict=False))
         return text[: sum(1 for _ in same)]
+
+    def counts(self, texts: Sequence[str]) -> list[int]:
+        """Returns :meth:`count` of each text; many at once are counted by several threads."""
+        return [1 + len(ids) for ids in self._processor.EncodeAsIds([_valid(text) for text in texts])]
 
 
 def _valid(text: str) -> str:
