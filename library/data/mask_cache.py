@@ -14,7 +14,7 @@ from library.data.buckets import Size
 from library.data.cache import exchange, not_shared
 from library.data.cache_places import CachePlaces
 from library.data.items import Item
-from library.data.masks import MaskSource, MaskSources, broken_mask, load_mask, warn_of_empty
+from library.data.masks import CELL_PX, MaskSource, MaskSources, broken_mask, load_mask, warn_of_empty
 from library.data.picture_index import FileState
 from library.data.prefetch import prefetch
 from library.data.sharing import Sharing
@@ -91,7 +91,7 @@ class MaskCache:
         """Returns the mask (h, w) float32 of a picture that has one; ``fill`` came before."""
         if item.index in self._empty:
             width, height = item.bucket_px
-            return torch.zeros(height // 8, width // 8)
+            return torch.zeros(height // CELL_PX, width // CELL_PX)
         return self._store.get(self._digest(item))
 
     def _load(self, item: Item) -> torch.Tensor:

@@ -28,7 +28,7 @@ from library.errors import DatasetError, some
 
 logger = logging.getLogger(__name__)
 
-_CELL_PX = 8  # pixels of a latent cell's side
+CELL_PX = 8  # pixels of a latent cell's side
 _WHITE = 255
 
 # Filters that never give more than the brightest pixel or less than the darkest one.
@@ -89,7 +89,7 @@ class MaskSources:
             )
         unused = [path for folder in folders.values() for path in folder.unused()]
         if unused:
-            logger.warning("%d masks belong to no picture and are not used: %s", len(unused), some(unused))
+            logger.warning("%d masks belong to no picture that is used: %s", len(unused), some(unused))
         _warn_of_no_effect(items, masked_loss)
 
     def of(self, item: Item) -> MaskSource | None:
@@ -237,8 +237,8 @@ def load_mask(source: MaskSource, placement: Placement, interpolation: str | Non
             weights = weights * np.asarray(layer, dtype=np.int32) // _WHITE
     except images.BROKEN_PICTURE as error:
         raise broken_mask(source, error) from error
-    cells = weights.reshape(height // _CELL_PX, _CELL_PX, width // _CELL_PX, _CELL_PX).sum(axis=(1, 3))
-    return torch.from_numpy(cells / (_CELL_PX * _CELL_PX * _WHITE * _WHITE)).to(torch.float32)
+    cells = weights.reshape(height // CELL_PX, CELL_PX, width // CELL_PX, CELL_PX).sum(axis=(1, 3))
+    return torch.from_numpy(cells / (CELL_PX * CELL_PX * _WHITE * _WHITE)).to(torch.float32)
 
 
 def _layers(source: MaskSource) -> list[Image.Image]:

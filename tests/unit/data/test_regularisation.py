@@ -141,3 +141,10 @@ def test_regularisation_alone_is_an_error(tmp_path: Path) -> None:
     )
     with pytest.raises(DatasetError, match=r"datasets\[0\]: there are only regularisation pictures"):
         TrainingData.build(DataSettings(dataset_config=config, resolution=(64, 64)), 1)
+
+
+def test_regularisation_alone_is_an_error_where_no_other_picture_can_be_read(tmp_path: Path) -> None:
+    make_pictures(tmp_path / "train" / "1_a", {"a.png": ONE})
+    (tmp_path / "train" / "1_a" / "a.png").write_bytes(b"no picture")
+    with pytest.raises(DatasetError, match="No picture is left to train on"):
+        _build(tmp_path, {}, {"1_b": 2})
