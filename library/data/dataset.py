@@ -143,8 +143,12 @@ class TrainingData:
         return folders
 
     def _listed(self, epochs: Iterable[int]) -> Iterator[tuple[str, Path]]:
+        folders: dict[int, Path] = {}  # of subsets: making a path takes longer than all else here
         for item, caption in self.caption_plan.listed(self.items, epochs, self.plan_epoch):
-            yield caption, self._places.folder(item.subset.image_dir)
+            folder = folders.get(id(item.subset))
+            if folder is None:
+                folder = folders[id(item.subset)] = self._places.folder(item.subset.image_dir)
+            yield caption, folder
 
     def _draw_key(self, index: int, epoch: int, repeat: int) -> int:
         return draw_key(self._seed, epoch, index, repeat)

@@ -85,7 +85,9 @@ def warn_of_long_captions(
 
 
 def warn_of_many_captions(data: TrainingData, num_epochs: int, size_bytes: Callable[[Iterable[str]], int]) -> None:
-    """Warns where many more captions than pictures are going to be encoded and kept, with what would need less.
+    """Says where more captions than pictures are going to be encoded and kept, and what would need less.
+
+    It is a warning where they are large.
 
     Args:
         data: the datasets, with their clock set.
@@ -103,7 +105,8 @@ def warn_of_many_captions(data: TrainingData, num_epochs: int, size_bytes: Calla
     offers = [
         f"{k} it would be {count} captions, {_size(count * mean_gib)}" for k, count in fewer.items() if count < most
     ]
-    logger.warning(
+    logger.log(
+        logging.WARNING if most * mean_gib >= 1 else logging.INFO,
         "Shuffled, chosen or growing captions give up to %d different ones for %d pictures in %d epochs; each is encoded"
         " once and kept, about %s.%s",
         most,

@@ -57,13 +57,14 @@ def test_many_captions_are_named_with_the_flag_that_makes_them_few(
     make_pictures(tmp_path, {f"{number}.png": (64, 64) for number in range(10)})
     flags = {"shuffle_caption": True, "dataset_repeats": 2, "cache_latents": True}
     data = build(tmp_path, **flags)
-    warn_of_many_captions(data, 6, lambda texts: len(list(texts)) * 2**20)
+    warn_of_many_captions(data, 6, lambda texts: len(list(texts)) * 2**24)
     assert [record.getMessage() for record in caplog.records] == [
         "Shuffled, chosen or growing captions give up to 120 different ones for 10 pictures in 6 epochs; each is encoded"
-        " once and kept, about 120.0 MiB. With --caption_variants 1 it would be 10 captions, 10.0 MiB, with 4 it"
-        " would be 40 captions, 40.0 MiB"
+        " once and kept, about 1.9 GiB. With --caption_variants 1 it would be 10 captions, 160.0 MiB, with 4 it"
+        " would be 40 captions, 640.0 MiB"
     ]
     caplog.clear()
+    warn_of_many_captions(data, 6, lambda texts: len(list(texts)) * 2**20)  # 120 MiB are no reason to warn
     for same in ({"shuffle_caption": False}, {"caption_variants": 1}):
         warn_of_many_captions(build(tmp_path, **{**flags, **same}), 6, lambda texts: 1)
     assert not caplog.records
