@@ -322,6 +322,8 @@ class LuminaNetworkTrainer(NetworkTrainer):
         with torch.no_grad():
             (positive,) = encoder.encode([prompt.prompt])
             (negative,) = encoder.encode([prompt.negative_prompt], self._negative_template())
+        if not self.config.trains_text_encoder:  # it would give the same at the next event
+            self._prompt_features[prompt] = (positive, negative)
         return positive, negative
 
     def draw(self, prompts: Sequence[Prompt], seeds: Sequence[int]) -> list[Image]:

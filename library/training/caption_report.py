@@ -85,7 +85,9 @@ def warn_of_long_captions(
 
 
 def warn_of_many_captions(data: TrainingData, num_epochs: int, size_bytes: Callable[[Iterable[str]], int]) -> None:
-    """Warns where many more captions than pictures are going to be encoded and kept, with what would need less.
+    """Says where more captions than pictures are going to be encoded and kept, and what would need less.
+
+    It is a warning where they are large.
 
     Args:
         data: the datasets, with their clock set.
@@ -100,15 +102,18 @@ def warn_of_many_captions(data: TrainingData, num_epochs: int, size_bytes: Calla
     texts = [caption for item in sampled for caption in rules.longest_captions(item.subset, item.caption)[:1]]
     mean_gib = size_bytes(texts) / len(texts) / 2**30
     fewer = {number: plan.most(items, num_epochs, number) for number in _SUGGESTED_VARIANTS}
-    offers = [f"{k} would be {count} captions, {_size(count * mean_gib)}" for k, count in fewer.items() if count < most]
-    logger.warning(
+    offers = [
+        f"{k} it would be {count} captions, {_size(count * mean_gib)}" for k, count in fewer.items() if count < most
+    ]
+    logger.log(
+        logging.WARNING if most * mean_gib >= 1 else logging.INFO,
         "Shuffled, chosen or growing captions give up to %d different ones for %d pictures in %d epochs; each is encoded"
         " once and kept, about %s.%s",
         most,
         len(items),
         num_epochs,
         _size(most * mean_gib),
-        f" With --caption_variants {'; '.join(offers)}" if offers else "",
+        f" With --caption_variants {', with '.join(offers)}" if offers else "",
     )
 
 

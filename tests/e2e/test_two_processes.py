@@ -2,8 +2,10 @@
 
 from pathlib import Path
 
+import numpy
 import pytest
 from e2e_helpers import Job, difference, launch, log_lines, python
+from PIL import Image
 
 TWO = [
     "--multi_gpu",
@@ -48,6 +50,27 @@ def test_two_processes_equal_one_with_twice_the_batch(job: Job, tmp_path: Path, 
     # Same draws, other order of float32 sums: Adam divides gradients by their own size, which shows rounding of the
     # smallest ones. Measured 3e-4; a picture drawn or weighted differently gives more than 0.1.
     assert difference(tmp_path / "one" / "my.safetensors", tmp_path / "two" / "my.safetensors") < 5e-3
+
+
+def test_two_processes_share_the_previews(job: Job, tmp_path: Path) -> None:
+    prompts = tmp_path / "prompts.txt"
+    prompts.write_text(
+        "a red disc --w 64 --h 64 --s 3\na ring --w 64 --h 64 --s 3 --d 0\n--w 64 --h 64 --s 3\n", "utf-8"
+    )
+    flags = [f"--sample_prompts={prompts}", "--sample_at_first", "--sample_batch_size=3", "--max_train_epochs=1"]
+    flags += ["--cache_latents", "--cache_text_encoder_outputs"]
+    two = launch(*TWO, "lumina_train_network.py", *job.train_flags(tmp_path / "two", *flags), environment=ON_CPU)
+    assert two.returncode == 0, two.stderr
+    one = python("lumina_train_network.py", *job.train_flags(tmp_path / "one", *flags))
+    assert one.returncode == 0, one.stderr
+    for ending, count in (("png", 3), ("jpg", 1)):
+        found = [sorted((tmp_path / name / "sample").glob(f"*.{ending}")) for name in ("one", "two")]
+        assert [len(files) for files in found] == [count, count]
+        for first, second in zip(*found, strict=True):
+            with Image.open(first) as a, Image.open(second) as b:
+                difference_of_levels = numpy.asarray(a).astype(int) - numpy.asarray(b)
+            # Another batch size: float32 sums in another order turn a level of 255, and JPEG makes a few of that.
+            assert numpy.abs(difference_of_levels).max() <= (1 if ending == "png" else 8)
 
 
 def test_processes_that_do_not_see_each_other_are_refused(job: Job, output: Path, tmp_path: Path) -> None:

@@ -23,6 +23,7 @@ def test_all_options_of_a_line() -> None:
     ],
 )
 def test_text_is_not_an_option(line: str, prompt: str) -> None:
+    # defect 41
     assert parse_line(line, Prompt(), "x").prompt == prompt
 
 
@@ -50,6 +51,7 @@ def test_interactive_options() -> None:
 
 
 def test_sizes_become_multiples_of_16_with_a_notice(caplog: pytest.LogCaptureFixture) -> None:
+    # defect 8
     rounded = Prompt(width=1000, height=1024).rounded()
     assert (rounded.width, rounded.height) == (992, 1024)
     assert "1000x1024 becomes 992x1024" in caplog.text
@@ -75,6 +77,7 @@ def test_the_three_file_forms_agree(tmp_path: Path) -> None:
 
 
 def test_toml_subset_overrides_common_keys(tmp_path: Path) -> None:
+    # defect 41
     (tmp_path / "p.toml").write_text(
         '[prompt]\nscale = 2\n[[prompt.subset]]\nprompt = "a"\nscale = 3\n[[prompt.subset]]\nprompt = "b"\n', "utf-8"
     )
@@ -97,6 +100,7 @@ def test_toml_subset_overrides_common_keys(tmp_path: Path) -> None:
     ],
 )
 def test_wrong_files(tmp_path: Path, name: str, content: str, says: str) -> None:
+    # defect 41, for one that is of none of these kinds
     (tmp_path / name).write_text(content, "utf-8")
     with pytest.raises(PromptError) as caught:
         read_prompt_file(tmp_path / name)
@@ -116,3 +120,14 @@ def test_an_empty_file_is_wrong_only_where_something_is_drawn(tmp_path: Path) ->
     with pytest.raises(PromptError, match="holds no prompt"):
         read_prompt_file(file)
     assert read_prompt_file(file, may_be_empty=True) == []
+
+
+def test_seed_zero_is_a_seed_and_no_seed_is_none(tmp_path: Path) -> None:
+    # defect 40
+    (tmp_path / "p.txt").write_text("a --d 0\nb\n", "utf-8")
+    (tmp_path / "p.toml").write_text(
+        '[[prompt.subset]]\nprompt = "a"\nseed = 0\n[[prompt.subset]]\nprompt = "b"', "utf-8"
+    )
+    (tmp_path / "p.json").write_text('[{"prompt": "a", "seed": 0}, "b"]', "utf-8")
+    for name in ("p.txt", "p.toml", "p.json"):
+        assert [prompt.seed for prompt in read_prompt_file(tmp_path / name)] == [0, None]

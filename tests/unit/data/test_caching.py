@@ -325,3 +325,22 @@ def test_captions_given_without_folders_go_to_the_first_one(tmp_path: Path) -> N
     data.fill_text(captions, FakeTextEncoder(), "te-1")
     assert data.missing_text(captions, "te-1") == 0
     assert len(list((tmp_path / "lumina_cache" / "text").iterdir())) == 2
+
+
+@pytest.mark.parametrize("to_disk", [False, True])
+def test_the_same_text_as_prompt_and_negative_prompt_has_two_encodings(tmp_path: Path, to_disk: bool) -> None:
+    # defect 42
+    make_pictures(tmp_path, {"a.png": (64, 64)})
+    flags = DISK if to_disk else {"cache_text_encoder_outputs": True, "cache_latents": True}
+
+    def with_system_prompt(texts: list[str]) -> list[torch.Tensor]:
+        return FakeTextEncoder()([f"system {text}" for text in texts])
+
+    for _ in range(2):
+        data = build(tmp_path, **flags)
+        data.fill_captions([1], with_system_prompt, "te-1 with")
+        (positive,) = data.extra_text(["a a, tag"], with_system_prompt, "te-1 with")
+        (negative,) = data.extra_text(["a a, tag"], FakeTextEncoder(), "te-1 without")
+        assert (len(positive), len(negative)) == (1 + len("system a a, tag"), 1 + len("a a, tag"))
+        assert data.text is not None
+        assert torch.equal(data.text.get("a a, tag"), positive)

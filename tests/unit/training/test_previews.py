@@ -1,6 +1,7 @@
 """When previews are drawn, under which names, and what a short memory does to them."""
 
 from collections.abc import Sequence
+from contextlib import AbstractContextManager
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -9,10 +10,20 @@ import pytest
 import torch
 from PIL import Image
 
-from library.errors import DrawingError
+from library.errors import DrawingError, SettingsError
 from library.prompts import Prompt
+from library.training.arguments import parse_arguments, warn_of_unused
 from library.training.previews import Previews, batches_of
 from library.training.settings import SampleSettings
+from library.training.weights import Weights
+from lumina_train_network import LuminaNetworkTrainer
+
+_REQUIRED = [
+    "--pretrained_model_name_or_path=m.safetensors",
+    "--output_dir=out",
+    "--resolution=64",
+    "--network_module=networks.lora_lumina",
+]
 
 LOGGED: list[tuple[str, tuple[int, int], int]] = []
 
@@ -174,3 +185,43 @@ def test_a_folder_that_cannot_be_written_to_does_not_end_the_training(
     (tmp_path / "sample").write_bytes(b"")
     previews(tmp_path, blank, [Prompt("a")], sample_every_n_steps=1).after_step(1)
     assert "could not be written" in caplog.text
+
+
+@pytest.mark.parametrize(
+    ("flags", "averaged"),
+    [([], False), (["--ema_decay=0.9"], True), (["--ema_decay=0.9", "--sample_weights=raw"], False)],
+)
+def test_dropout_is_off_and_the_average_in_use_while_drawing(tmp_path: Path, flags: list[str], averaged: bool) -> None:
+    # defect 2
+    config = parse_arguments([*_REQUIRED, f"--train_data_dir={tmp_path}", *flags])
+    assert config is not None
+    trainer = LuminaNetworkTrainer(config)
+    asked: list[bool] = []
+
+    class Recording(Weights):
+        def in_use(self, averaged: bool = False) -> AbstractContextManager[None]:
+            asked.append(averaged)
+            return Weights(self._network, self._optimizer).in_use()
+
+    network = torch.nn.Dropout(0.5)
+    trainer.weights = Recording(network, None)  # type: ignore[arg-type]
+    trainer.draw = lambda prompts, seeds: asked.append(network.training) or []  # type: ignore[method-assign,func-returns-value]
+    trainer._draw_in_use([Prompt("a")], [1])
+    assert asked == [averaged, False]
+    assert network.training
+
+
+def test_an_average_that_is_not_kept_cannot_be_drawn_with(tmp_path: Path) -> None:
+    with pytest.raises(SettingsError, match="--sample_weights ema: there is no moving average"):
+        parse_arguments([*_REQUIRED, f"--train_data_dir={tmp_path}", "--sample_weights=ema"])
+
+
+def test_flags_that_draw_nothing_are_named(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    (tmp_path / "p.txt").write_text("a", encoding="utf-8")
+    flags = [f"--sample_prompts={tmp_path / 'p.txt'}", "--sample_every_n_steps=0", "--sample_every_n_epochs=-1"]
+    config = parse_arguments([*_REQUIRED, f"--train_data_dir={tmp_path}", "--sample_at_first", *flags])
+    assert config is not None
+    warn_of_unused(config)
+    assert "--sample_every_n_steps (a number below 1 draws nothing)" in caplog.text
+    assert "--sample_every_n_epochs (a number below 1 draws nothing)" in caplog.text
+    assert (config.samples.sample_every_n_steps, config.samples.sample_every_n_epochs) == (None, None)
