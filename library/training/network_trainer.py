@@ -21,6 +21,8 @@ from library.prompts import Prompt, read_prompt_file
 from library.training.arguments import TrainConfig, warn_of_ignored, warn_of_unused, without_secrets
 from library.training.hooks import ModelFamily, PictureEncoder, TextEncoder
 from library.training.report import RunPlan, log_plan
+from library.training.resuming import Resuming
+from library.training.state import StateNames
 
 if TYPE_CHECKING:
     from pathlib import Path
@@ -28,6 +30,7 @@ if TYPE_CHECKING:
     import torch
     from PIL.Image import Image
     from torch import Tensor, nn
+    from torch.optim.lr_scheduler import LRScheduler
 
     from library.data.cache import Sharing
     from library.data.dataset import TrainingData
@@ -48,6 +51,7 @@ class NetworkTrainer(ModelFamily):
         self.autoencoder: PictureEncoder | None = None
         self.model: nn.Module | None = None
         self.network: Any = None
+        self.resuming = Resuming(config)
 
     def train(self) -> None:
         """Runs the whole training.
@@ -67,6 +71,7 @@ class NetworkTrainer(ModelFamily):
             self.build_network()
             self.build_optimizer()
             self.report_plan()
+            self.restore_state()
             self.run_epochs()
         except BaseException:
             self.trackers.flush()  # what has been reported so far must not be lost
@@ -78,6 +83,7 @@ class NetworkTrainer(ModelFamily):
         warn_of_ignored(self.config.given)
         warn_of_unused(self.config)
         self._check_network_module()
+        self.resuming.check()
         if self.config.samples.sample_prompts is not None:
             self.prompts = read_prompt_file(self.config.samples.sample_prompts)
         from library.data.config import load_dataset_config
@@ -112,6 +118,7 @@ class NetworkTrainer(ModelFamily):
 
         from library.keyed_random import key
         from library.training import optimizers
+        from library.training.hub import HubUploads
         from library.training.processes import Processes, start_accelerator
         from library.training.trackers import Trackers
 
@@ -122,13 +129,15 @@ class NetworkTrainer(ModelFamily):
         self.processes = Processes(self.accelerator)
         self.device = self.accelerator.device
         self.weight_dtype = torch.bfloat16 if config.memory.mixed_precision == "bf16" else torch.float32
-        seed = config.schedule.seed
+        self.resuming.find(self.processes, StateNames(self.output_dir(), config.output.output_name))
+        seed = config.schedule.seed if config.schedule.seed is not None else self.resuming.seed
         if seed is None:
             seed = self.processes.gather([torch.seed() % 2**32])[0][0]
         self.seed = seed
         # Our own draws are keyed; this is for network modules that draw from torch's global generators.
         torch.manual_seed(key("torch", seed))
         self.trackers = Trackers(self.accelerator, config.log, without_secrets(config.given))
+        self.uploads = HubUploads(config.hub) if self.processes.is_main else None
         where = torch.cuda.get_device_name() if self.device.type == "cuda" else self.device.type
         count = self.processes.count
         logger.info("Device: %s, %d process%s; seed %d", where, count, "es" if count > 1 else "", seed)
@@ -334,7 +343,7 @@ class NetworkTrainer(ModelFamily):
             raise SettingsError("every part of the network has learning rate 0; raise --learning_rate")
         self.group_names = [name or f"group{i}" for i, name in enumerate(names or [None] * len(groups))]
         self.optimizer = optimizers.build_optimizer(settings, groups)
-        self.scheduler = optimizers.build_scheduler(settings, self.optimizer, self.plan.num_steps)
+        self.scheduler = self._build_scheduler()
         self.weights = Weights(self.network, self.optimizer)
         self.updater = Updater(
             self.network,
@@ -346,23 +355,48 @@ class NetworkTrainer(ModelFamily):
         )
         self.network.train()
 
+    def _build_scheduler(self) -> LRScheduler:
+        from library.training import optimizers
+
+        return optimizers.build_scheduler(self.config.optimizer, self.optimizer, self.plan.num_steps)
+
     def report_plan(self) -> None:
         """Says what is about to happen, before the first step."""
         log_plan(self.config, self.data, self.network, self.optimizer, self.group_names, self.plan)
+
+    def restore_state(self) -> None:
+        """Continues the run that ``--resume`` names, or starts where ``--initial_step`` says."""
+        from library.training.run_facts import plain_settings, run_facts
+
+        config = self.config
+        self.settings_in_effect = plain_settings(config)
+        self.facts = run_facts(
+            self.seed,
+            self.plan,
+            config.schedule.gradient_accumulation_steps,
+            self.processes.count,
+            self.data,
+            self.optimizer,
+            self.device.type,
+        )
+        self.start_position = self.resuming.restore(
+            self.network, self.updater, self._build_scheduler, self.plan, self.facts, self.settings_in_effect
+        )
 
     def run_epochs(self) -> None:
         """Trains, saving and drawing on the way, and writes the final file.
 
         Where the run ends before its time, by Ctrl+C or by an error, what has been trained is saved first.
         """
+        from library.console import uninterrupted
         from library.training.loop import Loop, LoopParts, LoopSettings
         from library.training.previews import Previews
         from library.training.progress import Progress
         from library.training.saving import Saver
+        from library.training.state_writer import StateWriter
         from library.training.step import TrainStep
 
         config = self.config
-        self.saver = Saver(config.output, self.plan.num_epochs, self._metadata_writer())
         self.previews = Previews(
             config.samples,
             self.prompts,
@@ -373,31 +407,60 @@ class NetworkTrainer(ModelFamily):
             self.trackers,
             self._draw_in_use,
         )
+        progress = Progress(self.plan, visible=self.processes.is_main)
+        self.resuming.load_progress(progress)
         parts = LoopParts(
             data=self.data,
             train_step=TrainStep(self.losses_of, self.updater, self.processes),
-            progress=Progress(self.plan, visible=self.processes.is_main),
+            progress=progress,
             processes=self.processes,
             events=self,
         )
         accumulation, readers = config.schedule.gradient_accumulation_steps, config.data.max_data_loader_n_workers
-        self.loop = Loop(parts, LoopSettings(self.plan, accumulation, readers))
-        self.previews.at_first()
+        self.loop = Loop(parts, LoopSettings(self.plan, accumulation, readers), self.start_position)
+        states = StateWriter(
+            self.resuming.run,
+            self.facts,
+            self.settings_in_effect,
+            self.network,
+            self.updater,
+            self.loop,
+            self.processes.on_cuda,
+        )
+        self.saver = Saver(
+            config.output, self.plan.num_epochs, self._metadata_writer(), config.state, states, self.uploads
+        )
+        if self.loop.is_at_end:
+            logger.warning(
+                "The run is at its end already (step %d of %d): nothing is left to train, and the final file is written"
+                " again; a larger --max_train_steps or --max_train_epochs goes on",
+                self.loop.step,
+                self.plan.num_steps,
+            )
+        if self.loop.step == 0:
+            self.previews.at_first()
         try:
             self.loop.run()
         except BaseException:
-            if self.processes.is_main and self.loop.step:
-                self.saver.at_interrupt(self.loop.step, self.loop.finished_epochs)
+            if self.processes.is_main and self.loop.step > self.start_position.step:
+                # A launcher sends further signals to processes that it sees ending.
+                with uninterrupted():
+                    self.saver.at_interrupt(self.loop.step, self._finished_epochs(self.loop.step), self.loop.is_whole)
             raise
         if self.processes.is_main:
             self.saver.at_end(self.loop.step, self.plan.num_epochs)
+
+    def _finished_epochs(self, step: int) -> int:
+        return step // self.plan.steps_per_epoch
 
     def after_step(self, step: int, epoch: int, values: Mapping[str, float]) -> None:
         """Reports, saves and draws after an optimizer step."""
         self.trackers.log(values, step)
         if self.processes.is_main:
-            self.saver.after_step(step, epoch - 1)
+            self.saver.after_step(step, self._finished_epochs(step))
         self.previews.after_step(step)
+        if self.processes.is_main:
+            self.saver.state_after_step(step)  # last, so that a continued run leaves nothing out
 
     def after_epoch(self, epoch: int, step: int, values: Mapping[str, float]) -> None:
         """Reports, saves and draws after an epoch."""
@@ -405,6 +468,8 @@ class NetworkTrainer(ModelFamily):
         if self.processes.is_main:
             self.saver.after_epoch(epoch, step)
         self.previews.after_epoch(epoch, step)
+        if self.processes.is_main:
+            self.saver.state_after_epoch(epoch)  # last, so that a continued run leaves nothing out
 
     def _draw_in_use(self, prompts: Sequence[Prompt], seeds: Sequence[int]) -> list[Image]:
         try:
@@ -459,5 +524,7 @@ class NetworkTrainer(ModelFamily):
         return ranks.pop() if len(ranks) == 1 else "Dynamic", alphas.pop() if len(alphas) == 1 else "Dynamic"
 
     def finish(self) -> None:
-        """Ends trackers and processes together."""
+        """Ends uploads, trackers and processes together."""
+        if self.uploads is not None:
+            self.uploads.finish()
         self.processes.end()

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections import deque
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 
 from tqdm import tqdm
@@ -37,6 +37,15 @@ class Progress:
         if self._bar is not None:
             self._bar.update()
             self._bar.set_postfix(avr_loss=f"{values['loss/average']:.4f}", epoch=f"{epoch}/{self._plan.num_epochs}")
+
+    def state_dict(self) -> dict[str, list[float]]:
+        """Returns what the averages are made of."""
+        return {"recent": list(self._recent), "epoch": list(self._epoch)}
+
+    def load_state_dict(self, state: Mapping[str, Sequence[float]]) -> None:
+        """Continues the averages of an earlier run."""
+        self._recent.extend(state["recent"])
+        self._epoch = list(state["epoch"])
 
     def after_epoch(self) -> dict[str, float]:
         """Returns what is worth logging of the epoch that ends."""

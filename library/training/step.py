@@ -19,12 +19,17 @@ from library.training.updater import Updater
 
 
 class TrainStep:
-    """Trains on the batches of one step."""
+    """Trains on the batches of one step.
+
+    Attributes:
+        is_updating: while parameters and optimizer change; where an error leaves it True, they are half-updated.
+    """
 
     def __init__(self, losses_of: Callable[[Batch], Losses], updater: Updater, processes: Processes) -> None:
         self._losses_of = losses_of
         self._updater = updater
         self._processes = processes
+        self.is_updating = False
 
     def __call__(self, batches: Sequence[Batch], num_samples: int, step: int) -> dict[str, float]:
         """Trains and returns what is worth logging.
@@ -37,10 +42,13 @@ class TrainStep:
         Raises:
             UserError: the loss is no number any more.
         """
-        raise_if_stopped()
         updater = self._updater
         step_loss = torch.zeros((), device=updater.parameters[0].device)
         for batch in batches:
+            if (
+                self._processes.count == 1
+            ):  # of several, none may leave the others waiting: the loop stops them together
+                raise_if_stopped()
             if not batch.draws:  # fewer samples than processes: this one has none
                 continue
             losses = self._losses_of(batch).values
@@ -53,4 +61,7 @@ class TrainStep:
         loss_value, norm_value = torch.stack([step_loss.float(), gradient_norm.float()]).tolist()
         names = [draw.item.path.name for batch in batches for draw in batch.draws]
         check_finite(loss_value, norm_value, step, names)
-        return {"loss/current": loss_value, "norm/gradient": norm_value, **updater.apply()}
+        self.is_updating = True
+        rates = updater.apply()
+        self.is_updating = False
+        return {"loss/current": loss_value, "norm/gradient": norm_value, **rates}

@@ -39,6 +39,19 @@ class Updater:
             parameter for group in optimizer.param_groups for parameter in group["params"]
         ]
 
+    def state_dict(self) -> dict[str, Any]:
+        """Returns what optimizer and schedule remember: tensors and plain values."""
+        return {"optimizer": self.optimizer.state_dict(), "scheduler": self.scheduler.state_dict()}
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        """Continues from what :meth:`state_dict` returned.
+
+        Raises:
+            ValueError: it belongs to another optimizer or network.
+        """
+        self.optimizer.load_state_dict(state["optimizer"])
+        self.scheduler.load_state_dict(state["scheduler"])
+
     def clip(self) -> Tensor:
         """Scales the gradients down where they are too long; returns the norm that they had."""
         return clip_gradients(self.parameters, self._max_grad_norm)
