@@ -75,7 +75,7 @@ def test_from_every_kind_of_state_of_a_run(job: Job, cached: list[str], run: Tra
         *EVERYTHING_DRAWN,
         *STATES,
         "--gradient_accumulation_steps=2",
-        "--scale_weight_norms=0.5",
+        "--scale_weight_norms=0.001",
         "--lr_scheduler=cosine",
         "--lr_warmup_steps=2",
         "--max_train_epochs=3",
@@ -97,6 +97,14 @@ def test_from_every_kind_of_state_of_a_run(job: Job, cached: list[str], run: Tra
             assert_continues(whole, again, step)
         else:  # the last step was done, the end of its epoch was not
             assert again.logged == {9: [whole.logged[9][-1]]}
+        # The end of an epoch happens once: behind the state that was written before it, not behind the one after it.
+        assert (state.name, [number for number in again.logged if number <= step]) in [
+            ("my-step00000001-state", []),
+            ("my-step00000003-state", [3]),
+            ("my-000001-state", []),
+            ("my-step00000005-state", []),
+            ("my-step00000009-state", [9]),
+        ]
         # Every file of a later moment is there again, with the same name, content and counters.
         for file in (tmp_path / "whole").glob("*.safetensors"):
             name = file.name
