@@ -44,8 +44,10 @@ def _apart(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
         PartialState._reset_state()
 
 
-def train(flags: list[str], monkeypatch: pytest.MonkeyPatch, stop_after: int | None = None) -> Run:
-    """Runs the program, with Ctrl+C after a step where asked for."""
+def train(
+    flags: list[str], monkeypatch: pytest.MonkeyPatch, stop_after: int | None = None, at_epoch_end: bool = False
+) -> Run:
+    """Runs the program, with Ctrl+C after a step where asked for: right behind it, or at the end of its epoch."""
     import lumina_train_network
     from library.training.trackers import Trackers
 
@@ -54,7 +56,7 @@ def train(flags: list[str], monkeypatch: pytest.MonkeyPatch, stop_after: int | N
     def log(self: Trackers, values: dict[str, float], step: int) -> None:
         kept = {name: value for name, value in values.items() if not any(word in name for word in TIMES)}
         run.logged.setdefault(step, []).append(kept)
-        if step == stop_after:
+        if step == stop_after and ("loss/epoch_average" in kept) == at_epoch_end:
             raise KeyboardInterrupt
 
     with monkeypatch.context() as patch, _apart(monkeypatch):

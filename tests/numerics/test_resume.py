@@ -51,8 +51,8 @@ def cached(job: Job) -> list[str]:
 
 @pytest.fixture
 def run(monkeypatch: pytest.MonkeyPatch) -> Train:
-    def run_it(flags: list[str], stop_after: int | None = None) -> Run:
-        return train(flags, monkeypatch, stop_after)
+    def run_it(flags: list[str], stop_after: int | None = None, at_epoch_end: bool = False) -> Run:
+        return train(flags, monkeypatch, stop_after, at_epoch_end)
 
     return run_it
 
@@ -152,6 +152,24 @@ def test_ctrl_c_and_resume_latest(job: Job, cached: list[str], run: Train, tmp_p
     assert_continues(whole, run(without_seed), 2)
     for file in (tmp_path / "whole").glob("*.safetensors"):
         assert_same_files(file, tmp_path / "parts" / file.name)
+
+
+@pytest.mark.parametrize("at_epoch_end", [False, True])
+def test_ctrl_c_around_the_end_of_an_epoch(
+    job: Job, cached: list[str], run: Train, tmp_path: Path, at_epoch_end: bool
+) -> None:
+    # defect 71: the file of the epoch that was ending must come, with the right counters.
+    flags = [*cached, "--save_state", "--save_every_n_epochs=1", "--max_train_epochs=2"]
+    whole = run(job.train_flags(tmp_path / "whole", *flags))
+    stopped = run(job.train_flags(tmp_path / "parts", *flags), 5, at_epoch_end)
+    assert isinstance(stopped.error, KeyboardInterrupt)
+    assert not (tmp_path / "parts" / "my-000001.safetensors").exists()
+    assert metadata(tmp_path / "parts" / "my-step00000005.safetensors")["ss_epoch"] == "1"
+    assert_continues(whole, run(job.train_flags(tmp_path / "parts", *flags, "--resume=latest")), 5)
+    for name in ("my-000001.safetensors", "my.safetensors"):
+        assert_same_files(tmp_path / "whole" / name, tmp_path / "parts" / name)
+    entries = metadata(tmp_path / "parts" / "my-000001.safetensors")
+    assert (entries["ss_steps"], entries["ss_epoch"]) == ("5", "1")
 
 
 def test_two_processes(job: Job, cached: list[str], tmp_path: Path) -> None:
