@@ -55,7 +55,8 @@ def train(
 
     def log(self: Trackers, values: dict[str, float], step: int) -> None:
         kept = {name: value for name, value in values.items() if not any(word in name for word in TIMES)}
-        run.logged.setdefault(step, []).append(kept)
+        if kept:
+            run.logged.setdefault(step, []).append(kept)
         if step == stop_after and ("loss/epoch_average" in kept) == at_epoch_end:
             raise KeyboardInterrupt
 

@@ -30,7 +30,6 @@ if TYPE_CHECKING:
     import torch
     from PIL.Image import Image
     from torch import Tensor, nn
-    from torch.optim.lr_scheduler import LRScheduler
 
     from library.data.cache import Sharing
     from library.data.dataset import TrainingData
@@ -343,7 +342,7 @@ class NetworkTrainer(ModelFamily):
             raise SettingsError("every part of the network has learning rate 0; raise --learning_rate")
         self.group_names = [name or f"group{i}" for i, name in enumerate(names or [None] * len(groups))]
         self.optimizer = optimizers.build_optimizer(settings, groups)
-        self.scheduler = self._build_scheduler()
+        self.scheduler = optimizers.build_scheduler(settings, self.optimizer, self.plan.num_steps)
         self.weights = Weights(self.network, self.optimizer)
         self.updater = Updater(
             self.network,
@@ -354,11 +353,6 @@ class NetworkTrainer(ModelFamily):
             self.config.network.scale_weight_norms,
         )
         self.network.train()
-
-    def _build_scheduler(self) -> LRScheduler:
-        from library.training import optimizers
-
-        return optimizers.build_scheduler(self.config.optimizer, self.optimizer, self.plan.num_steps)
 
     def report_plan(self) -> None:
         """Says what is about to happen, before the first step."""
@@ -380,7 +374,7 @@ class NetworkTrainer(ModelFamily):
             self.device.type,
         )
         self.start_position = self.resuming.restore(
-            self.network, self.updater, self._build_scheduler, self.plan, self.facts, self.settings_in_effect
+            self.network, self.updater, self.plan, self.facts, self.settings_in_effect
         )
 
     def run_epochs(self) -> None:

@@ -9,12 +9,12 @@ from __future__ import annotations
 import json
 import logging
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from library.errors import SettingsError, some
+from library.errors import SettingsError, UserError, some
 from library.training.report import RunPlan
 from library.training.run_facts import changes, in_words
 from library.training.state import (
@@ -30,7 +30,6 @@ from library.training.state import (
 
 if TYPE_CHECKING:
     from torch import nn
-    from torch.optim.lr_scheduler import LRScheduler
 
     from library.training.arguments import TrainConfig
     from library.training.processes import Processes
@@ -139,7 +138,6 @@ class Resuming:
         self,
         network: nn.Module,
         updater: Updater,
-        make_schedule: Callable[[], LRScheduler],
         plan: RunPlan,
         facts: Mapping[str, Any],
         settings: Mapping[str, Any],
@@ -148,8 +146,7 @@ class Resuming:
 
         Args:
             network: just made.
-            updater: with the optimizer just made.
-            make_schedule: makes the learning rate's schedule anew, for a run whose schedule has changed.
+            updater: with optimizer and schedule just made.
             plan: length of this run.
             facts: of this run, from :func:`library.training.run_facts.run_facts`.
             settings: of this run, from :func:`library.training.run_facts.plain_settings`.
@@ -158,9 +155,9 @@ class Resuming:
             StateError: the state does not fit network or optimizer.
             SettingsError: ``--initial_epoch`` or ``--initial_step`` lie behind the end of the run.
         """
-        from library.training.schedule_position import GroupValues, schedule_after
+        from library.training.schedule_position import FreshValues
 
-        fresh = GroupValues(updater.optimizer)
+        fresh = FreshValues(updater.optimizer, updater.scheduler)
         initial = self._initial_step(plan)
         if self.foreign is not None:
             self._restore_foreign(network, self.foreign)
@@ -179,8 +176,7 @@ class Resuming:
             follows = (position.step, plan.num_steps) != (before.position.step, before.facts["num_steps"])
             follows = follows or any(one.in_schedule for one in changed)
         if follows:
-            fresh.put_back(("lr", "initial_lr"))
-            updater.scheduler = schedule_after(make_schedule, position.step)
+            fresh.move_schedule(position.step)
         self._load_random_state()
         return position
 
@@ -236,6 +232,8 @@ class Resuming:
         network.load_state_dict(tensors)
         try:
             updater.load_state_dict(memory["updater"])
+        except UserError:
+            raise
         except (ValueError, KeyError, TypeError, RuntimeError) as error:
             raise StateError(
                 f"--resume: {header.path} does not fit this run's optimizer: {error}; {instead}"
