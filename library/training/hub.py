@@ -178,7 +178,7 @@ class HubUploads:
             action()
         except Exception as error:  # the hub's client raises errors of many kinds, and a lost upload must not end a run
             repo_id = self._settings.huggingface_repo_id
-            logger.warning("Hub %s: %s (%s); training goes on", repo_id, failure, _reason(error, self._settings))
+            logger.warning("Hub %s: %s (%s); the run goes on", repo_id, failure, _reason(error, self._settings))
             return False
         return True
 

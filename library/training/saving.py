@@ -132,10 +132,15 @@ class Saver:
         Raises:
             UserError: the file cannot be written, also under another name.
         """
-        path = self._save(self.final_path(), step, epoch, is_last=True)
-        if self._states.save_state or self._states.save_state_on_train_end:
-            self._save_state(self._state_names.final(), events_done=True, is_last=True)
-        return path
+        # Uploads come last: what is on the disk is safe, and the network may let us wait.
+        saved = self._save(self.final_path(), step, epoch, is_last=True)
+        final = self._state_names.final()
+        has_state = self._states.save_state or self._states.save_state_on_train_end
+        has_state = has_state and self._write_state_or_warn(final, events_done=True)
+        self._upload(saved, wait=True)
+        if has_state:
+            self._uploads.state(final, wait=True)
+        return saved[-1]
 
     def at_interrupt(self, step: int, epoch: int, is_whole: bool = True) -> None:
         """Saves what has been trained so far under the step's name, where a run ends before its time.
@@ -168,12 +173,19 @@ class Saver:
 
     def _save_or_warn(self, path: Path, step: int, epoch: int) -> None:
         try:
-            self._save(path, step, epoch, is_last=False)
+            self._upload(self._save(path, step, epoch, is_last=False))
         except OSError as error:
             logger.warning("%s is not saved (%s); training goes on without it", path.name, error)
 
-    def _save(self, path: Path, step: int, epoch: int, is_last: bool) -> Path:
-        """Writes the file, under another name where that one cannot be written, and returns its path.
+    def _upload(self, files: list[Path], wait: bool = False) -> None:
+        for file in files:
+            self._uploads.file(file, wait)
+
+    def _save(self, path: Path, step: int, epoch: int, is_last: bool) -> list[Path]:
+        """Writes the file, under another name where that one cannot be written.
+
+        Returns:
+            The moving average's file, where one was written beside it, and its path.
 
         Raises:
             UserError: neither can be written, and it is the last file.
@@ -196,10 +208,8 @@ class Saver:
                 ) from second
             path, average_before = other, None
         logger.info("Saved %s", path)
-        if _changed_at(averaged(path)) != average_before:
-            self._uploads.file(averaged(path), wait=is_last)
-        self._uploads.file(path, wait=is_last)
-        return path
+        has_average = _changed_at(averaged(path)) != average_before
+        return [averaged(path), path] if has_average else [path]
 
     def _remove(self, path: Path) -> None:
         for old in (path, averaged(path)):
@@ -230,16 +240,21 @@ class Saver:
         keep = self._states.save_last_n_epochs_state or self._settings.save_last_n_epochs
         self._remove_states(self._state_names.epochs(), self._old_epoch(epoch, keep))
 
-    def _save_state(self, folder: Path, events_done: bool, is_last: bool = False) -> None:
+    def _save_state(self, folder: Path, events_done: bool) -> None:
+        if self._write_state_or_warn(folder, events_done):
+            self._uploads.state(folder)
+
+    def _write_state_or_warn(self, folder: Path, events_done: bool) -> bool:
+        """Writes a state and returns whether it could be written."""
         if self._write_state is None:
-            return
+            return False
         try:
             self._write_state(folder, events_done)
         except (OSError, TypeError) as error:  # a full disk, or an optimizer that remembers what no file can hold
             logger.warning("The training state %s is not saved: %s", folder.name, error)
-            return
+            return False
         logger.info("Saved the training state %s", folder)
-        self._uploads.state(folder, wait=is_last)
+        return True
 
     def _remove_states(self, states: dict[int, Path], newest_to_go: int) -> None:
         """Removes all that are too old: a run that was killed may have left more than one."""
