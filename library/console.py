@@ -10,7 +10,7 @@ import sys
 import threading
 import time
 import warnings
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 from library.errors import UserError
@@ -21,6 +21,9 @@ _NOISY = (
     "diffusers",
     "filelock",
     "fsspec",
+    "httpcore",
+    "httpx",
+    "httpx2",
     "huggingface_hub",
     "torch",
     "transformers",
@@ -88,6 +91,7 @@ def set_up_logging(level: str | None = None, file: Path | None = None, simple: b
         warnings.filterwarnings("ignore")
         os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
         os.environ.setdefault("DIFFUSERS_VERBOSITY", "error")
+        os.environ.setdefault("HF_HUB_VERBOSITY", "error")
         os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")
         os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
         os.environ.setdefault("BITSANDBYTES_NOWELCOME", "1")
@@ -95,11 +99,37 @@ def set_up_logging(level: str | None = None, file: Path | None = None, simple: b
 
 
 _stopped = threading.Event()
+_put_off = threading.Event()
+_signals: list[int] = []
+# The user's Ctrl+C comes twice where a launcher passes it on; who presses it again does not want to wait.
+_PATIENCE_SIGNALS = 2
 
 
-def _stop(*_: object) -> None:
+def _stop(number: int = signal.SIGINT, *_: object) -> None:
     _stopped.set()
-    raise KeyboardInterrupt
+    _signals.append(number)
+    if not _put_off.is_set() or len(_signals) > _PATIENCE_SIGNALS:
+        raise KeyboardInterrupt
+
+
+@contextlib.contextmanager
+def uninterrupted() -> Iterator[None]:
+    """Puts Ctrl+C off while the block runs, unless it comes again and again: ask :func:`is_stopped` afterwards.
+
+    Blocks may stand within each other.
+    """
+    outermost = not _put_off.is_set()
+    _put_off.set()
+    try:
+        yield
+    finally:
+        if outermost:
+            _put_off.clear()
+
+
+def is_stopped() -> bool:
+    """Returns whether the user stopped the program."""
+    return _stopped.is_set()
 
 
 def raise_if_stopped() -> None:
@@ -115,6 +145,7 @@ def run_program(main: Callable[[], None]) -> None:
     """Runs an entry script: a user's error becomes one message and exit code 2, Ctrl+C exit code 130."""
     set_up_logging()
     _stopped.clear()
+    _signals.clear()
     signal.signal(signal.SIGINT, _stop)
     signal.signal(signal.SIGTERM, _stop)  # how schedulers and containers end a program
     try:

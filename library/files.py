@@ -11,6 +11,8 @@ import errno
 import hashlib
 import json
 import os
+import re
+import shutil
 import tempfile
 from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
@@ -22,6 +24,8 @@ if TYPE_CHECKING:
     import torch
 
 _CHUNK_BYTES = 8 * 2**20
+_LONGEST_IN_TEMPORARY_BYTES = 220  # with what comes behind it a name stays within the 255 bytes of file systems
+_PARTIAL, _REMOVED = ".partial", ".removed"
 
 
 @contextlib.contextmanager
@@ -29,7 +33,9 @@ def replacing(path: Path) -> Iterator[Path]:
     """Gives a temporary path in the folder of ``path`` and moves it to ``path`` when the block ends without an error."""
     path.parent.mkdir(parents=True, exist_ok=True)
     # The suffix is kept: some writers choose the format by it.
-    handle, name = tempfile.mkstemp(prefix=f".{path.stem[:40]}-", suffix=path.suffix, dir=path.parent)
+    suffix = f"{_PARTIAL}{path.suffix}"
+    stem = path.stem.encode("utf-8", "surrogateescape")[:_LONGEST_IN_TEMPORARY_BYTES].decode("utf-8", "ignore")
+    handle, name = tempfile.mkstemp(prefix=f".{stem}-", suffix=suffix, dir=path.parent)
     os.close(handle)
     temporary = Path(name)
     try:
@@ -45,6 +51,82 @@ def _umask() -> int:
     current = os.umask(0)
     os.umask(current)
     return current
+
+
+@contextlib.contextmanager
+def replacing_folder(folder: Path) -> Iterator[Path]:
+    """Gives a temporary folder beside ``folder`` and moves it there when the block ends without an error.
+
+    A folder that stands there already is replaced. Everything is on the disk before it gets its name, so that a folder
+    of this name is complete also after a power cut. A program that is killed at the very moment between the old
+    folder's going and the new one's coming leaves the new one complete under its temporary name:
+    :func:`remove_leftovers` brings it to its place.
+    """
+    folder.parent.mkdir(parents=True, exist_ok=True)
+    temporary = Path(tempfile.mkdtemp(prefix=f".{folder.name}-", suffix=_PARTIAL, dir=folder.parent))
+    whole = False
+    try:
+        yield temporary
+        temporary.chmod(0o777 & ~_umask())
+        for path in temporary.iterdir():
+            _flush(path)
+        whole = True
+        if folder.exists():
+            remove_folder(folder)
+        temporary.replace(folder)
+    finally:
+        if whole and temporary.exists() and not folder.exists():
+            temporary.replace(folder)  # Ctrl+C came in between
+        shutil.rmtree(temporary, ignore_errors=True)
+
+
+def _flush(path: Path) -> None:
+    """Waits until a file's content is on the disk."""
+    with path.open("rb+") as file:
+        os.fsync(file.fileno())
+
+
+def remove_folder(folder: Path) -> None:
+    """Removes a folder such that it is never seen in part under its name."""
+    aside = Path(tempfile.mkdtemp(prefix=f".{folder.name}-", suffix=_REMOVED, dir=folder.parent))
+    folder.replace(aside / "content")
+    shutil.rmtree(aside, ignore_errors=True)
+
+
+def remove_leftovers(folder: Path, is_ours: Callable[[str], bool], is_complete: Callable[[Path], bool]) -> list[str]:
+    """Removes what killed writers left in a folder under temporary names; returns these names.
+
+    A folder that is complete and misses only its name gets it.
+
+    Args:
+        folder: where to look; may be missing.
+        is_ours: tells by the name (a file's without extension) whose leftovers to take: another program may be writing
+            to the folder at this moment.
+        is_complete: whether nothing is missing in a folder with a temporary name.
+    """
+    if not folder.is_dir():
+        return []
+    found = []
+    for path in sorted(folder.iterdir()):
+        name = _name_of_temporary(path.name)
+        if name is None or not is_ours(name):
+            continue
+        found.append(path.name)
+        target = folder / name
+        if not path.is_dir():
+            path.unlink(missing_ok=True)
+        elif path.name.endswith(_PARTIAL) and not target.exists() and is_complete(path):
+            path.replace(target)
+        else:
+            shutil.rmtree(path, ignore_errors=True)
+    return found
+
+
+def _name_of_temporary(name: str) -> str | None:
+    """Returns what a temporary file or folder was to be called, or None where the name is not a temporary one."""
+    # What tempfile puts between: eight letters, digits or underscores.
+    match = re.fullmatch(r"\.(.*)-[a-z0-9_]{8}(?:\.partial(?:\.\w+)?|\.removed)", name, re.DOTALL)
+    return match.group(1) if match else None
 
 
 def write_bytes(path: Path, data: bytes) -> None:

@@ -246,6 +246,27 @@ _NEEDS: tuple[tuple[tuple[str, ...], str, Callable[[TrainConfig], bool]], ...] =
         lambda c: bool(c.output.save_every_n_steps),
     ),
     (
+        ("save_last_n_epochs_state",),
+        "no training state is saved after an epoch without --save_state and --save_every_n_epochs",
+        lambda c: c.state.save_state and bool(c.output.save_every_n_epochs or c.output.save_n_epoch_ratio),
+    ),
+    (
+        ("save_last_n_steps_state",),
+        "no training state is saved after a step without --save_state and --save_every_n_steps",
+        lambda c: c.state.save_state and bool(c.output.save_every_n_steps),
+    ),
+    (("initial_epoch",), "--initial_step goes before it", lambda c: c.state.initial_step is None),
+    (
+        ("huggingface_path_in_repo", "huggingface_repo_visibility", "async_upload", "save_state_to_huggingface"),
+        "nothing is uploaded without --huggingface_repo_id",
+        lambda c: c.hub.huggingface_repo_id is not None,
+    ),
+    (
+        ("save_state_to_huggingface",),
+        "no training state is saved; add --save_state",
+        lambda c: c.state.save_state or c.state.save_state_on_train_end,
+    ),
+    (
         ("sample_every_n_steps",),
         "--sample_every_n_epochs goes before it",
         lambda c: not c.samples.sample_every_n_epochs,

@@ -2,15 +2,18 @@
 
 from __future__ import annotations
 
+import contextlib
 import itertools
-from collections.abc import Iterator
+from collections.abc import Generator
 from dataclasses import dataclass
 from typing import Protocol
 
+from library.console import is_stopped, uninterrupted
 from library.data.dataset import Batch, TrainingData
 from library.training.processes import Processes
 from library.training.progress import Progress
 from library.training.report import RunPlan
+from library.training.state import Position
 from library.training.step import TrainStep
 
 
@@ -45,41 +48,113 @@ class LoopSettings:
 
 
 class Loop:
-    """Runs the epochs; ``step`` and ``finished_epochs`` say how far it came."""
+    """Runs the epochs from a position on; ``step`` and ``finished_epochs`` say how far it came."""
 
-    def __init__(self, parts: LoopParts, settings: LoopSettings) -> None:
+    def __init__(self, parts: LoopParts, settings: LoopSettings, start: Position | None = None) -> None:
+        """Prepares the loop.
+
+        Args:
+            parts: what it drives.
+            settings: how long it runs.
+            start: where an earlier run stood; None for the beginning.
+        """
+        start = start or Position()
         self.parts = parts
         self.settings = settings
-        self.step = 0
-        self.finished_epochs = 0
+        self.step = start.step
+        self.finished_epochs = start.finished_epochs
+        self._epoch = start.epoch
+        self._batch = start.batch
+
+    @property
+    def is_whole(self) -> bool:
+        """Whether parameters and optimizer are those of :meth:`position`, and not half-updated."""
+        return not self.parts.train_step.is_updating
+
+    @property
+    def is_at_end(self) -> bool:
+        """Whether nothing is left to do, neither a step nor what happens at an epoch's end."""
+        plan = self.settings.plan
+        return self.step >= plan.num_steps and self._batch < plan.num_batches
+
+    def position(self, events_done: bool = False) -> Position:
+        """Returns where the run stands.
+
+        Args:
+            events_done: whether all that happens at the end of an epoch has happened, where one ends here.
+        """
+        if self._batch < self.settings.plan.num_batches:
+            return Position(self.step, self._epoch, self._batch, self._epoch - 1)
+        if events_done:
+            return Position(self.step, self._epoch + 1, 0, self._epoch)
+        return Position(self.step, self._epoch, self._batch, self.finished_epochs)
 
     def run(self) -> None:
         """Trains until the last step.
 
         Raises:
             UserError: the loss is no number any more.
+            KeyboardInterrupt: the user stopped the program; all processes stop after the same step.
         """
-        plan, parts = self.settings.plan, self.parts
-        with parts.progress.shown(self.step):
-            for epoch in range(1, plan.num_epochs + 1):
-                for batches, num_samples in self._steps_of(epoch):
-                    values = parts.train_step(batches, num_samples, self.step + 1)
-                    self.step += 1
-                    parts.progress.after_step(values, epoch, num_samples)
-                    parts.events.after_step(self.step, epoch, values)
-                    if self.step >= plan.num_steps:
-                        break
-                self.finished_epochs = epoch
-                parts.events.after_epoch(epoch, self.step, parts.progress.after_epoch())
-                if self.step >= plan.num_steps:
-                    return
+        with self.parts.progress.shown(self.step):
+            while not self.is_at_end:
+                self._run_epoch()
 
-    def _steps_of(self, epoch: int) -> Iterator[tuple[list[Batch], int]]:
+    def _run_epoch(self) -> None:
+        plan, parts = self.settings.plan, self.parts
+        if self._batch < plan.num_batches:
+            self._run_steps()
+        values = {}
+        if self.finished_epochs < self._epoch:
+            values = parts.progress.after_epoch()
+            self.finished_epochs = self._epoch
+        parts.events.after_epoch(self._epoch, self.step, values)
+        if self._batch >= plan.num_batches:
+            self._epoch, self._batch = self._epoch + 1, 0
+
+    def _run_steps(self) -> None:
+        """Runs what is left of the epoch."""
+        parts = self.parts
+        steps: Generator[tuple[list[Batch], int]] = self._steps_of(self._epoch, self._batch)
+        try:
+            while True:
+                # A process that stopped alone would leave the others waiting for it.
+                with uninterrupted() if parts.processes.count > 1 else contextlib.nullcontext():
+                    batches, num_samples = next(steps, (None, 0))
+                    values = None if batches is None else self._run_step(batches, num_samples)
+                    stopped = self._all_stop()
+                if stopped:
+                    raise KeyboardInterrupt
+                if values is None:
+                    return
+                parts.events.after_step(self.step, self._epoch, values)
+                if self.step >= self.settings.plan.num_steps:
+                    return
+        finally:
+            steps.close()
+
+    def _run_step(self, batches: list[Batch], num_samples: int) -> dict[str, float]:
+        with uninterrupted():  # half a step is worth nothing
+            values = self.parts.train_step(batches, num_samples, self.step + 1)
+            self.step += 1
+            self._batch += len(batches)
+            self.parts.progress.after_step(values, self._epoch, num_samples)
+        return values
+
+    def _all_stop(self) -> bool:
+        """Returns whether the user has stopped any of the processes."""
+        processes = self.parts.processes
+        if processes.count == 1:
+            return is_stopped()
+        return any(stopped for (stopped,) in processes.gather([is_stopped()]))
+
+    def _steps_of(self, epoch: int, start: int) -> Generator[tuple[list[Batch], int]]:
         """Yields the batches of each optimizer step for this process, and the step's samples over all processes."""
         parts, processes = self.parts, self.parts.processes
         plan = parts.data.plan_epoch(epoch, processes.count)
-        sizes = map(len, plan.batches)
-        batches = parts.data.batches(plan, processes.rank, processes.count, num_workers=self.settings.num_readers)
+        sizes = map(len, itertools.islice(plan.batches, start, None))
+        readers = self.settings.num_readers
+        batches = parts.data.batches(plan, processes.rank, processes.count, start=start, num_workers=readers)
         try:
             while sizes_of_step := list(itertools.islice(sizes, self.settings.accumulation)):
                 yield list(itertools.islice(batches, len(sizes_of_step))), sum(sizes_of_step)

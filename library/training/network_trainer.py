@@ -25,6 +25,8 @@ from library.training.hooks import ModelFamily, PictureEncoder, TextEncoder
 from library.training.optimizer_names import require_package
 from library.training.output_preservation import check_can_be_switched_off
 from library.training.report import RunPlan, log_plan
+from library.training.resuming import Resuming
+from library.training.state import StateNames
 
 if TYPE_CHECKING:
     from pathlib import Path
@@ -53,6 +55,7 @@ class NetworkTrainer(ModelFamily):
         self.model: nn.Module | None = None
         self.network: Any = None
         self.base_weights = BaseWeights(config.network, self.empty_text_encoder, self.empty_model)
+        self.resuming = Resuming(config)
 
     def train(self) -> None:
         """Runs the whole training.
@@ -77,6 +80,7 @@ class NetworkTrainer(ModelFamily):
             self.build_network()
             self.build_optimizer()
             self.report_plan()
+            self.restore_state()
             self.run_epochs()
         except BaseException:
             self.trackers.flush()  # what has been reported so far must not be lost
@@ -90,6 +94,7 @@ class NetworkTrainer(ModelFamily):
         warn_of_unused(self.config)
         self._check_network_module()
         require_package(self.config.optimizer)
+        self.resuming.check()
         samples = self.config.samples
         if samples.sample_prompts is not None:
             # A front end names a prompt file that it leaves empty where no previews are wanted.
@@ -126,6 +131,7 @@ class NetworkTrainer(ModelFamily):
 
         from library.keyed_random import key
         from library.training import optimizers
+        from library.training.hub import HubUploads
         from library.training.processes import Processes, start_accelerator
         from library.training.trackers import Trackers, logged_settings
 
@@ -136,13 +142,15 @@ class NetworkTrainer(ModelFamily):
         self.processes = Processes(self.accelerator)
         self.device = self.accelerator.device
         self.weight_dtype = torch.bfloat16 if config.memory.mixed_precision == "bf16" else torch.float32
-        seed = config.schedule.seed
+        self.resuming.find(self.processes, StateNames(self.output_dir(), config.output.output_name))
+        seed = config.schedule.seed if config.schedule.seed is not None else self.resuming.seed
         if seed is None:
             seed = self.processes.gather([torch.seed() % 2**32])[0][0]
         self.seed = seed
         # Our own draws are keyed; this is for network modules that draw from torch's global generators.
         torch.manual_seed(key("torch", seed))
         self.trackers = Trackers(self.accelerator, config.log, logged_settings(config))
+        self.uploads = HubUploads(config.hub) if self.processes.is_main else None
         where = torch.cuda.get_device_name() if self.device.type == "cuda" else self.device.type
         count = self.processes.count
         logger.info("Device: %s, %d process%s; seed %d", where, count, "es" if count > 1 else "", seed)
@@ -394,15 +402,36 @@ class NetworkTrainer(ModelFamily):
         """Says what is about to happen, before the first step."""
         log_plan(self.config, self.data, self.network, self.optimizer, self.group_names, self.plan)
 
+    def restore_state(self) -> None:
+        """Continues the run that ``--resume`` names, or starts where ``--initial_step`` says."""
+        from library.training.run_facts import plain_settings, run_facts
+
+        config = self.config
+        self.settings_in_effect = plain_settings(config)
+        self.facts = run_facts(
+            self.seed,
+            self.plan,
+            config.schedule.gradient_accumulation_steps,
+            self.processes.count,
+            self.data,
+            self.optimizer,
+            self.device.type,
+        )
+        self.start_position = self.resuming.restore(
+            self.network, self.updater, self.plan, self.facts, self.settings_in_effect
+        )
+
     def run_epochs(self) -> None:
         """Trains, saving and drawing on the way, and writes the final file.
 
         Where the run ends before its time, by Ctrl+C or by an error, what has been trained is saved first.
         """
+        from library.console import uninterrupted
         from library.training.loop import Loop, LoopParts, LoopSettings
         from library.training.previews import Previews
         from library.training.progress import Progress
         from library.training.saving import Saver
+        from library.training.state_writer import StateWriter
         from library.training.step import TrainStep
         from library.training.validation import Validation, levels
 
@@ -418,7 +447,6 @@ class NetworkTrainer(ModelFamily):
             averaged_too=config.optimizer.ema_decay is not None,
             on_measured=self.updater.after_validation,
         )
-        self.saver = Saver(config.output, self.plan.num_epochs, self._metadata_writer())
         self.previews = Previews(
             config.samples,
             self.prompts,
@@ -430,6 +458,7 @@ class NetworkTrainer(ModelFamily):
             self._draw_in_use,
             max(dataset.batch_size for dataset in self.dataset_configs),
         )
+        self.resuming.load_progress(self.progress)
         parts = LoopParts(
             data=self.data,
             train_step=TrainStep(self.losses_of, self.updater, self.processes),
@@ -438,34 +467,64 @@ class NetworkTrainer(ModelFamily):
             events=self,
         )
         accumulation, readers = config.schedule.gradient_accumulation_steps, config.data.max_data_loader_n_workers
-        self.loop = Loop(parts, LoopSettings(self.plan, accumulation, readers))
-        self.previews.at_first()
+        self.loop = Loop(parts, LoopSettings(self.plan, accumulation, readers), self.start_position)
+        states = StateWriter(
+            self.resuming.run,
+            self.facts,
+            self.settings_in_effect,
+            self.network,
+            self.updater,
+            self.loop,
+            self.processes.on_cuda,
+        )
+        self.saver = Saver(
+            config.output, self.plan.num_epochs, self._metadata_writer(), config.state, states, self.uploads
+        )
+        if self.loop.is_at_end:
+            logger.warning(
+                "The run is at its end already (step %d of %d): nothing is left to train, and the final file is written"
+                " again; a larger --max_train_steps or --max_train_epochs goes on",
+                self.loop.step,
+                self.plan.num_steps,
+            )
+        if self.loop.step == 0:
+            self.previews.at_first()
         try:
             self.loop.run()
         except BaseException:
-            if self.processes.is_main and self.loop.step:
-                self.saver.at_interrupt(self.loop.step, self.loop.finished_epochs)
+            if self.processes.is_main and self.loop.step > self.start_position.step:
+                # A launcher sends further signals to processes that it sees ending.
+                with uninterrupted():
+                    self.saver.at_interrupt(self.loop.step, self._finished_epochs(self.loop.step), self.loop.is_whole)
             raise
         if self.processes.is_main:
             self.saver.at_end(self.loop.step, self.plan.num_epochs)
+
+    def _finished_epochs(self, step: int) -> int:
+        return step // self.plan.steps_per_epoch
 
     def after_step(self, step: int, epoch: int, values: Mapping[str, float]) -> None:
         """Reports, saves and draws after an optimizer step."""
         self.trackers.log(values, step)
         if self.processes.is_main:
-            self.saver.after_step(step, epoch - 1)
+            self.saver.after_step(step, self._finished_epochs(step))
         self.trackers.log(self.validation.after_step(step, self.progress.average), step)
         self.previews.after_step(step)
+        if self.processes.is_main:
+            self.saver.state_after_step(step)  # last, so that a continued run leaves nothing out
         self.progress.leave_time_out()
 
     def after_epoch(self, epoch: int, step: int, values: Mapping[str, float]) -> None:
         """Reports, saves and draws after an epoch."""
         self.trackers.log(values, step)
-        self.updater.after_epoch(values["loss/epoch_average"])
+        if "loss/epoch_average" in values:  # nothing was trained in an epoch that a continued run begins at its end
+            self.updater.after_epoch(values["loss/epoch_average"])
         if self.processes.is_main:
             self.saver.after_epoch(epoch, step)
         self.trackers.log(self.validation.after_epoch(epoch, step, self.progress.average), step)
         self.previews.after_epoch(epoch, step)
+        if self.processes.is_main:
+            self.saver.state_after_epoch(epoch)  # last, so that a continued run leaves nothing out
         self.progress.leave_time_out()
 
     def _draw_in_use(self, prompts: Sequence[Prompt], seeds: Sequence[int]) -> list[Image]:
@@ -530,5 +589,7 @@ class NetworkTrainer(ModelFamily):
         return ranks.pop() if len(ranks) == 1 else "Dynamic", alphas.pop() if len(alphas) == 1 else "Dynamic"
 
     def finish(self) -> None:
-        """Ends trackers and processes together."""
+        """Ends uploads, trackers and processes together."""
+        if self.uploads is not None:
+            self.uploads.finish()
         self.processes.end()

@@ -5,6 +5,7 @@ Nothing heavy is imported here: these dataclasses are read to answer ``--help``.
 
 from __future__ import annotations
 
+import re
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
@@ -121,3 +122,18 @@ class HubSettings:
         False, "--resume names a state on the hub: owner/name/folder, then :revision and :type where needed"
     )
     async_upload: bool = flag(False, "go on training while files are uploaded")
+
+    def __post_init__(self) -> None:
+        repo_id = self.huggingface_repo_id
+        require(
+            repo_id is None or re.fullmatch(r"[\w.-]+/[\w.-]+", repo_id, re.ASCII) is not None,
+            f"--huggingface_repo_id: {repo_id!r} is not of the form owner/name, so nothing could be uploaded; write it so",
+        )
+        require(
+            self.huggingface_repo_type in (None, "model", "dataset", "space"),
+            f"--huggingface_repo_type: {self.huggingface_repo_type!r} is none of model, dataset, space",
+        )
+        require(
+            ".." not in (self.huggingface_path_in_repo or "").split("/"),
+            f"--huggingface_path_in_repo: {self.huggingface_path_in_repo!r} leads out of the repository; leave .. out",
+        )

@@ -22,12 +22,17 @@ _STEPS_BETWEEN_NORMS = 10  # they change slowly, and reading them waits for the 
 
 
 class TrainStep:
-    """Trains on the batches of one step."""
+    """Trains on the batches of one step.
+
+    Attributes:
+        is_updating: while parameters and optimizer change; where an error leaves it True, they are half-updated.
+    """
 
     def __init__(self, losses_of: Callable[[Batch], Losses], updater: Updater, processes: Processes) -> None:
         self._losses_of = losses_of
         self._updater = updater
         self._processes = processes
+        self.is_updating = False
 
     def __call__(self, batches: Sequence[Batch], num_samples: int, step: int) -> dict[str, float]:
         """Trains and returns what is worth logging.
@@ -40,11 +45,14 @@ class TrainStep:
         Raises:
             UserError: the loss is no number any more.
         """
-        raise_if_stopped()
         updater = self._updater
         # The step's loss, then the bands' sums and counts: they go through the processes and to the host together.
         sums = torch.zeros(1 + 2 * sigma_bands.NUM_BANDS, device=updater.parameters[0].device)
         for batch in batches:
+            if (
+                self._processes.count == 1
+            ):  # of several, none may leave the others waiting: the loop stops them together
+                raise_if_stopped()
             if not batch.draws:  # fewer samples than processes: this one has none
                 continue
             losses, sigma = self._losses_of(batch)
@@ -59,5 +67,8 @@ class TrainStep:
         names = [draw.item.path.name for batch in batches for draw in batch.draws]
         check_finite(loss_value, norm_value, step, names)
         bands = sigma_bands.means(band_sums, "loss/")
-        values = {"loss/current": loss_value, **bands, "norm/gradient": norm_value, **updater.apply()}
+        self.is_updating = True
+        rates = updater.apply()
+        self.is_updating = False
+        values = {"loss/current": loss_value, **bands, "norm/gradient": norm_value, **rates}
         return values if step % _STEPS_BETWEEN_NORMS else {**values, **updater.norms()}

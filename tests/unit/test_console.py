@@ -3,12 +3,14 @@
 import contextlib
 import logging
 import sys
+import threading
 from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
 from PIL import Image
 
+from library import console
 from library.console import run_program, set_up_logging
 from library.errors import SettingsError, UserError
 
@@ -142,3 +144,18 @@ def test_old_python_ends_in_one_sentence(monkeypatch: pytest.MonkeyPatch) -> Non
         with pytest.raises(SystemExit) as caught:
             runpy.run_path(str(Path(__file__).resolve().parents[2] / script))
         assert caught.value.code == "This program needs Python 3.11 or newer; this is Python 3.10."
+
+
+def test_ctrl_c_is_put_off_unless_it_comes_again_and_again(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(console, "_stopped", threading.Event())
+    monkeypatch.setattr(console, "_signals", [])
+    with console.uninterrupted():
+        with console.uninterrupted():
+            console._stop()
+        console._stop()  # a launcher passes the same Ctrl+C on
+        assert console.is_stopped()
+        with pytest.raises(KeyboardInterrupt):
+            console._stop()
+    console._signals.clear()
+    with pytest.raises(KeyboardInterrupt):
+        console._stop()
