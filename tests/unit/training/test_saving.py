@@ -5,8 +5,9 @@ from pathlib import Path
 import pytest
 
 from library.errors import UserError
+from library.training.ema import companion
 from library.training.output_settings import OutputSettings, StateSettings
-from library.training.saving import Saver, averaged
+from library.training.saving import Saver
 
 
 def run(folder: Path, num_epochs: int = 5, steps_per_epoch: int = 4, **values: object) -> tuple[list[str], list]:
@@ -204,10 +205,10 @@ def test_averages_are_removed_with_their_files_and_uploaded(tmp_path: Path) -> N
     def write(path: Path, step: int, epoch: int) -> None:
         path.write_text("x")
         if step < 3:
-            averaged(path).write_text("x")
+            companion(path).write_text("x")
 
     settings = OutputSettings(output_dir=tmp_path, output_name="my", save_every_n_steps=1, save_last_n_steps=1)
-    averaged(tmp_path / "my.safetensors").write_text("of an earlier run")
+    companion(tmp_path / "my.safetensors").write_text("of an earlier run")
     saver = Saver(settings, 1, write, StateSettings(save_state=True), lambda path, _: path.mkdir(), Uploads())
     for step in (1, 2, 3, 4):
         saver.after_step(step, 0)
