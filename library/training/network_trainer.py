@@ -517,7 +517,7 @@ class NetworkTrainer(ModelFamily):
     def after_epoch(self, epoch: int, step: int, values: Mapping[str, float]) -> None:
         """Reports, saves and draws after an epoch."""
         self.trackers.log(values, step)
-        if "loss/epoch_average" in values:  # nothing was trained in an epoch that a continued run begins at its end
+        if values:  # empty where the epoch's end was interrupted, and comes again
             self.updater.after_epoch(values["loss/epoch_average"])
         if self.processes.is_main:
             self.saver.after_epoch(epoch, step)

@@ -44,10 +44,6 @@ CONTRADICTIONS: tuple[tuple[Test, str], ...] = (
         " --save_state_on_train_end",
     ),
     (
-        lambda c: c.hub.huggingface_repo_type not in (None, "model", "dataset", "space"),
-        "--huggingface_repo_type: {c.hub.huggingface_repo_type!r} is no type of repository; give model, dataset or space",
-    ),
-    (
         lambda c: (
             c.state.initial_step is None
             and c.schedule.max_train_epochs is not None

@@ -108,7 +108,9 @@ def data_fingerprint(data: TrainingData) -> str:
 
 def plain_settings(config: TrainConfig) -> dict[str, Any]:
     """Returns every setting by name as JSON holds it, secrets left out."""
-    groups = [getattr(config, field.name) for field in dataclasses.fields(config) if field.name != "given"]
+    from library.training.arguments import GROUPS
+
+    groups = [getattr(config, name) for name in GROUPS]
     return {
         spec.name: _plain(getattr(group, spec.name))
         for group in groups

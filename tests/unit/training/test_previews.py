@@ -203,8 +203,8 @@ def test_dropout_is_off_and_the_average_in_use_while_drawing(tmp_path: Path, fla
             asked.append(averaged)
             return Weights(self._network, self._optimizer).in_use()
 
-    network = torch.nn.Dropout(0.5)
-    trainer.weights = Recording(network, None)  # type: ignore[arg-type]
+    network = torch.nn.Sequential(torch.nn.Linear(1, 1), torch.nn.Dropout(0.5))
+    trainer.weights = Recording(network, torch.optim.AdamW(network.parameters()))
     trainer.draw = lambda prompts, seeds: asked.append(network.training) or []  # type: ignore[method-assign,func-returns-value]
     trainer._draw_in_use([Prompt("a")], [1])
     assert asked == [averaged, False]

@@ -32,7 +32,6 @@ CONTRADICTING = [
     (["--resume_from_huggingface", "--resume=latest"], "--output_dir"),
     (["--save_state_to_huggingface", "--save_state"], "--huggingface_repo_id"),
     (["--save_state_to_huggingface", "--huggingface_repo_id=me/it"], "--save_state"),
-    (["--huggingface_repo_type=models", "--huggingface_repo_id=me/it"], "--huggingface_repo_type"),
     (["--initial_epoch=5", "--max_train_epochs=4"], "nothing is left to train"),
     (["--initial_step=1600"], "nothing is left to train"),
     (["--validation_split=1"], "nothing is left to train on"),
