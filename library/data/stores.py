@@ -6,14 +6,14 @@ change of any ingredient asks for another name, and what has not changed is foun
 
 from __future__ import annotations
 
-import bisect
 import hashlib
+import itertools
 import json
 import os
 from array import array
 from collections.abc import Iterable, Sequence
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Protocol
 
 import torch
 
@@ -76,12 +76,13 @@ class MemoryStore:
         return [(digest, self._tensors[digest]) for digest in digests]
 
 
-class _Places(Sequence[Digest]):
+class _Places:
     """Which entries there are and in which folder: sorted bytes, a third of what a dict of 100,000 digests would take."""
 
     def __init__(self) -> None:
         self._digests = b""
         self._folders = array("H")
+        self._starts = array("I", bytes(4 * (_PREFIXES + 1)))  # of the digests with the same first two bytes
 
     def fill(self, pairs: list[tuple[Digest, int]]) -> None:
         """Takes these entries; of equal ones that with the lowest folder."""
@@ -89,17 +90,25 @@ class _Places(Sequence[Digest]):
         pairs = [pair for number, pair in enumerate(pairs) if not number or pairs[number - 1][0] != pair[0]]
         self._digests = b"".join(digest for digest, _ in pairs)
         self._folders = array("H", [folder for _, folder in pairs])
-
-    def __len__(self) -> int:
-        return len(self._folders)
-
-    def __getitem__(self, number: Any) -> Any:
-        return self._digests[_DIGEST_BYTES * number : _DIGEST_BYTES * (number + 1)]
+        counts = array("I", bytes(4 * (_PREFIXES + 1)))
+        for digest, _ in pairs:
+            counts[_prefix(digest) + 1] += 1
+        self._starts = array("I", itertools.accumulate(counts))
 
     def folder(self, digest: Digest) -> int | None:
         """Returns the number of an entry's folder, or ``None`` where there is no such entry."""
-        number = bisect.bisect_left(self, digest)
-        return self._folders[number] if number < len(self) and self[number] == digest else None
+        prefix = _prefix(digest)
+        for number in range(self._starts[prefix], self._starts[prefix + 1]):
+            if self._digests[_DIGEST_BYTES * number : _DIGEST_BYTES * (number + 1)] == digest:
+                return self._folders[number]
+        return None
+
+
+_PREFIXES = 2**16
+
+
+def _prefix(digest: Digest) -> int:
+    return digest[0] << 8 | digest[1]
 
 
 class DiskStore:

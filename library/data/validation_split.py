@@ -101,14 +101,19 @@ def _held_out(items: Sequence[Item], contents: Sequence[bytes], never: set[bytes
     """Returns the contents that are held out in any subset."""
     of_subset: dict[int, tuple[SubsetConfig, set[bytes]]] = {}
     for item, content in zip(items, contents, strict=True):
-        if _share(item.subset) > 0 and content not in never:
-            of_subset.setdefault(id(item.subset), (item.subset, set()))[1].add(content)
+        if _share(item.subset) > 0:
+            candidates = of_subset.setdefault(id(item.subset), (item.subset, set()))[1]
+            if content not in never:
+                candidates.add(content)
     held: set[bytes] = set()
     for subset, candidates in of_subset.values():
         count = round(_share(subset) * len(candidates))
         if count == 0:
             logger.warning(
-                "validation_split %g of the %d pictures in %s is less than one picture; none of them is held out",
+                "validation_split %g of the %d pictures in %s that are not for regularisation too is less than one picture;"
+                " none of them is held out"
+                if never
+                else "validation_split %g of the %d pictures in %s is less than one picture; none of them is held out",
                 subset.validation_split,
                 len(candidates),
                 subset.metadata_file or subset.image_dir,

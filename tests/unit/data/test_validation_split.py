@@ -259,3 +259,19 @@ def test_metadata_counts_them_apart(tmp_path: Path) -> None:
     entries = dataset_entries(build(tmp_path, validation_split=0.3, dataset_repeats=2, **MEMORY), 1, False)
     assert (entries["num_train_images"], entries["num_validation_images"], entries["num_reg_images"]) == (14, 3, 0)
     assert entries["dataset_dirs"] == {tmp_path.name: {"n_repeats": 2, "img_count": 7}}
+
+
+def test_pictures_that_are_all_for_regularisation_too_are_told(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    make_pictures(tmp_path / "train" / "1_cat", TEN)
+    shutil.copytree(tmp_path / "train" / "1_cat", tmp_path / "reg" / "1_cat")
+    settings = DataSettings(
+        train_data_dir=str(tmp_path / "train"),
+        reg_data_dir=str(tmp_path / "reg"),
+        resolution=(64, 64),
+        validation_split=0.5,
+        cache_latents=True,
+    )
+    assert TrainingData.build(settings, 1, show_progress=False).validation_items == ()
+    assert "that are not for regularisation too is less than one picture" in caplog.text
