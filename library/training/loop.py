@@ -24,7 +24,11 @@ class Events(Protocol):
         """Called after every optimizer step; ``epoch`` counts from 1 and is the running one."""
 
     def after_epoch(self, epoch: int, step: int, values: dict[str, float]) -> None:
-        """Called after every epoch, counted from 1."""
+        """Called after every epoch, counted from 1.
+
+        Called again by a run that goes on from a state of an interrupt in here; ``values`` are empty then, because the
+        epoch's averages have been taken, and what changes training itself must not be done twice.
+        """
 
 
 @dataclass
@@ -106,8 +110,9 @@ class Loop:
             self._run_steps()
         values = {}
         if self.finished_epochs < self._epoch:
-            values = parts.progress.after_epoch()
-            self.finished_epochs = self._epoch
+            with uninterrupted():
+                values = parts.progress.after_epoch()
+                self.finished_epochs = self._epoch
         parts.events.after_epoch(self._epoch, self.step, values)
         if self._batch >= plan.num_batches:
             self._epoch, self._batch = self._epoch + 1, 0
