@@ -18,7 +18,7 @@ from typing import TYPE_CHECKING, Any
 from library.errors import DatasetError, NetworkError, SettingsError, UserError
 from library.files import check_writable
 from library.prompts import Prompt, read_prompt_file
-from library.training.arguments import TrainConfig, warn_of_ignored, warn_of_unused
+from library.training.arguments import TrainConfig, all_specs
 from library.training.base_weights import BaseWeights
 from library.training.config_file import warn_of_gui_keys
 from library.training.hooks import ModelFamily, PictureEncoder, TextEncoder
@@ -27,6 +27,7 @@ from library.training.output_preservation import check_can_be_switched_off
 from library.training.report import RunPlan, log_plan
 from library.training.resuming import Resuming
 from library.training.state import StateNames
+from library.training.unused_flags import warn_of_ignored, warn_of_unused
 
 if TYPE_CHECKING:
     from pathlib import Path
@@ -91,7 +92,7 @@ class NetworkTrainer(ModelFamily):
         """Checks everything that can be checked before torch is imported or a model is read."""
         warn_of_gui_keys(self.config.gui_keys, self.config.config_file)
         warn_of_ignored(self.config.given)
-        warn_of_unused(self.config)
+        warn_of_unused(self.config, all_specs())
         self._check_network_module()
         require_package(self.config.optimizer)
         self.resuming.check()

@@ -275,7 +275,7 @@ class TestWhatHasChanged:
             (["--network_dim=8"], "tensors of another shape"),
             (["--network_args", "train_blocks=noise_refiner"], "this run's network does not have"),
             (["--optimizer_type=SGD"], "memory of the optimizer torch.optim.adamw.AdamW"),
-            (["--initial_step=9"], "--initial_step: 9 lies behind the end"),
+            (["--initial_step=9"], "--initial_step 9 reaches --max_train_steps 8"),
             (["--initial_epoch=3"], "--initial_epoch: 3 lies behind the end"),
         ],
     )

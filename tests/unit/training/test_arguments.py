@@ -11,15 +11,13 @@ import pytest
 from library.errors import SettingsError
 from library.settings import specs_of
 from library.training.arguments import (
-    _NEEDS,
     GROUPS,
     ConfigFileSettings,
     all_specs,
     parse_arguments,
-    warn_of_ignored,
-    warn_of_unused,
 )
 from library.training.legacy_flags import IGNORED, REFUSED
+from library.training.unused_flags import CONDITIONS, warn_of_ignored, warn_of_unused
 
 ROOT = Path(__file__).parents[3]
 RECORDED = {
@@ -272,7 +270,7 @@ def test_help_and_wrong_flags_import_nothing_heavy(script: str, argument: str, c
 def test_flags_without_effect_are_named(argv: list[str], named: str, caplog: pytest.LogCaptureFixture) -> None:
     config = parse(*argv)
     assert config is not None
-    warn_of_unused(config)
+    warn_of_unused(config, all_specs())
     (record,) = caplog.records
     assert named in record.getMessage()
 
@@ -280,9 +278,9 @@ def test_flags_without_effect_are_named(argv: list[str], named: str, caplog: pyt
 def test_a_plain_run_names_none(caplog: pytest.LogCaptureFixture) -> None:
     config = parse("--huber_c=0.1", "--sigmoid_scale=1.0", "--timestep_sampling=nextdit_shift")
     assert config is not None
-    warn_of_unused(config)
+    warn_of_unused(config, all_specs())
     assert not caplog.records
 
 
 def test_conditions_name_flags_that_exist() -> None:
-    assert {name for names, _, _ in _NEEDS for name in names} <= set(all_specs())
+    assert {name for names, _, _ in CONDITIONS for name in names} <= set(all_specs())

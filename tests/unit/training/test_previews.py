@@ -12,9 +12,10 @@ from PIL import Image
 
 from library.errors import DrawingError, SettingsError
 from library.prompts import Prompt
-from library.training.arguments import parse_arguments, warn_of_unused
+from library.training.arguments import all_specs, parse_arguments
 from library.training.previews import Previews, batches_of
 from library.training.settings import SampleSettings
+from library.training.unused_flags import warn_of_unused
 from library.training.weights import Weights
 from lumina_train_network import LuminaNetworkTrainer
 
@@ -221,7 +222,7 @@ def test_flags_that_draw_nothing_are_named(tmp_path: Path, caplog: pytest.LogCap
     flags = [f"--sample_prompts={tmp_path / 'p.txt'}", "--sample_every_n_steps=0", "--sample_every_n_epochs=-1"]
     config = parse_arguments([*_REQUIRED, f"--train_data_dir={tmp_path}", "--sample_at_first", *flags])
     assert config is not None
-    warn_of_unused(config)
+    warn_of_unused(config, all_specs())
     assert "--sample_every_n_steps (a number below 1 draws nothing)" in caplog.text
     assert "--sample_every_n_epochs (a number below 1 draws nothing)" in caplog.text
     assert (config.samples.sample_every_n_steps, config.samples.sample_every_n_epochs) == (None, None)

@@ -7,8 +7,9 @@ from pathlib import Path
 import pytest
 
 from library.errors import SettingsError
-from library.training.arguments import TrainConfig, all_specs, parse_arguments, warn_of_unused
-from library.training.run_checks import CONTRADICTIONS, NEEDS
+from library.training.arguments import TrainConfig, all_specs, parse_arguments
+from library.training.run_checks import CONTRADICTIONS
+from library.training.unused_flags import CONDITIONS, warn_of_unused
 
 ENOUGH = {
     "pretrained_model_name_or_path": "model.safetensors",
@@ -108,7 +109,7 @@ WITHOUT_EFFECT = [
 
 @pytest.mark.parametrize("argv", WITHOUT_EFFECT, ids=" ".join)
 def test_flags_without_effect_are_named(argv: list[str], caplog: pytest.LogCaptureFixture) -> None:
-    warn_of_unused(parse(*argv))
+    warn_of_unused(parse(*argv), all_specs())
     (record,) = caplog.records
     assert argv[0].split("=")[0] in record.getMessage()
 
@@ -116,10 +117,10 @@ def test_flags_without_effect_are_named(argv: list[str], caplog: pytest.LogCaptu
 def test_weights_that_a_state_replaces_are_named(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
     file = tmp_path / "lora.safetensors"
     file.touch()
-    warn_of_unused(parse(f"--network_weights={file}", f"--resume={tmp_path}"))
+    warn_of_unused(parse(f"--network_weights={file}", f"--resume={tmp_path}"), all_specs())
     assert "--network_weights (--resume brings" in caplog.text
     caplog.clear()
-    warn_of_unused(parse(f"--network_weights={file}", f"--resume={tmp_path}", "--dim_from_weights"))
+    warn_of_unused(parse(f"--network_weights={file}", f"--resume={tmp_path}", "--dim_from_weights"), all_specs())
     assert "--network_weights" not in caplog.text
 
 
@@ -128,7 +129,7 @@ def test_previews_may_be_drawn_with_raw_weights_only_where_there_are_others(
 ) -> None:
     prompts = tmp_path / "prompts.txt"
     prompts.write_text("a cat", encoding="utf-8")
-    warn_of_unused(parse("--sample_weights=raw", f"--sample_prompts={prompts}", "--sample_at_first"))
+    warn_of_unused(parse("--sample_weights=raw", f"--sample_prompts={prompts}", "--sample_at_first"), all_specs())
     assert "--sample_weights (there is no moving average" in caplog.text
 
 
@@ -142,15 +143,15 @@ def test_flags_with_effect_are_not_named(caplog: pytest.LogCaptureFixture) -> No
     ]
     more = ["--caption_variants=4", "--token_warmup_min=2", "--token_warmup_step=10", "--reg_data_dir=reg"]
     last = ["--prior_loss_weight=0.5", "--validation_split=0.1", "--validation_seed=1", "--discrete_flow_shift=3"]
-    warn_of_unused(parse(*argv, *more, *last))
+    warn_of_unused(parse(*argv, *more, *last), all_specs())
     assert not caplog.records
 
 
 def test_a_flag_is_named_once(caplog: pytest.LogCaptureFixture) -> None:
-    warn_of_unused(parse("--training_comment=x", "--no_metadata", "--save_model_as=pt"))
+    warn_of_unused(parse("--training_comment=x", "--no_metadata", "--save_model_as=pt"), all_specs())
     (record,) = caplog.records
     assert record.getMessage().count("--training_comment") == 1
 
 
 def test_conditions_name_flags_that_exist() -> None:
-    assert {name for names, _, _ in NEEDS for name in names} <= set(all_specs())
+    assert {name for names, _, _ in CONDITIONS for name in names} <= set(all_specs())
