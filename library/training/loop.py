@@ -127,11 +127,10 @@ class Loop:
                 with uninterrupted() if parts.processes.count > 1 else contextlib.nullcontext():
                     batches, num_samples = next(steps, (None, 0))
                     values = None if batches is None else self._run_step(batches, num_samples)
-                    stopped = self._all_stop()
-                if stopped:
-                    raise KeyboardInterrupt
                 if values is None:
                     return
+                if parts.train_step.is_stopped if parts.processes.count > 1 else is_stopped():
+                    raise KeyboardInterrupt
                 parts.events.after_step(self.step, self._epoch, values)
                 if self.step >= self.settings.plan.num_steps:
                     return
@@ -145,13 +144,6 @@ class Loop:
             self._batch += len(batches)
             self.parts.progress.after_step(values, self._epoch, num_samples)
         return values
-
-    def _all_stop(self) -> bool:
-        """Returns whether the user has stopped any of the processes."""
-        processes = self.parts.processes
-        if processes.count == 1:
-            return is_stopped()
-        return any(stopped for (stopped,) in processes.gather([is_stopped()]))
 
     def _steps_of(self, epoch: int, start: int) -> Generator[tuple[list[Batch], int]]:
         """Yields the batches of each optimizer step for this process, and the step's samples over all processes."""

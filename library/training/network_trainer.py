@@ -8,20 +8,19 @@ torch are imported where they are used, so that an entry script can check its co
 from __future__ import annotations
 
 import gc
-import importlib
-import importlib.util
 import logging
 import os
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
-from library.errors import DatasetError, NetworkError, SettingsError, UserError
+from library.errors import DatasetError, SettingsError
 from library.files import check_writable
 from library.prompts import Prompt, read_prompt_file
 from library.training.arguments import TrainConfig, all_specs
 from library.training.base_weights import BaseWeights
 from library.training.config_file import warn_of_gui_keys
 from library.training.hooks import ModelFamily, PictureEncoder, TextEncoder
+from library.training.network_building import NetworkBuilder, rank_and_alpha
 from library.training.optimizer_names import require_package
 from library.training.output_preservation import check_can_be_switched_off
 from library.training.report import RunPlan, log_plan
@@ -38,10 +37,9 @@ if TYPE_CHECKING:
 
     from library.data.cache import Sharing
     from library.data.dataset import TrainingData
+    from library.training.lora_writer import LoraWriter
 
 logger = logging.getLogger(__name__)
-
-DEFAULT_NETWORK_DIM = 4  # sd-scripts' rank where --network_dim is left out
 
 
 class NetworkTrainer(ModelFamily):
@@ -56,6 +54,7 @@ class NetworkTrainer(ModelFamily):
         self.model: nn.Module | None = None
         self.network: Any = None
         self.base_weights = BaseWeights(config.network, self.empty_text_encoder, self.empty_model)
+        self.networks = NetworkBuilder(config)
         self.resuming = Resuming(config)
 
     def train(self) -> None:
@@ -93,7 +92,7 @@ class NetworkTrainer(ModelFamily):
         warn_of_gui_keys(self.config.gui_keys, self.config.config_file)
         warn_of_ignored(self.config.given)
         warn_of_unused(self.config, all_specs())
-        self._check_network_module()
+        self.networks.check_module()
         require_package(self.config.optimizer)
         self.resuming.check()
         samples = self.config.samples
@@ -104,27 +103,6 @@ class NetworkTrainer(ModelFamily):
 
         self.dataset_configs = load_dataset_config(self.config.data)
         self.inspect_models()
-
-    def _check_network_module(self) -> None:
-        name = self.config.network.network_module
-        if name is None:  # TrainConfig refuses that; stated for the type checker
-            raise SettingsError("--network_module is missing")
-        try:
-            found = importlib.util.find_spec(name)
-        except (ImportError, ValueError):  # a package that is not there, or no module's name at all
-            found = None
-        if found is None:
-            raise SettingsError(
-                f"--network_module: there is no Python module {name!r}; give networks.lora_lumina, or install the module's"
-                " package"
-            )
-        if self._has_companion():
-            importlib.import_module(f"{name}_args").check_network_args(self.config.network.arguments())
-
-    def _has_companion(self) -> bool:
-        """Whether the network module brings a light companion, which checks its arguments before anything heavy is
-        imported; such a module can also be built on models without weights."""
-        return importlib.util.find_spec(f"{self.config.network.network_module}_args") is not None
 
     def start(self) -> None:
         """Starts torch, the processes and the trackers, and looks the optimizer up."""
@@ -292,26 +270,12 @@ class NetworkTrainer(ModelFamily):
             torch.cuda.empty_cache()
 
     def rehearse_network(self) -> None:
-        """Makes the network once on models without weights, where it could turn out wrong.
-
-        A rank that reaches nothing or a LoRA file that does not fit must show now, not when everything is encoded.
-        """
-        config = self.config.network
-        if not hasattr(importlib.import_module(str(config.network_module)), "create_network"):
-            raise SettingsError(
-                f"--network_module: {config.network_module} is no network module (it has no create_network); give"
-                " networks.lora_lumina"
-            )
-        networks_log = logging.getLogger(str(config.network_module).split(".")[0])
-        level = networks_log.level
-        networks_log.setLevel(logging.ERROR)  # what it has to say it says when it is made in earnest
-        try:
-            self.base_weights.check(self._has_companion(), self.config.data.cache_text_encoder_outputs)
-            if self._has_companion() and (config.network_weights is not None or config.network_args):
+        """Makes network and base weights once on models without weights, where they could turn out wrong."""
+        with self.networks.rehearsing():
+            self.base_weights.check(self.networks.has_companion, self.config.data.cache_text_encoder_outputs)
+            if self.networks.can_turn_out_wrong:
                 encoders = [self.empty_text_encoder()] if self.config.trains_text_encoder else []
-                self._make_network(encoders, self.empty_model())
-        finally:
-            networks_log.setLevel(level)
+                self.networks.make(encoders, self.empty_model())
 
     def build_network(self) -> None:
         """Makes the network, attaches it, and sets recomputation up behind it."""
@@ -320,46 +284,14 @@ class NetworkTrainer(ModelFamily):
         from library.memory.recompute import recompute_in_backward
 
         trained_encoders = [self.ready_text_encoder().model] if self.config.trains_text_encoder else []
-        self.network = self._make_network(trained_encoders, self.model)
+        self.network = self.networks.make(trained_encoders, self.model)
+        check_can_be_switched_off(self.network, self.dataset_configs, str(self.config.network.network_module))
         if self.config.network.network_weights is not None:
             logger.info("Training goes on from %s", self.config.network.network_weights)
         self.network.to(self.device, torch.bfloat16 if self.config.memory.full_bf16 else torch.float32)
         if self.config.memory.gradient_checkpointing:
             keyed = hasattr(self.network, "set_dropout_keys")
             recompute_in_backward(self.blocks(), preserve_rng_state=not keyed)
-
-    def _make_network(self, trained_encoders: Sequence[nn.Module], model: nn.Module | None) -> Any:
-        if self.config.network.network_weights is None:
-            return self._make_network_of(trained_encoders, model)
-        try:
-            return self._make_network_of(trained_encoders, model)
-        except NetworkError as error:
-            raise NetworkError(f"--network_weights: {error}") from error
-
-    def _make_network_of(self, trained_encoders: Sequence[nn.Module], model: nn.Module | None) -> Any:
-        config = self.config.network
-        module = importlib.import_module(str(config.network_module))
-        arguments: dict[str, Any] = dict(config.arguments())
-        if config.network_dropout is not None:
-            arguments["neuron_dropout"] = config.network_dropout
-        if config.dim_from_weights:
-            network, _ = module.create_network_from_weights(
-                1.0, str(config.network_weights), None, trained_encoders, model, **arguments
-            )
-        else:
-            network = module.create_network(
-                1.0, config.network_dim, config.network_alpha, None, trained_encoders, model, **arguments
-            )
-        network.apply_to(trained_encoders, model, bool(trained_encoders), self.config.trains_dit)
-        if trained_encoders and not getattr(network, "text_encoder_loras", True):
-            raise SettingsError(
-                f"--dim_from_weights: {config.network_weights} holds no LoRA for the text encoder, so there is none to"
-                " train; add --network_train_unet_only or --cache_text_encoder_outputs"
-            )
-        if config.network_weights is not None and not config.dim_from_weights:
-            network.load_weights(str(config.network_weights))
-        check_can_be_switched_off(network, self.dataset_configs, str(config.network_module))
-        return network
 
     def build_optimizer(self) -> None:
         """Makes parameter groups, optimizer and schedule."""
@@ -478,9 +410,7 @@ class NetworkTrainer(ModelFamily):
             self.loop,
             self.processes.on_cuda,
         )
-        self.saver = Saver(
-            config.output, self.plan.num_epochs, self._metadata_writer(), config.state, states, self.uploads
-        )
+        self.saver = Saver(config.output, self.plan.num_epochs, self._lora_writer(), config.state, states, self.uploads)
         if self.loop.is_at_end:
             logger.warning(
                 "The run is at its end already (step %d of %d): nothing is left to train, and the final file is written"
@@ -536,19 +466,17 @@ class NetworkTrainer(ModelFamily):
             if self.config.data.cache_latents and self.autoencoder is not None:
                 self.autoencoder.model.to("cpu")  # training does not need it, and memory may be short
 
-    def _metadata_writer(self) -> Callable[[Path, int, int], None]:
-        import torch
-
-        from library.training.ema import companion
+    def _lora_writer(self) -> LoraWriter:
+        from library.training.lora_writer import LoraWriter
         from library.training.metadata import FileHashes, RunFacts, RunMetadata, dataset_entries
         from library.training.optimizers import describe_optimizer
 
         config = self.config
-        hashes = FileHashes(self.hashed_files()) if self.processes.is_main else None
+        rank, alpha = rank_and_alpha(config.network, self.network)
         facts = RunFacts(
             seed=self.seed,
-            network_dim=self._rank_and_alpha()[0],
-            network_alpha=self._rank_and_alpha()[1],
+            network_dim=rank,
+            network_alpha=alpha,
             num_steps=self.plan.num_steps,
             num_epochs=self.plan.num_epochs,
             num_batches_per_epoch=self.plan.num_batches,
@@ -557,37 +485,8 @@ class NetworkTrainer(ModelFamily):
             resolution_px=self.data.datasets[0].resolution,
             model_files={**self.model_metadata(), **self.base_weights.metadata()},
         )
-        metadata = RunMetadata(config, facts, hashes)
-        precision = {None: None, "float": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}
-        dtype = precision[config.output.save_precision]
-
-        def write(path: Path, step: int, epoch: int) -> None:
-            if not all(bool(torch.isfinite(parameter).all()) for parameter in self.network.parameters()):
-                raise UserError(
-                    f"the LoRA of step {step} holds numbers that are not finite, so it is not saved; a lower --learning_rate"
-                    " usually helps"
-                )
-            entries = metadata.at(step, epoch)
-            with self.weights.in_use():
-                self.network.save_weights(str(path), dtype, entries)
-            if not self.weights.has_average:
-                return
-            if not config.output.no_metadata:
-                entries |= {"ss_ema_decay": str(config.optimizer.ema_decay)}
-            with self.weights.in_use(averaged=True):
-                self.network.save_weights(str(companion(path)), dtype, entries)
-            logger.info("Saved %s", companion(path))
-
-        return write
-
-    def _rank_and_alpha(self) -> tuple[int | str, float | str]:
-        """Returns rank and alpha for the metadata: of the file with ``--dim_from_weights``, "Dynamic" where they vary."""
-        config = self.config.network
-        if not config.dim_from_weights or not hasattr(self.network, "loras"):
-            return config.network_dim or DEFAULT_NETWORK_DIM, config.network_alpha
-        ranks = {lora.lora_dim for lora in self.network.loras}
-        alphas = {float(lora.alpha) for lora in self.network.loras}
-        return ranks.pop() if len(ranks) == 1 else "Dynamic", alphas.pop() if len(alphas) == 1 else "Dynamic"
+        hashes = FileHashes(self.hashed_files()) if self.processes.is_main else None
+        return LoraWriter(config, self.network, self.weights, RunMetadata(config, facts, hashes))
 
     def finish(self) -> None:
         """Ends uploads, trackers and processes together."""

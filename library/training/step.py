@@ -11,7 +11,7 @@ from collections.abc import Callable, Sequence
 
 import torch
 
-from library.console import raise_if_stopped
+from library.console import is_stopped, raise_if_stopped
 from library.data.dataset import Batch
 from library.training import sigma_bands
 from library.training.hooks import Losses
@@ -26,6 +26,7 @@ class TrainStep:
 
     Attributes:
         is_updating: while parameters and optimizer change; where an error leaves it True, they are half-updated.
+        is_stopped: whether the user stopped any of the processes by the time of the last step: all of them know it.
     """
 
     def __init__(self, losses_of: Callable[[Batch], Losses], updater: Updater, processes: Processes) -> None:
@@ -33,6 +34,7 @@ class TrainStep:
         self._updater = updater
         self._processes = processes
         self.is_updating = False
+        self.is_stopped = False
 
     def __call__(self, batches: Sequence[Batch], num_samples: int, step: int) -> dict[str, float]:
         """Trains and returns what is worth logging.
@@ -46,12 +48,12 @@ class TrainStep:
             UserError: the loss is no number any more.
         """
         updater = self._updater
-        # The step's loss, then the bands' sums and counts: they go through the processes and to the host together.
-        sums = torch.zeros(1 + 2 * sigma_bands.NUM_BANDS, device=updater.parameters[0].device)
+        alone = self._processes.count == 1
+        # The step's loss, how many processes are to stop, the bands' sums and counts: they go through the processes and to
+        # the host together.
+        sums = torch.zeros(2 + 2 * sigma_bands.NUM_BANDS, device=updater.parameters[0].device)
         for batch in batches:
-            if (
-                self._processes.count == 1
-            ):  # of several, none may leave the others waiting: the loop stops them together
+            if alone:  # of several, none may leave the others waiting: the loop stops them together
                 raise_if_stopped()
             if not batch.draws:  # fewer samples than processes: this one has none
                 continue
@@ -59,11 +61,13 @@ class TrainStep:
             loss = (losses * batch.loss_weights.to(losses.device)).sum() / num_samples
             loss.backward()
             sums[0] += loss.detach()
-            sums[1:] += sigma_bands.sums(losses, sigma)
+            sums[2:] += sigma_bands.sums(losses, sigma)
+        sums[1] = float(is_stopped())
         sums = self._processes.add_up(updater.parameters, sums)
         gradient_norm = updater.clip()
         # One wait for the device, not two.
-        loss_value, *band_sums, norm_value = torch.cat([sums, gradient_norm.float().reshape(1)]).tolist()
+        loss_value, num_stopped, *band_sums, norm_value = torch.cat([sums, gradient_norm.float().reshape(1)]).tolist()
+        self.is_stopped = num_stopped > 0
         names = [draw.item.path.name for batch in batches for draw in batch.draws]
         check_finite(loss_value, norm_value, step, names)
         bands = sigma_bands.means(band_sums, "loss/")

@@ -1,0 +1,134 @@
+"""From ``--network_module`` and its flags to the network: found, checked, rehearsed, made and attached.
+
+Modules are resolved by name, so that third-party network modules work too.
+"""
+
+from __future__ import annotations
+
+import importlib
+import importlib.util
+import logging
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from typing import TYPE_CHECKING, Any
+
+from library.errors import NetworkError, SettingsError
+from library.training.arguments import TrainConfig
+from library.training.settings import NetworkSettings
+
+if TYPE_CHECKING:
+    from torch import nn
+
+_DEFAULT_DIM = 4  # sd-scripts' rank where --network_dim is left out
+
+
+class NetworkBuilder:
+    """Makes the network of a run."""
+
+    def __init__(self, config: TrainConfig) -> None:
+        self._config = config
+        self._settings = config.network
+
+    def check_module(self) -> None:
+        """Checks that the module exists, and its arguments, before anything heavy is imported.
+
+        Raises:
+            SettingsError: there is no such module.
+            NetworkError: it refuses an argument.
+        """
+        name = self._settings.network_module
+        if name is None:  # TrainConfig refuses that; stated for the type checker
+            raise SettingsError("--network_module is missing")
+        try:
+            found = importlib.util.find_spec(name)
+        except (ImportError, ValueError):  # a package that is not there, or no module's name at all
+            found = None
+        if found is None:
+            raise SettingsError(
+                f"--network_module: there is no Python module {name!r}; give networks.lora_lumina, or install the module's"
+                " package"
+            )
+        if self.has_companion:
+            importlib.import_module(f"{name}_args").check_network_args(self._settings.arguments())
+
+    @property
+    def has_companion(self) -> bool:
+        """Whether the network module brings a light companion, which checks its arguments before anything heavy is
+        imported; such a module can also be built on models without weights."""
+        return importlib.util.find_spec(f"{self._settings.network_module}_args") is not None
+
+    @property
+    def can_turn_out_wrong(self) -> bool:
+        """Whether a rehearsal can show a rank that reaches nothing, or a LoRA file that does not fit."""
+        return self.has_companion and bool(self._settings.network_weights is not None or self._settings.network_args)
+
+    @contextmanager
+    def rehearsing(self) -> Iterator[None]:
+        """Lets networks be made for a try: what is wrong must show now, not when everything is encoded.
+
+        Raises:
+            SettingsError: the module is no network module.
+        """
+        name = str(self._settings.network_module)
+        if not hasattr(importlib.import_module(name), "create_network"):
+            raise SettingsError(
+                f"--network_module: {name} is no network module (it has no create_network); give networks.lora_lumina"
+            )
+        networks_log = logging.getLogger(name.split(".")[0])
+        level = networks_log.level
+        networks_log.setLevel(logging.ERROR)  # what it has to say it says when it is made in earnest
+        try:
+            yield
+        finally:
+            networks_log.setLevel(level)
+
+    def make(self, trained_encoders: Sequence[nn.Module], model: nn.Module | None) -> Any:
+        """Returns the network, attached to the models.
+
+        Args:
+            trained_encoders: text encoders that get a part of the network.
+            model: the large model.
+
+        Raises:
+            NetworkError: the network's arguments or ``--network_weights`` do not fit the models.
+            SettingsError: ``--dim_from_weights`` leaves a text encoder without a part that was to be trained.
+        """
+        if self._settings.network_weights is None:
+            return self._make(trained_encoders, model)
+        try:
+            return self._make(trained_encoders, model)
+        except NetworkError as error:
+            raise NetworkError(f"--network_weights: {error}") from error
+
+    def _make(self, trained_encoders: Sequence[nn.Module], model: nn.Module | None) -> Any:
+        settings = self._settings
+        module = importlib.import_module(str(settings.network_module))
+        arguments: dict[str, Any] = dict(settings.arguments())
+        if settings.network_dropout is not None:
+            arguments["neuron_dropout"] = settings.network_dropout
+        if settings.dim_from_weights:
+            network, _ = module.create_network_from_weights(
+                1.0, str(settings.network_weights), None, trained_encoders, model, **arguments
+            )
+        else:
+            network = module.create_network(
+                1.0, settings.network_dim, settings.network_alpha, None, trained_encoders, model, **arguments
+            )
+        network.apply_to(trained_encoders, model, bool(trained_encoders), self._config.trains_dit)
+        if trained_encoders and not getattr(network, "text_encoder_loras", True):
+            raise SettingsError(
+                f"--dim_from_weights: {settings.network_weights} holds no LoRA for the text encoder, so there is none to"
+                " train; add --network_train_unet_only or --cache_text_encoder_outputs"
+            )
+        if settings.network_weights is not None and not settings.dim_from_weights:
+            network.load_weights(str(settings.network_weights))
+        return network
+
+
+def rank_and_alpha(settings: NetworkSettings, network: Any) -> tuple[int | str, float | str]:
+    """Returns rank and alpha for the metadata: of the file with ``--dim_from_weights``, "Dynamic" where they vary."""
+    if not settings.dim_from_weights or not hasattr(network, "loras"):
+        return settings.network_dim or _DEFAULT_DIM, settings.network_alpha
+    ranks = {lora.lora_dim for lora in network.loras}
+    alphas = {float(lora.alpha) for lora in network.loras}
+    return ranks.pop() if len(ranks) == 1 else "Dynamic", alphas.pop() if len(alphas) == 1 else "Dynamic"
