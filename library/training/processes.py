@@ -116,6 +116,8 @@ class Processes:
         """Ends the trackers and the process group: all together, with nothing left that still holds the group."""
         self.wait()
         self._accelerator.end_training()
+        # A group that lives on is torn down while Python ends, and its threads may then end the process with an error.
+        self._host_group = None
         gc.collect()
         if distributed.is_initialized():
             distributed.destroy_process_group()
