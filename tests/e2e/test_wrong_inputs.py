@@ -57,7 +57,7 @@ def replaced(flags: list[str], **values: object) -> list[str]:
         ({"optimizer_type": "missing_package.Adam"}, ["missing_package"]),
         ({"lr_scheduler": "cosinus"}, ["cosinus", "cosine"]),
         ({"lr_scheduler_type": "NoSuchLR"}, ["NoSuchLR"]),
-        ({"output_dir": None}, ["--output_dir"]),
+        ({"output_dir": None}, ["--output_dir"]),  # defect 14
         ({"output_dir": "{folder}/broken.safetensors"}, ["--output_dir", "is a file"]),
         ({"network_weights": "{folder}/nowhere.safetensors"}, ["--network_weights", "nowhere"]),
         ({"network_weights": "{models}/quickstart_ae.safetensors"}, ["--network_weights", "no LoRA keys"]),

@@ -58,6 +58,7 @@ def test_bf16_with_previews(job: Job, tmp_path: Path, more: list[str]) -> None:
 
 
 def test_inference_with_and_without_offload(job: Job, tmp_path: Path) -> None:
+    # defect 39
     pictures = []
     for name, more in (("on", []), ("off", ["--offload"])):
         done = python("lumina_minimal_inference.py", *job.inference_flags, f"--output_dir={tmp_path / name}", *more)

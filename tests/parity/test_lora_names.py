@@ -54,6 +54,7 @@ def test_modules_ranks_and_order_are_the_recorded_ones(model, case):
 
 
 def test_mlp_dim_governs_the_feed_forward_layers(model):
+    # defect 19
     # The reference's mlp_dim looks for "mlp" in names and finds no feed-forward layer; there is no recorded case.
     network = create_network(1.0, 8, 1.0, None, [], model, mlp_dim="2")
     ranks = {lora.lora_name: lora.lora_dim for lora in network.unet_loras}

@@ -49,6 +49,7 @@ def test_the_resized_picture_covers_its_bucket_in_every_mode() -> None:
 
 
 def test_steps_of_16_give_sides_that_are_multiples_of_16() -> None:
+    # defect 7
     sizes = bucket_sizes((256, 256), 128, 512, 16)
     assert (256, 256) in sizes
     assert any(width % 64 for width, _ in sizes)
@@ -67,6 +68,7 @@ def test_without_buckets_every_picture_covers_the_one_size() -> None:
 
 @pytest.mark.parametrize("size", [(40, 300), (300, 40), (6000, 50), (63, 64)])
 def test_no_upscale_says_none_where_a_side_is_below_the_step(size: tuple[int, int]) -> None:
+    # defect 43
     config = DatasetConfig(resolution=(256, 256), enable_bucket=True, bucket_no_upscale=True, bucket_reso_steps=64)
     assert BucketChooser(config).place(*size) is None
 

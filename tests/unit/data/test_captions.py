@@ -68,6 +68,7 @@ def test_keep_tokens_separator_fixes_head_and_tail() -> None:
     ],
 )
 def test_keep_tokens_separator_never_stays_in_the_text(raw: str, expected: str) -> None:
+    # defect 57
     assert final_caption(_subset(keep_tokens_separator="|||"), raw, 1, 0) == expected
     assert all(
         "|||" not in caption for caption in _draws(_subset(keep_tokens_separator="|||", shuffle_caption=True), raw)

@@ -76,6 +76,7 @@ def test_any_text_has_tokens_of_its_own() -> None:
 
 
 def test_the_tensor_in_the_file_comes_first(tmp_path: Path) -> None:
+    # defect 13
     paths = write_tiny_files(tmp_path)
     (tmp_path / "tokenizer.model").write_bytes(b"another one")
     assert inspect_models(paths).tokenizer.proto == tiny_models().tokenizer

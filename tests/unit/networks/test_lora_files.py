@@ -364,6 +364,7 @@ def split_network(dit):
 
 
 def test_split_trains_three_loras_and_saves_one(dit, tmp_path):
+    # defect 18
     network = split_network(dit)
     lora = network.get_submodule("lora_unet_layers_0_attention_qkv")
     assert [tuple(up.shape) for _, up in lora.factors()] == [(48, 4), (24, 4), (24, 4)]

@@ -217,3 +217,15 @@ def test_validation_losses_are_fixed(job: Job, tmp_path: Path) -> None:
     # Alone or among others: only the order of float32 sums differs.
     alone = trainer.validation_losses(trainer.data.load(batch.draws[3:4]), (0.25, 0.75))
     torch.testing.assert_close(alone[0], first[3], rtol=1e-5, atol=1e-6)
+
+
+def test_recomputing_in_gemma2_trains_nothing_but_the_lora(job: Job, tmp_path: Path) -> None:
+    # defect 22
+    trainer = made_trainer(flags(job, tmp_path, "--gradient_checkpointing"))
+    fill_network(trainer.network)
+    trainer.losses_of(first_batch(trainer)).values.mean().backward()
+    encoder = trainer.ready_text_encoder().model
+    assert not any(parameter.requires_grad for parameter in (*encoder.parameters(), *trainer.dit.parameters()))
+    assert all(parameter.grad is None for parameter in (*encoder.parameters(), *trainer.dit.parameters()))
+    trained = gradients(trainer.network)
+    assert any(name.startswith("lora_te") and bool(gradient.any()) for name, gradient in trained.items())
