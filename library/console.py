@@ -70,12 +70,12 @@ def set_up_logging(level: str | None = None, file: Path | None = None, simple: b
 
     Args:
         level: least level shown; INFO when None.
-        file: written anew instead of the screen, which then shows errors only.
+        file: written anew, by the first process alone, instead of the screen, which then shows errors only.
         simple: leave the time out.
     """
     level = level or "INFO"
     handlers: list[logging.Handler] = [_BetweenBars()]
-    if file is not None:
+    if file is not None and process_rank() == 0:  # another process would empty the first one's file
         handlers[0].setLevel(logging.ERROR)
         file.parent.mkdir(parents=True, exist_ok=True)
         handlers.append(logging.FileHandler(file, mode="w", encoding="utf-8"))

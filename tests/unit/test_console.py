@@ -72,6 +72,18 @@ def test_other_processes_say_only_what_went_wrong(
     assert capsys.readouterr().err == "ERROR: wrong\n"
 
 
+def test_other_processes_leave_the_log_file_to_the_first(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture
+) -> None:
+    set_up_logging("INFO", tmp_path / "run.log", simple=True)
+    logger.info("of the first")
+    monkeypatch.setenv("RANK", "1")
+    set_up_logging("INFO", tmp_path / "run.log", simple=True)
+    logger.error("of the second")
+    assert (tmp_path / "run.log").read_text(encoding="utf-8") == "of the first\n"
+    assert capsys.readouterr().err == "ERROR: of the second\n"
+
+
 def test_other_packages_are_quiet(capsys: pytest.CaptureFixture) -> None:
     set_up_logging(simple=True)
     logging.getLogger("diffusers.models").warning("noise")
