@@ -420,6 +420,9 @@ class NetworkTrainer(ModelFamily):
             )
         if self.loop.step == 0:
             self.previews.at_first()
+        elif self.resuming.continues_at(self.loop.step) and self.updater.awaits_validation(self.loop.step):
+            # The run was interrupted between this step and a measurement that the learning rate goes by.
+            self.trackers.log(self.validation.after_step(self.loop.step, self.progress.average), self.loop.step)
         try:
             self.loop.run()
         except BaseException:

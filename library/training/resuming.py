@@ -132,6 +132,10 @@ class Resuming:
         """The name that the states of the run that is continued share."""
         return self.header.run if self.header is not None else None
 
+    def continues_at(self, step: int) -> bool:
+        """Whether the run goes on from this optimizer step because its state stood there."""
+        return self.header is not None and self.header.position.step == step
+
     # Putting it in place
 
     def restore(

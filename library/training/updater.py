@@ -121,13 +121,17 @@ class Updater:
             loss: the same in all processes.
             step: the optimizer step that it was measured after; a second telling of one step changes nothing.
         """
-        if not self._goes_by_the_loss or step == self._validated_step:
+        if not self.awaits_validation(step):
             return
         self._validated_step = step
         if not self._was_validated:
             self._was_validated = True
             self._schedule_state.restart()  # the best loss in training says nothing about losses in validation
         self._tell(loss)
+
+    def awaits_validation(self, step: int) -> bool:
+        """Whether the schedule goes by the loss and has not been told of a validation after this optimizer step."""
+        return self._goes_by_the_loss and step != self._validated_step
 
     def _tell(self, loss: float) -> None:
         before = [float(group["lr"]) for group in self.optimizer.param_groups]

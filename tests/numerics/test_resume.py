@@ -172,6 +172,25 @@ def test_ctrl_c_around_the_end_of_an_epoch(
     assert (entries["ss_steps"], entries["ss_epoch"]) == ("5", "1")
 
 
+def test_ctrl_c_before_a_validation_that_the_schedule_goes_by(
+    job: Job, cached: list[str], run: Train, tmp_path: Path
+) -> None:
+    flags = [*cached, "--validation_split=0.4", "--validate_every_n_steps=1", "--lr_scheduler=reduce_lr_on_plateau"]
+    # Every loss counts as a bad one, so that each telling shows as a lower rate.
+    flags += ["--lr_scheduler_args", "patience=0", "threshold=0.99", "--save_state", "--max_train_epochs=3"]
+    whole = run(job.train_flags(tmp_path / "whole", *flags))
+    assert whole.error is None, whole.error
+    rates = [whole.logged[step][0]["lr/unet"] for step in sorted(whole.logged)]
+    assert len(set(rates)) > 3
+    stopped = run(job.train_flags(tmp_path / "parts", *flags), stop_after=2)
+    assert isinstance(stopped.error, KeyboardInterrupt)
+    assert len(stopped.logged[2]) == 1  # it was not measured any more
+    resumed = run(job.train_flags(tmp_path / "parts", *flags, "--resume=latest"))
+    assert resumed.logged[2] == whole.logged[2][1:]
+    assert_continues(whole, resumed, 2)
+    assert_same_files(tmp_path / "whole" / "my.safetensors", tmp_path / "parts" / "my.safetensors")
+
+
 def test_two_processes(job: Job, cached: list[str], tmp_path: Path) -> None:
     # defect 50: only the first process had a state.
     flags = [*cached, *EVERYTHING_DRAWN, "--max_train_epochs=2", "--save_state", "--save_every_n_steps=2"]
