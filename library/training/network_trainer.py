@@ -446,6 +446,8 @@ class NetworkTrainer(ModelFamily):
         self.previews.after_step(step)
         if self.processes.is_main:
             self.saver.state_after_step(step)  # last, so that a continued run leaves nothing out
+        if self.saver.is_step(step):
+            self.processes.wait()
         self.progress.leave_time_out()
 
     def after_epoch(self, epoch: int, step: int, values: Mapping[str, float]) -> None:
@@ -459,6 +461,8 @@ class NetworkTrainer(ModelFamily):
         self.previews.after_epoch(epoch, step)
         if self.processes.is_main:
             self.saver.state_after_epoch(epoch)  # last, so that a continued run leaves nothing out
+        if self.saver.is_epoch(epoch):
+            self.processes.wait()
         self.progress.leave_time_out()
 
     def _draw_in_use(self, prompts: Sequence[Prompt], seeds: Sequence[int]) -> list[Image]:

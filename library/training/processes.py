@@ -84,8 +84,9 @@ class Processes:
         return result
 
     def wait(self) -> None:
-        """Returns when every process has come here."""
-        self._accelerator.wait_for_everyone()
+        """Returns when every process has come here, however long one of them saves or uploads."""
+        if self.count > 1:  # on the host: between GPUs waiting ends the run after some minutes
+            distributed.barrier(group=self._host_group)
 
     def add_up(self, parameters: Sequence[torch.nn.Parameter], values: Tensor) -> Tensor:
         """Adds up gradients and further values over all processes in one flat buffer.

@@ -101,16 +101,18 @@ class Saver:
 
     # The LoRA
 
-    def _is_step(self, step: int) -> bool:
+    def is_step(self, step: int) -> bool:
+        """Whether files are saved after this step."""
         every = self._settings.save_every_n_steps
         return bool(every) and step % every == 0  # type: ignore[operator]
 
-    def _is_epoch(self, epoch: int) -> bool:
+    def is_epoch(self, epoch: int) -> bool:
+        """Whether files are saved after this epoch, counted from 1."""
         return bool(self._every_epochs) and epoch % self._every_epochs == 0 and epoch < self._num_epochs  # type: ignore
 
     def after_step(self, step: int, epoch: int) -> None:
         """Saves if this step is one of ``--save_every_n_steps``; ``epoch`` is the number of finished epochs."""
-        if not self._is_step(step):
+        if not self.is_step(step):
             return
         self._save_or_warn(self.step_path(step), step, epoch)
         old = self._old_step(step, self._settings.save_last_n_steps)
@@ -119,7 +121,7 @@ class Saver:
 
     def after_epoch(self, epoch: int, step: int) -> None:
         """Saves if this epoch, counted from 1, is one of ``--save_every_n_epochs``; the last one is the final file."""
-        if not self._is_epoch(epoch):
+        if not self.is_epoch(epoch):
             return
         self._save_or_warn(self.epoch_path(epoch), step, epoch)
         old = self._old_epoch(epoch, self._settings.save_last_n_epochs)
@@ -226,7 +228,7 @@ class Saver:
 
     def state_after_step(self, step: int) -> None:
         """Saves the state with ``--save_state`` if the LoRA was saved after this step."""
-        if not self._states.save_state or not self._is_step(step):
+        if not self._states.save_state or not self.is_step(step):
             return
         self._save_state(self._state_names.of_step(step), events_done=False)
         keep = self._states.save_last_n_steps_state or self._settings.save_last_n_steps
@@ -234,7 +236,7 @@ class Saver:
 
     def state_after_epoch(self, epoch: int) -> None:
         """Saves the state with ``--save_state`` if the LoRA was saved after this epoch, counted from 1."""
-        if not self._states.save_state or not self._is_epoch(epoch):
+        if not self._states.save_state or not self.is_epoch(epoch):
             return
         self._save_state(self._state_names.of_epoch(epoch), events_done=True)
         keep = self._states.save_last_n_epochs_state or self._settings.save_last_n_epochs

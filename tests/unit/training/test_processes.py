@@ -1,9 +1,15 @@
 """Start-up checks of the machine, and the loss guard."""
 
+import time
 from collections.abc import Iterator
+from datetime import timedelta
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
 
 import pytest
 import torch
+from torch import distributed
 
 from library.errors import SettingsError, UserError
 from library.training import processes
@@ -63,3 +69,26 @@ def test_a_loss_that_is_no_number(loss: float) -> None:
 
 def test_a_loss_that_is_a_number() -> None:
     processes.check_finite(0.5, 0.0, 1, [])
+
+
+def _wait_for_a_slow_one(rank: int, folder: str) -> None:
+    where = f"file://{folder}/meeting"
+    # The timeout of what exchanges gradients; on GPUs it is some minutes.
+    distributed.init_process_group("gloo", where, rank=rank, world_size=2, timeout=timedelta(seconds=1))
+    one: Any = SimpleNamespace(
+        process_index=rank,
+        num_processes=2,
+        is_main_process=rank == 0,
+        device=torch.device("cpu"),
+        wait_for_everyone=distributed.barrier,
+    )
+    together = processes.Processes(one)
+    if rank == 0:
+        time.sleep(3)  # as an upload
+    together.wait()
+    Path(folder, str(rank)).touch()
+
+
+def test_others_wait_as_long_as_the_first_one_saves(tmp_path: Path) -> None:
+    torch.multiprocessing.spawn(_wait_for_a_slow_one, (str(tmp_path),), nprocs=2)
+    assert {"0", "1"} <= {path.name for path in tmp_path.iterdir()}
