@@ -315,8 +315,11 @@ class TrainingData:
         if self.text is None:
             return
         folders = dict(captions) if isinstance(captions, dict) else dict.fromkeys(captions)
-        batch_size = self._settings.text_encoder_batch_size or max(config.batch_size for config in self.datasets)
-        self.text.fill(folders, encode, fingerprint, batch_size, sharing)
+        self.text.fill(folders, encode, fingerprint, self._text_batch_size, sharing)
+
+    @property
+    def _text_batch_size(self) -> int:
+        return self._settings.text_encoder_batch_size or max(config.batch_size for config in self.datasets)
 
     def fill_captions(
         self, epochs: Iterable[int], encode: EncodeCaptions, fingerprint: str, sharing: Sharing = ALONE
@@ -358,7 +361,7 @@ class TrainingData:
             what: they are, for the progress bar.
         """
         cache = self._new_text_cache()
-        cache.fill(dict.fromkeys(texts), encode, fingerprint, max(1, len(texts)), sharing, what)
+        cache.fill(dict.fromkeys(texts), encode, fingerprint, self._text_batch_size, sharing, what)
         return [cache.get(text) for text in texts]
 
     def _new_text_cache(self) -> TextCache:

@@ -344,3 +344,13 @@ def test_the_same_text_as_prompt_and_negative_prompt_has_two_encodings(tmp_path:
         assert (len(positive), len(negative)) == (1 + len("system a a, tag"), 1 + len("a a, tag"))
         assert data.text is not None
         assert torch.equal(data.text.get("a a, tag"), positive)
+
+
+def test_prompts_are_encoded_as_many_at_a_time_as_captions(tmp_path: Path) -> None:
+    make_pictures(tmp_path, {"a.png": (64, 64)})
+    data = build(tmp_path, **DISK, text_encoder_batch_size=2)
+    encoder = FakeTextEncoder()
+    prompts = [f"prompt {number}" for number in range(5)]
+    features = data.extra_text(prompts, encoder, "te-1")
+    assert [len(batch) for batch in encoder.batches] == [2, 2, 1]
+    assert [len(feature) for feature in features] == [1 + len(prompt) for prompt in prompts]
