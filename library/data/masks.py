@@ -123,6 +123,8 @@ class MaskSources:
             DatasetError: a mask cannot be read, or has another shape than its picture.
         """
         with_file = [item for item in items if self.has_file(item)]
+        for folder in {self.file_of(item).parent for item in with_file}:
+            places.index(folder)  # read here: two threads would each read one, and rows of one would be lost
 
         def read(item: Item) -> tuple[Path, Size, FileState | None]:
             path = self.file_of(item)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import logging
+import time
 from pathlib import Path
 from typing import Any
 
@@ -16,6 +17,7 @@ from PIL import Image, ImageOps
 from library.data.config import DatasetConfig, SubsetConfig
 from library.data.dataset import TrainingData
 from library.data.masks import load_mask
+from library.data.picture_index import PictureIndex
 from library.data.sharing import Sharing
 from library.errors import DatasetError
 
@@ -404,3 +406,18 @@ def test_two_processes_share_the_masks(tmp_path: Path, flag: str) -> None:
     for found in processes.run(work):
         for name, mask in alone.items():
             assert torch.equal(mask, found[name])
+
+
+def test_threads_share_one_index_of_a_mask_folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    pictures, masks = make(tmp_path)
+    read = []
+    load = PictureIndex.load
+
+    def slow(path: Path) -> PictureIndex:
+        read.append(path.parent.parent.name)
+        time.sleep(0.2)  # long enough for all threads to come by
+        return load(path)
+
+    monkeypatch.setattr(PictureIndex, "load", slow)
+    built(pictures, masks, dataset=BUCKETS, cache_latents_to_disk=True, max_data_loader_n_workers=4)
+    assert read.count("masks") == 1
