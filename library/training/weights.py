@@ -9,6 +9,7 @@ from typing import Any
 import torch
 from torch.optim import Optimizer
 
+from library.console import uninterrupted
 from library.training.ema import MovingAverage
 from library.training.optimizers import switches_modes
 
@@ -57,7 +58,8 @@ class Weights:
                 self._average.copy_to_parameters()
             yield
         finally:
-            with torch.no_grad():
+            # Ctrl+C in here must not leave other values to be trained and saved.
+            with uninterrupted(), torch.no_grad():
                 if switches:
                     self._optimizer.train()
                 if kept:

@@ -6,6 +6,7 @@ import pytest
 import torch
 from optimizer_helpers import SmallTraining, equal, through_a_file
 
+from library import console
 from library.errors import SettingsError
 from library.training.ema import MovingAverage, companion
 
@@ -111,6 +112,26 @@ def test_the_average_is_swapped_in_and_out_without_a_trace(dtype: torch.dtype) -
     assert training.weights.has_average
     with pytest.raises(ValueError, match="no moving average"), plain.weights.in_use(averaged=True):
         pass
+
+
+def test_ctrl_c_while_values_are_put_back(monkeypatch: pytest.MonkeyPatch) -> None:
+    training = SmallTraining(6, ema_decay=0.9)
+    training.run(3)
+    before = training.tensors()
+    put_back = torch._foreach_copy_
+
+    def interrupted(tensors: list[torch.Tensor], values: list[torch.Tensor]) -> None:
+        console._stop()
+        put_back(tensors, values)
+
+    try:
+        with training.weights.in_use(averaged=True):
+            monkeypatch.setattr(torch, "_foreach_copy_", interrupted)
+        assert console.is_stopped()
+    finally:
+        console._stopped.clear()
+        console._signals.clear()
+    assert equal(training.tensors(), before)
 
 
 def test_the_average_goes_on_bit_for_bit() -> None:
