@@ -452,9 +452,9 @@ class NetworkTrainer(ModelFamily):
 
     def after_epoch(self, epoch: int, step: int, values: Mapping[str, float]) -> None:
         """Reports, saves and draws after an epoch."""
-        self.trackers.log(values, step)
-        if values:  # empty where the epoch's end was interrupted, and comes again
+        if values:  # empty where the epoch's end was interrupted, and comes again; first, because it changes training
             self.updater.after_epoch(values["loss/epoch_average"])
+        self.trackers.log(values, step)
         if self.processes.is_main:
             self.saver.after_epoch(epoch, step)
         self.trackers.log(self.validation.after_epoch(epoch, step, self.progress.average), step)

@@ -154,6 +154,19 @@ def test_ctrl_c_and_resume_latest(job: Job, cached: list[str], run: Train, tmp_p
         assert_same_files(file, tmp_path / "parts" / file.name)
 
 
+def test_ctrl_c_at_the_end_of_an_epoch_that_the_schedule_goes_by(
+    job: Job, cached: list[str], run: Train, tmp_path: Path
+) -> None:
+    flags = [*cached, "--lr_scheduler=reduce_lr_on_plateau", "--lr_scheduler_args", "patience=0", "threshold=0.99"]
+    flags += ["--save_state", "--max_train_epochs=3"]
+    whole = run(job.train_flags(tmp_path / "whole", *flags))
+    assert len({whole.logged[step][0]["lr/unet"] for step in whole.logged}) > 1
+    stopped = run(job.train_flags(tmp_path / "parts", *flags), 10, at_epoch_end=True)
+    assert isinstance(stopped.error, KeyboardInterrupt)
+    assert_continues(whole, run(job.train_flags(tmp_path / "parts", *flags, "--resume=latest")), 10)
+    assert_same_files(tmp_path / "whole" / "my.safetensors", tmp_path / "parts" / "my.safetensors")
+
+
 @pytest.mark.parametrize("at_epoch_end", [False, True])
 def test_ctrl_c_around_the_end_of_an_epoch(
     job: Job, cached: list[str], run: Train, tmp_path: Path, at_epoch_end: bool
