@@ -129,7 +129,8 @@ class NetworkTrainer(ModelFamily):
         # Our own draws are keyed; this is for network modules that draw from torch's global generators.
         torch.manual_seed(key("torch", seed))
         self.trackers = Trackers(self.accelerator, config.log, logged_settings(config))
-        self.uploads = HubUploads(config.hub) if self.processes.is_main else None
+        uploads = self.processes.is_main and not config.data.debug_dataset
+        self.uploads = HubUploads(config.hub) if uploads else None
         where = torch.cuda.get_device_name() if self.device.type == "cuda" else self.device.type
         count = self.processes.count
         logger.info("Device: %s, %d process%s; seed %d", where, count, "es" if count > 1 else "", seed)

@@ -27,7 +27,7 @@ def test_the_page_is_written_and_the_program_ends(job: Job, output: Path) -> Non
     assert last.startswith(f"{NUM_PICTURES} of the {NUM_PICTURES} showings of epoch 1 are shown in {path}")
 
 
-def test_no_model_is_read(
+def test_no_model_is_read_and_no_repository_is_made(
     job: Job,
     output: Path,
     train: Callable[..., None],
@@ -39,8 +39,10 @@ def test_no_model_is_read(
 
     for name in ("load_text_encoder", "load_autoencoder", "load_model"):
         monkeypatch.setattr(lumina_train_network.LuminaNetworkTrainer, name, never)
+    monkeypatch.setattr("library.training.hub.HubUploads", never)  # it makes the repository
+    flags = ["--debug_dataset", "--cache_latents", "--cache_text_encoder_outputs_to_disk"]
     with caplog.at_level(logging.INFO):
-        train(job.train_flags(output, "--debug_dataset", "--cache_latents", "--cache_text_encoder_outputs_to_disk"))
+        train(job.train_flags(output, *flags, "--huggingface_repo_id=me/my"))
     assert [path.name for path in output.iterdir()] == ["debug_dataset.html"]
 
 
