@@ -175,9 +175,9 @@ class LuminaNetworkTrainer(NetworkTrainer):
 
         whole = self._caption_template().text(caption)
         num_in_front = len(whole) - len(caption)
-        num_kept = max(0, len(self.tokenizer.kept_part(whole)) - num_in_front)
-        num_tokens = self.tokenizer.count(whole)
-        return CaptionTokens(caption[:num_kept], caption[num_kept:], num_tokens, self.tokenizer.max_tokens)
+        kept, cut = self.tokenizer.parts(whole)
+        shown, num_kept = (kept + cut)[num_in_front:], max(0, len(kept) - num_in_front)
+        return CaptionTokens(shown[:num_kept], shown[num_kept:], self.tokenizer.count(whole), self.tokenizer.max_tokens)
 
     def text_cache_bytes(self, captions: Iterable[str]) -> int:
         limit, template = self.config.model.gemma2_max_token_length, self._caption_template()

@@ -68,15 +68,17 @@ class GemmaTokenizer:
         """Returns how many tokens the text has, BOS included, without cutting off."""
         return 1 + len(self._processor.EncodeAsIds(_valid(text)))
 
-    def kept_part(self, text: str) -> str:
-        """Returns the beginning of a text that the tokens of :meth:`encode` hold."""
-        tokens = self.encode(text)[1:]
-        if len(tokens) == self.count(text) - 1:
-            return text
+    def parts(self, text: str) -> tuple[str, str]:
+        """Returns the beginning of a text that the tokens of :meth:`encode` hold, and the end that is cut off."""
+        tokens = self._processor.EncodeAsIds(_valid(text))
+        kept = tokens[: self.max_tokens - 1]
+        if len(kept) == len(tokens):
+            return text, ""
         # Half a character's bytes at the end come out as another character, which is not in the text.
-        held = self._processor.DecodeIds(tokens)
+        held = self._processor.DecodeIds(kept)
         same = itertools.takewhile(lambda pair: pair[0] == pair[1], zip(_valid(text), held, strict=False))
-        return text[: sum(1 for _ in same)]
+        num_kept = sum(1 for _ in same)
+        return text[:num_kept], text[num_kept:]
 
     def counts(self, texts: Sequence[str]) -> list[int]:
         """Returns :meth:`count` of each text; many at once are counted by several threads."""

@@ -87,11 +87,10 @@ class WeightedTokenizer(GemmaTokenizer):
         """Returns :meth:`count` of each text."""
         return [self.count(text) for text in texts]
 
-    def kept_part(self, text: str) -> str:
-        """Returns the text, or the beginning of the text without marks that the tokens of :meth:`encode` hold."""
-        plain = _split(text)[0]
-        kept = super().kept_part(plain)
-        return text if kept == plain else kept
+    def parts(self, text: str) -> tuple[str, str]:
+        """Returns the text as it is where it is read whole; else its beginning and its end, both without marks."""
+        kept, cut = super().parts(_split(text)[0])
+        return (kept, cut) if cut else (text, "")
 
     def weights(self, text: str) -> list[float] | None:
         """Returns the weight of each token that :meth:`encode` gives; ``None`` where all are 1."""

@@ -51,12 +51,13 @@ def test_bos_is_in_front_and_the_limit_includes_it() -> None:
 )
 def test_the_kept_part_is_what_the_tokens_hold(text: str) -> None:
     whole = GemmaTokenizer(tiny_models().tokenizer, max_tokens=999)
-    assert whole.kept_part(text) == text
+    assert whole.parts(text) == (text, "")
     shown = text.encode("utf-8", "replace").decode("utf-8")
     lengths = []
     for limit in range(1, whole.count(text) + 1):
         tokenizer = GemmaTokenizer(tiny_models().tokenizer, max_tokens=limit)
-        kept = tokenizer.kept_part(text)
+        kept, cut = tokenizer.parts(text)
+        assert kept + cut == text
         lengths.append(len(kept))
         assert text.startswith(kept)
         decoded = whole._processor.DecodeIds(tokenizer.encode(text)[1:])

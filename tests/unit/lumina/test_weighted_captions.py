@@ -153,3 +153,14 @@ def test_caches_are_told_apart(tmp_path: Path) -> None:
         for weighted in (False, True)
     }
     assert len(prints) == 2
+
+
+def test_what_is_cut_off_is_told_without_marks() -> None:
+    text = r"You are <Prompt Start> a (red:1.3) disc \(round\), [blue] background, more and more words"
+    plain = "You are <Prompt Start> a red disc (round), blue background, more and more words"
+    proto = tiny_models().tokenizer
+    assert WeightedTokenizer(proto, 999).parts(text) == (text, "")
+    for limit in range(2, GemmaTokenizer(proto, 999).count(plain)):
+        kept, cut = WeightedTokenizer(proto, limit).parts(text)
+        assert (kept, cut) == GemmaTokenizer(proto, limit).parts(plain)
+        assert kept + cut == plain
