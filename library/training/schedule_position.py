@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import copy
-import inspect
 import warnings
 from collections.abc import Iterable
 from typing import Any
 
 from torch.optim import Optimizer
 from torch.optim.lr_scheduler import LRScheduler
+
+from library.training.optimizers import goes_by_the_loss
 
 
 class FreshValues:
@@ -37,7 +38,7 @@ class FreshValues:
         A schedule that goes by the loss stays where it is: its rates do not follow from a number of steps.
         """
         scheduler = self._scheduler
-        if "metrics" in inspect.signature(type(scheduler).step).parameters:
+        if goes_by_the_loss(scheduler):
             return
         self.put_back(("lr", "initial_lr"))
         scheduler.load_state_dict(self._schedule)
