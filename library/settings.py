@@ -89,7 +89,8 @@ class FlagSpec:
             return value
         if self.kind is bool:
             return parse_bool(value, origin)
-        wrong = SettingsError(f"{origin}: {value!r} is not {_KIND_NAMES[self.kind]}")
+        shown = "the value" if self.secret else repr(value)
+        wrong = SettingsError(f"{origin}: {shown} is not {_KIND_NAMES[self.kind]}")
         if isinstance(value, (bool, list, dict)) or (self.kind is Path and (value == "" or "\0" in str(value))):
             raise wrong
         if self.kind is int and isinstance(value, float) and not value.is_integer():

@@ -10,7 +10,7 @@ import json
 import logging
 import re
 import tomllib
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -43,7 +43,8 @@ def read_config_file(path: Path, specs: Mapping[str, FlagSpec]) -> tuple[dict[st
     gui_keys: list[str] = []
     unknown: list[str] = []
     origins: dict[str, str] = {}
-    for key, value in _flat(path).items():
+    secrets = {name for spec in specs.values() if spec.secret for name in (spec.name, *spec.aliases)}
+    for key, value in _flat(path, secrets).items():
         name = aliases.get(key, key)
         if name in specs:
             if is_unset(specs[name], value):
@@ -67,8 +68,11 @@ def read_config_file(path: Path, specs: Mapping[str, FlagSpec]) -> tuple[dict[st
     return flags, tuple(gui_keys)
 
 
-def _flat(path: Path) -> dict[str, Any]:
-    """Returns the keys of the file and of its sections, one level deep, as sd-scripts reads them."""
+def _flat(path: Path, secrets: Collection[str]) -> dict[str, Any]:
+    """Returns the keys of the file and of its sections, one level deep, as sd-scripts reads them.
+
+    Messages leave the values of ``secrets`` out.
+    """
     content = _parse(path)
     if isinstance(content.get("datasets"), list):
         raise SettingsError(f"--config_file: {path} is a dataset file; give it with --dataset_config")
@@ -76,7 +80,8 @@ def _flat(path: Path) -> dict[str, Any]:
     for section, content_of in content.items():
         for key, value in (content_of if isinstance(content_of, dict) else {section: content_of}).items():
             if key in flat:
-                raise SettingsError(f"{path}: {key} stands in two sections, as {flat[key]!r} and {value!r}; keep one")
+                values = "" if key in secrets else f", as {flat[key]!r} and {value!r}"
+                raise SettingsError(f"{path}: {key} stands in two sections{values}; keep one")
             if isinstance(value, dict):
                 raise SettingsError(f"{path}: {key} is a table inside a table; write its keys at the top")
             flat[key] = value

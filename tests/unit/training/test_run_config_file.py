@@ -263,3 +263,17 @@ def test_of_several_processes_the_first_one_writes(tmp_path: Path, monkeypatch: 
     monkeypatch.setenv("RANK", "1")
     write_config_file(file, {"seed": 2})  # no error, though the file is there by now
     assert file.read_text(encoding="utf-8") == "seed = 1\n"
+
+
+@pytest.mark.parametrize(
+    ("text", "says"),
+    [
+        ('[a]\nwandb_api_key = "key-1"\n[b]\nwandb_api_key = "key-2"', "stands in two sections; keep one"),
+        ('huggingface_token = ["key-1"]', "huggingface_token: the value is not a text"),
+    ],
+)
+def test_no_message_holds_a_secret(tmp_path: Path, text: str, says: str) -> None:
+    with pytest.raises(SettingsError) as caught:
+        read(tmp_path, text)
+    assert says in str(caught.value)
+    assert "key-" not in str(caught.value)
