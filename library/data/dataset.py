@@ -286,7 +286,7 @@ class TrainingData:
         if self.latents is not None:
             batch_size = self._settings.vae_batch_size
             self._drop(self.latents.fill(self._encoded_items, encode, fingerprint, batch_size, sharing))
-            self.showings.fill_masks(self._encoded_items, sharing)
+            self.showings.fill_masks(self.items, sharing)
 
     def missing_text(self, captions: Iterable[str], fingerprint: str, sharing: Sharing = ALONE) -> int:
         """Returns how many captions are to be encoded; 0: no text encoder is needed. All processes call it."""
@@ -392,7 +392,9 @@ class TrainingData:
         prior = self._settings.prior_loss_weight
         weights = torch.tensor([prior if draw.item.subset.is_reg else 1.0 for draw in draws], dtype=torch.float32)
         num_global = len(draws) if num_global is None else num_global
-        return Batch(tuple(draws), latents, pixels, text, weights, num_global, self.showings.masks(draws))
+        # Validation measures whole pictures.
+        masks = self.showings.masks([draw for draw in draws if draw.epoch > 0])
+        return Batch(tuple(draws), latents, pixels, text, weights, num_global, masks)
 
     def batches(
         self,

@@ -17,6 +17,7 @@ from typing import Any
 
 from library.data.config import SubsetConfig
 from library.data.folders import is_picture
+from library.data.strict_json import load_json
 from library.errors import DatasetError, some
 
 logger = logging.getLogger(__name__)
@@ -105,7 +106,7 @@ def _lines(path: Path, content: str) -> Iterator[tuple[str, dict[str, Any], str]
 
 def _parse(path: Path, text: str, line: int) -> Any:
     try:
-        return json.loads(text)
+        return load_json(text, f"The metadata file {path}")
     except json.JSONDecodeError as error:
         raise DatasetError(f"The metadata file {path}: line {line or error.lineno}: {error.msg}.") from error
 

@@ -23,9 +23,11 @@ def load_json(text: str, origin: str) -> Any:
     def to_table(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
         table = dict(pairs)
         if len(table) < len(pairs):
-            names = [name for name, _ in pairs]
-            twin = next(name for name in names if names.count(name) > 1)
-            raise DatasetError(f"{origin}: the key {twin!r} stands twice in one table; keep one.")
+            seen: set[str] = set()
+            for name, _ in pairs:
+                if name in seen:
+                    raise DatasetError(f"{origin}: the key {name!r} stands twice in one table; keep one.")
+                seen.add(name)
         return table
 
     try:

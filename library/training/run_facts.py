@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from library.settings import specs_of
+from library.training.shown_settings import without_folders
 from library.training.state import StateHeader
 
 if TYPE_CHECKING:
@@ -107,24 +108,16 @@ def data_fingerprint(data: TrainingData) -> str:
 
 
 def plain_settings(config: TrainConfig) -> dict[str, Any]:
-    """Returns every setting by name as JSON holds it, secrets left out."""
+    """Returns every setting by name as JSON holds it, without secrets and folders: states may be uploaded."""
     from library.training.arguments import GROUPS
 
     groups = [getattr(config, name) for name in GROUPS]
     return {
-        spec.name: _plain(getattr(group, spec.name))
+        spec.name: without_folders(getattr(group, spec.name))
         for group in groups
         for spec in specs_of(type(group))
         if not spec.secret
     }
-
-
-def _plain(value: Any) -> Any:
-    if isinstance(value, Path):
-        return str(value)
-    if isinstance(value, (tuple, list)):
-        return [_plain(one) for one in value]
-    return value if value is None or isinstance(value, (bool, int, float, str)) else str(value)
 
 
 def versions() -> dict[str, str]:
@@ -149,7 +142,7 @@ def changes(header: StateHeader, facts: Mapping[str, Any], settings: Mapping[str
     if torch_before != torch_now:
         found.append(Change("torch", torch_before, torch_now))
     for name in _compared_settings():
-        if name in header.settings and name in settings and not _same(header.settings[name], settings[name]):
+        if name in header.settings and name in settings and header.settings[name] != settings[name]:
             before, now = header.settings[name], settings[name]
             arguments = _changed_arguments(before, now) if name == "optimizer_args" else ()
             found.append(Change(f"--{name}", before, now, name.startswith(_IN_SCHEDULE), arguments))
@@ -178,15 +171,6 @@ def _compared_settings() -> list[str]:
 
     names = (spec.name for group in _COMPARED for spec in specs_of(GROUPS[group][1]))
     return [name for name in names if name not in _NEUTRAL]
-
-
-def _same(before: Any, now: Any) -> bool:
-    """Returns whether two values are the same; of paths only the names count, because folders are moved."""
-    if isinstance(before, str) and isinstance(now, str) and before != now:
-        return bool(Path(before).name) and Path(before).name == Path(now).name and Path(now).exists()
-    if isinstance(before, list) and isinstance(now, list):
-        return len(before) == len(now) and all(map(_same, before, now))
-    return before == now
 
 
 def _changed_arguments(before: Iterable[str], now: Iterable[str]) -> tuple[str, ...]:

@@ -5,13 +5,13 @@ from __future__ import annotations
 import time
 import tomllib
 from collections.abc import Mapping
-from pathlib import Path, PurePosixPath, PureWindowsPath
 from typing import TYPE_CHECKING, Any
 
 from library.errors import SettingsError
 from library.settings import specs_of
 from library.training.arguments import GROUPS, TrainConfig
 from library.training.settings import LogSettings
+from library.training.shown_settings import without_folders
 
 if TYPE_CHECKING:
     from accelerate import Accelerator
@@ -61,15 +61,8 @@ _HIDDEN = "(hidden)"
 
 def _shown(value: Any) -> Any:
     """Returns a setting as trackers take it: a number, a truth value, a text or None."""
-    if isinstance(value, tuple):
-        return " ".join(str(_shown(part)) for part in value)
-    if isinstance(value, Path) or (isinstance(value, str) and _is_path(value)):
-        return Path(value).name
-    return value
-
-
-def _is_path(text: str) -> bool:
-    return PurePosixPath(text).is_absolute() or PureWindowsPath(text).is_absolute() or text.startswith(("~/", "~\\"))
+    value = without_folders(value)
+    return " ".join(map(str, value)) if isinstance(value, list) else value
 
 
 def tracker_arguments(settings: LogSettings) -> dict[str, dict[str, Any]]:
