@@ -119,7 +119,7 @@ class TrainingData:
             split = split_by_content(_left(items, broken), lambda item: content_of(item, places), seed)
         data = cls(settings, seed, datasets, items, places, split)
         data._report(broken)
-        data.showings.check(data._encoded_items, sharing)
+        data.showings.check(data.items, sharing)
         if sharing.rank == 0:
             places.save_indexes()
         return data

@@ -421,6 +421,7 @@ class NetworkTrainer(ModelFamily):
             )
         if self.loop.step == 0:
             self.previews.at_first()
+            self._put_autoencoder_away()
         elif self.resuming.continues_at(self.loop.step) and self.updater.awaits_validation(self.loop.step):
             # The run was interrupted between this step and a measurement that the learning rate goes by.
             self.trackers.log(self.validation.after_step(self.loop.step, self.progress.average), self.loop.step)
@@ -445,6 +446,7 @@ class NetworkTrainer(ModelFamily):
             self.saver.after_step(step, self._finished_epochs(step))
         self.trackers.log(self.validation.after_step(step, self.progress.average), step)
         self.previews.after_step(step)
+        self._put_autoencoder_away()
         if self.processes.is_main:
             self.saver.state_after_step(step)  # last, so that a continued run leaves nothing out
         if self.saver.is_step(step):
@@ -460,6 +462,7 @@ class NetworkTrainer(ModelFamily):
             self.saver.after_epoch(epoch, step)
         self.trackers.log(self.validation.after_epoch(epoch, step, self.progress.average), step)
         self.previews.after_epoch(epoch, step)
+        self._put_autoencoder_away()
         if self.processes.is_main:
             self.saver.state_after_epoch(epoch)  # last, so that a continued run leaves nothing out
         if self.saver.is_epoch(epoch):
@@ -467,12 +470,13 @@ class NetworkTrainer(ModelFamily):
         self.progress.leave_time_out()
 
     def _draw_in_use(self, prompts: Sequence[Prompt], seeds: Sequence[int]) -> list[Image]:
-        try:
-            with self.weights.in_use(averaged=self.config.draws_averaged):
-                return self.draw(prompts, seeds)
-        finally:
-            if self.config.data.cache_latents and self.autoencoder is not None:
-                self.autoencoder.model.to("cpu")  # training does not need it, and memory may be short
+        with self.weights.in_use(averaged=self.config.draws_averaged):
+            return self.draw(prompts, seeds)
+
+    def _put_autoencoder_away(self) -> None:
+        """Frees the memory that previews needed, where training does not need the autoencoder."""
+        if self.config.data.cache_latents and self.autoencoder is not None:
+            self.autoencoder.model.to("cpu")
 
     def _lora_writer(self) -> LoraWriter:
         from library.training.lora_writer import LoraWriter
