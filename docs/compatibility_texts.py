@@ -44,8 +44,8 @@ BETTER_FLAGS: dict[str, str] = {
     "flip_aug": "drawn for each picture by itself; there all workers draw the same",
     "face_crop_aug_range": "refused beside buckets, where sd-scripts silently leaves it out",
     "random_crop": "works beside mask pictures, and without buckets also for pictures smaller than the resolution",
-    "alpha_mask": "transparent parts are painted white too, so that no hidden colours are trained at their edges; said where no"
-    " picture can be transparent",
+    "alpha_mask": "transparent parts are painted white too, so that no hidden colours are trained at their edges; said where"
+    " no picture can be transparent",
     "masked_loss": _MASK + ". Where there are no masks at all, that is said",
     "conditioning_data_dir": "works; sd-scripts reads only the dataset file's key. " + _MASK[0].upper() + _MASK[1:],
     "cache_info": "keeps sizes and content hashes, and captions are read anew; there captions are paired with wrong pictures"
