@@ -12,12 +12,12 @@ _CAPTIONS = (
 _METADATA_TOO = "recorded in the LoRA file, so that pictures can be drawn with the same"
 _EARLY = "is checked before a model is loaded"
 _FOUND = "cached entries are found by content: a changed picture, caption, setting or model is encoded anew by itself"
-_STATE = "a resumed run equals the uninterrupted one bit for bit: pictures, captions, noise, dropout"
+_STATE = "a resumed run draws the same pictures, captions, noise and dropout, on a CPU it is equal bit for bit"
 _HUBER = "huber and smooth_l1 work with every schedule; sd-scripts ends with an error at its default one, snr"
 _COUNTED = "counts optimizer steps whatever the number of processes; there a warm-up of N ends after N / processes"
 _VALIDATION = "each time on the same pictures with the same noise and the same noise levels; there all of them differ"
 _SPLIT = "training and validation never share a picture, also where --validation_seed is left out; there they overlap"
-_UPLOAD = "a failed upload is reported, and leaving --huggingface_path_in_repo out uploads to the repository's top"
+_UPLOAD = "without --huggingface_path_in_repo files go to the repository's top; there every upload then fails"
 _MASK = "masks are resized and cut exactly as their pictures; there they are stretched and end up beside the subject"
 _TIMESTEP = "limits training; sd-scripts only writes it into the metadata"
 _WORKERS = "readers are threads that know the epoch, so that nothing is shown twice or left out at its start"
@@ -27,7 +27,7 @@ BETTER_FLAGS: dict[str, str] = {
     "pretrained_model_name_or_path": f"takes diffusers folders, shards and all-in-one files too, and {_EARLY}",
     "gemma2": "takes folders, shards and all-in-one files too; may be left out where the first file holds it",
     "ae": "takes folders and all-in-one files too; its name and hash go into the metadata",
-    "gemma2_max_token_length": "any length works; sd-scripts fails beyond 299 tokens. Captions that are cut off are named",
+    "gemma2_max_token_length": "up to 8192 works; sd-scripts fails beyond 299 tokens. Captions that are cut off are named",
     "system_prompt": _METADATA_TOO + "; empty captions and empty negative prompts are treated alike",
     "tokenizer_cache_dir": "takes a plain folder too, and is needed only where the Gemma2 file has no tokenizer inside",
     "disable_mmap_load_safetensors": "acts on all three models, there on the first one only",
@@ -43,11 +43,14 @@ BETTER_FLAGS: dict[str, str] = {
     "color_aug": "refused beside cached latents on every level; there mask datasets are not looked at",
     "flip_aug": "drawn for each picture by itself; there all workers draw the same",
     "face_crop_aug_range": "refused beside buckets, where sd-scripts silently leaves it out",
-    "alpha_mask": "trains no hidden colours: transparent parts are masked, and a picture without transparency is named",
+    "random_crop": "works beside mask pictures, and without buckets also for pictures smaller than the resolution",
+    "alpha_mask": "transparent parts are painted white too, so that no hidden colours are trained at their edges; said where"
+    " no picture can be transparent",
     "masked_loss": _MASK + ". Where there are no masks at all, that is said",
     "conditioning_data_dir": "works; sd-scripts reads only the dataset file's key. " + _MASK[0].upper() + _MASK[1:],
-    "cache_info": "keeps sizes by content; there captions are paired with wrong pictures beside --validation_split",
-    "in_json": "the pictures' sizes are read where the file has none; there such a set fails in its second run",
+    "cache_info": "keeps sizes and content hashes, and captions are read anew; there captions are paired with wrong pictures"
+    " beside --validation_split",
+    "in_json": "sizes are read from the pictures; there a set without sizes in the file fails in its second run",
     "train_data_dir": "takes a folder of pictures without N_name sub-folders too; photographs are turned upright (EXIF)",
     "debug_dataset": "writes one page that shows what the model sees; there it never ends on Linux",
     # captions
@@ -75,7 +78,6 @@ BETTER_FLAGS: dict[str, str] = {
     "output_dir": "is asked for, and tried out, at the start; there a missing folder loses the whole run at its end",
     "output_name": "a name that no file can have is refused at the start",
     "save_model_as": "files are written whole or not at all",
-    "save_precision": "left out it is float32, and the help says so",
     "save_state": "written as a whole, for every process: " + _STATE,
     "save_state_on_train_end": "as --save_state",
     "resume": _STATE + "; --resume latest finds the newest one. States of sd-scripts give their weights",
@@ -99,7 +101,6 @@ BETTER_FLAGS: dict[str, str] = {
     "gradient_checkpointing": "covers every block, and does not make Gemma2's embedding trainable",
     # optimizer
     "optimizer_type": _EARLY + "; a package that is missing is named with its install line",
-    "optimizer_args": _EARLY,
     "learning_rate": "a run in which every rate is 0 is refused; a loss that is no number ends the run",
     "text_encoder_lr": "0 freezes Gemma2's LoRA; there its gradients still shrink the others' by clipping",
     "max_grad_norm": "clips what is trained and nothing else; the norm is logged",
@@ -128,7 +129,6 @@ BETTER_FLAGS: dict[str, str] = {
     "loss_type": _HUBER,
     "huber_schedule": _HUBER,
     "ip_noise_gamma_random_strength": "refused without --ip_noise_gamma",
-    "prior_loss_weight": "named where there are no regularisation pictures",
     # validation and previews
     "validation_split": _SPLIT,
     "validation_seed": "left out it is --seed, as the help of sd-scripts says but its code does not do; " + _SPLIT,
@@ -142,9 +142,8 @@ BETTER_FLAGS: dict[str, str] = {
     "sample_batch_size": "prompts of one batch need not share their noise",
     # logging and config file
     "log_with": "each value once a step; there repeated and under two names",
-    "log_config": "no secret is stored",
+    "log_config": "of paths only the last part is stored; there several are stored whole",
     "log_tracker_config": _EARLY,
-    "wandb_api_key": "never written to a file or a log",
     "console_log_file": "errors are shown on the screen too",
     "config_file": "types and choices are checked, unknown keys are refused with the nearest flag, keys of front ends are"
     " named, and on/off flags can be turned off on the command line",
@@ -187,6 +186,7 @@ BETTER_KEYS |= {
         "token_warmup_step",
         "color_aug",
         "flip_aug",
+        "random_crop",
         "min_bucket_reso",
         "max_bucket_reso",
     )

@@ -51,6 +51,20 @@ A value equal to sd-scripts' default asks for nothing, so front ends may write a
 is in [config_file.md](config_file.md); every flag's type and default is in [flags.md](flags.md).
 """
 
+_TAIL = """\
+## 日本語
+
+sd-scripts の `lumina_train_network.py` のフラグとデータセット設定のキーが、ここでどう扱われるかの一覧です。
+
+* **works**: sd-scripts と同じ動作です。
+* **better than there**: 同じ動作に加えて、改善された点が右の列にあります。
+* **accepted without effect**: 受け付けますが効果はなく、実行時の警告で理由が一度だけ表示されます。
+* **not available**: 指定すると、理由を表示してすぐに終了します。
+
+sd-scripts の既定値と同じ値は「指定なし」として扱われるので、GUI がすべてのフラグを書き出しても問題ありません。表はコードから
+生成しているため英語です。
+"""
+
 
 def recorded_flags() -> list[str]:
     """Returns the names of sd-scripts' flags in its own order."""
@@ -129,7 +143,7 @@ def page() -> str:
     new_table = _table(("Flag", "Meaning"), ((f"`--{spec.name}`", spec.help) for spec in new_flags()))
     return (
         f"{_HEAD}\n## Flags\n\n{len(flags)} flags: {summary}.\n\n{flag_table}\n\n## Dataset file\n\n{key_table}\n\n"
-        f"## Flags that sd-scripts does not have\n\n{new_table}\n"
+        f"## Flags that sd-scripts does not have\n\n{new_table}\n\n{_TAIL}"
     )
 
 
