@@ -85,9 +85,9 @@ def set_up_logging(level: str | None = None, file: Path | None = None, simple: b
     root.handlers[:] = handlers
     # Processes other than the first say only what went wrong; the first one speaks for all.
     root.setLevel(level if process_rank() == 0 else max(logging.ERROR, logging.getLevelName(level)))
+    for name in _NOISY:  # also where an earlier call with another level quieted them
+        logging.getLogger(name).setLevel(logging.NOTSET if level == "DEBUG" else logging.ERROR)
     if level != "DEBUG":
-        for name in _NOISY:
-            logging.getLogger(name).setLevel(logging.ERROR)
         warnings.filterwarnings("ignore")
         os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
         os.environ.setdefault("DIFFUSERS_VERBOSITY", "error")

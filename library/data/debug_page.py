@@ -247,7 +247,7 @@ def _source(subset: SubsetConfig) -> tuple[Path | None, ...]:
 def _settings_of(subset: SubsetConfig) -> str:
     found = [
         name
-        for name in ("flip_aug", "color_aug", "random_crop", "alpha_mask", "shuffle_caption")
+        for name in ("flip_aug", "color_aug", "random_crop", "alpha_mask", "shuffle_caption", "enable_wildcard")
         if getattr(subset, name)
     ]
     if subset.face_crop_aug_range:

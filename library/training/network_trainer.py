@@ -115,8 +115,7 @@ class NetworkTrainer(ModelFamily):
         from library.training.trackers import Trackers, logged_settings
 
         config = self.config
-        optimizers.optimizer_class(config.optimizer)
-        optimizers.scheduler_class(config.optimizer)
+        optimizers.rehearse(config.optimizer)
         self.accelerator = start_accelerator(config.memory.mixed_precision, config.schedule.ddp_timeout, config.log)
         self.processes = Processes(self.accelerator)
         self.device = self.accelerator.device

@@ -32,6 +32,8 @@ from library.training.settings import OptimizerSettings
 
 logger = logging.getLogger(__name__)
 
+_LONG_RUN_STEPS = 10**6  # longer than any warm-up
+
 
 def _import_class(path: str, flag: str) -> type:
     module_name, _, class_name = path.rpartition(".")
@@ -131,6 +133,22 @@ def build_optimizer(settings: OptimizerSettings, groups: list[dict[str, Any]]) -
             raise SettingsError(averaged_twice(name))
         optimizer.train()  # type: ignore[attr-defined]  # what switches_modes has just found
     return optimizer
+
+
+def rehearse(settings: OptimizerSettings) -> None:
+    """Makes optimizer and schedule once for a parameter of no use: wrong arguments must show before anything is encoded.
+
+    Raises:
+        SettingsError: one of them refuses its arguments.
+    """
+    rate = settings.unet_lr or settings.learning_rate or max(settings.text_encoder_lr, default=0.0)
+    group = {"params": [torch.nn.Parameter(torch.zeros(2, 2))], "lr": rate}
+    level = logger.level
+    logger.setLevel(logging.ERROR)  # what there is to warn of is said when they are made in earnest
+    try:
+        build_scheduler(settings, build_optimizer(settings, [group]), _LONG_RUN_STEPS)
+    finally:
+        logger.setLevel(level)
 
 
 def _check_group_rates(name: str, rates: list[float]) -> None:

@@ -10,6 +10,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from library.data import schema
 from library.settings import specs_of
 from library.training.shown_settings import without_folders
 from library.training.state import StateHeader
@@ -31,7 +32,6 @@ _NEUTRAL = {
     "reg_data_dir",
     "in_json",
     "conditioning_data_dir",
-    "caption_extension",
     "cache_info",
     "debug_dataset",
     "cache_latents_to_disk",
@@ -47,6 +47,7 @@ _NEUTRAL = {
     "use_lion_optimizer",
     "optimizer_type",  # compared as the class
 }
+_DATA_FLAGS = {key.flag for key in schema.KEYS.values() if key.flag is not None}
 _IN_SCHEDULE = ("learning_rate", "unet_lr", "text_encoder_lr", "lr_")
 _FACT_NAMES = {
     "seed": "--seed",
@@ -141,7 +142,10 @@ def changes(header: StateHeader, facts: Mapping[str, Any], settings: Mapping[str
     torch_before, torch_now = header.versions.get("torch"), versions()["torch"]
     if torch_before != torch_now:
         found.append(Change("torch", torch_before, torch_now))
+    same_data = all(header.facts.get(name) == facts[name] for name in ("pictures", "batch_sizes"))
     for name in _compared_settings():
+        if same_data and name in _DATA_FLAGS:
+            continue  # the dataset file says otherwise, so the flag changes nothing
         if name in header.settings and name in settings and header.settings[name] != settings[name]:
             before, now = header.settings[name], settings[name]
             arguments = _changed_arguments(before, now) if name == "optimizer_args" else ()

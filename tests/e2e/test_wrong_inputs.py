@@ -55,6 +55,8 @@ def replaced(flags: list[str], **values: object) -> list[str]:
         ({"optimizer_type": "AdamQ"}, ["AdamQ"]),
         ({"optimizer_type": "torch.optim.AdamQ"}, ["torch.optim", "AdamQ"]),
         ({"optimizer_type": "missing_package.Adam"}, ["missing_package"]),
+        ({"optimizer_args": "nonsense=1"}, ["--optimizer_args", "nonsense"]),
+        ({"lr_scheduler_args": "nonsense=1", "lr_scheduler": "cosine"}, ["--lr_scheduler", "nonsense"]),
         ({"lr_scheduler": "cosinus"}, ["cosinus", "cosine"]),
         ({"lr_scheduler_type": "NoSuchLR"}, ["NoSuchLR"]),
         ({"output_dir": None}, ["--output_dir"]),  # defect 14

@@ -13,6 +13,8 @@ from resume_helpers import Run, assert_same_files, metadata, train
 from safetensors.torch import load_file, save_file
 
 from library.training.optimizer_names import OPTIMIZERS
+from library.training.run_facts import changes
+from library.training.state import read_header
 
 EVERYTHING_DRAWN = [
     "--network_dropout=0.1",
@@ -285,6 +287,14 @@ class TestWhatHasChanged:
         ):
             assert part in said
         assert metadata(folder / "other/my.safetensors")["ss_steps"] == "7"
+
+    def test_a_flag_that_a_dataset_file_overrides_is_no_change(self, flags: list[str], folder: Path) -> None:
+        header = read_header(folder / "short" / "my-state")
+        facts, settings = dict(header.facts), dict(header.settings)
+        assert changes(header, facts, settings | {"train_batch_size": 2, "shuffle_caption": True}) == []
+        assert [one.name for one in changes(header, facts, settings | {"network_dropout": 0.5})] == [
+            "--network_dropout"
+        ]
 
     def test_other_optimizer_arguments_hold(
         self, flags: list[str], run: Train, folder: Path, monkeypatch: pytest.MonkeyPatch
