@@ -76,22 +76,29 @@ def _multipliers(text: str) -> tuple[float, ...]:
 MAX_SEED = 2**63 - 1
 
 
+def _whole(text: str) -> int:
+    try:
+        return int(text)
+    except ValueError as error:
+        raise ValueError("a whole number is expected") from error
+
+
 def _seed(text: str) -> int:
-    seed = int(text)
+    seed = _whole(text)
     if not 0 <= seed <= MAX_SEED:
         raise ValueError(f"seeds go from 0 to {MAX_SEED}")
     return seed
 
 
 def _steps(text: str) -> int:
-    steps = int(text)
+    steps = _whole(text)
     if not 1 <= steps <= MAX_STEPS:
         raise ValueError(f"1 to {MAX_STEPS} steps are possible")
     return steps
 
 
 def _size(text: str) -> int:
-    size = int(text)
+    size = _whole(text)
     if not 0 < size <= MAX_SIZE_PX:
         raise ValueError(f"sizes go from 1 to {MAX_SIZE_PX}")
     return size

@@ -72,7 +72,6 @@ _UNPICKLING_ERRORS = (
     LookupError,
     TypeError,
     AttributeError,
-    pickle.UnpicklingError,
 )
 _SPLIT = re.compile(r"(?P<block>.+\.attention)\.to_(?P<part>[qkv])")
 
@@ -91,6 +90,11 @@ def read_lora_file(file: Path) -> dict[str, Tensor]:
         return _read_safetensors(file)
     try:
         tensors = torch.load(file, map_location="cpu", weights_only=True)
+    except pickle.UnpicklingError as error:  # torch's text advises to let the file run its code
+        raise NetworkError(
+            f"LoRA file {file} cannot be read: it is damaged, or holds more than tensors, which could run any code; give a"
+            " .safetensors file"
+        ) from error
     except _UNPICKLING_ERRORS as error:
         raise NetworkError(f"LoRA file {file} cannot be read: {_first_line(error)}; is it complete?") from error
     if isinstance(tensors, dict) and isinstance(tensors.get("state_dict"), dict):

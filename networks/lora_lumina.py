@@ -119,7 +119,7 @@ def create_network_from_weights(
     plans.append(_plan_from(LUMINA, modules, factors, args.split_qkv, source))
     if not any(plan.modules for plan in plans):
         raise NetworkError(
-            f"LoRA file {source} has no module of this model ({some(factors)}){guess(weights_sd)};"
+            f"LoRA file {source} has no module of this model ({some(factors) or 'it is empty'}){guess(weights_sd)};"
             " give a LoRA that was made for it"
         )
     network = _network(plans, multiplier, neuron_dropout, args, num_layers, rows)

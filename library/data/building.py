@@ -83,7 +83,7 @@ def build_items(
                 items.append(Item(len(items), name, size, placement, text, subset, dataset_index, repeats))
     _report(findings, len(items))
     if not items:
-        raise DatasetError("No picture is left to train on: " + _why_none(findings))
+        raise DatasetError("No picture is left to train on: " + _why_none(findings, subsets))
     _check_same(items, sharing)
     return items
 
@@ -287,11 +287,14 @@ def _report(findings: _Findings, num_items: int) -> None:
             )
 
 
-def _why_none(findings: _Findings) -> str:
+def _why_none(findings: _Findings, subsets: Sequence[SubsetConfig]) -> str:
     reasons = []
     if findings.unreadable:
         path, why = findings.unreadable[0]
         reasons.append(f"{len(findings.unreadable)} cannot be read, for example {path} ({why})")
     if findings.too_small:
         reasons.append(f"{len(findings.too_small)} are too small for a bucket, for example {findings.too_small[0]}")
+    if not reasons and all(subset.metadata_file for subset in subsets):
+        named = some(sorted({str(subset.metadata_file) for subset in subsets}))
+        reasons.append(f"no entry of {named} fits a picture file; mend its keys, or image_dir")
     return ("; ".join(reasons) or "the folders are empty") + "."

@@ -45,6 +45,8 @@ class _FileReader:
         document = _parse(self._path)
         for name, value in document.items():
             if name not in ("general", "datasets"):
+                if name in schema.KEYS:
+                    raise self._error("", f"{name} = {value!r} stands in no table; put it under [general]")
                 raise self._error("", f"unknown table {name} = {value!r}{nearest(name, ('general', 'datasets'))}")
         general = document.get("general", {})
         if not isinstance(general, dict):

@@ -85,8 +85,7 @@ class FlowSettings:
         low, high = self.timestep_range
         if not 0 <= low < high <= 1000:
             raise SettingsError(
-                f"--min_timestep {self.min_timestep} and --max_timestep {self.max_timestep} give no range;"
-                " 0 <= min < max <= 1000 is needed"
+                f"--min_timestep {low} and --max_timestep {high} give no range; 0 <= min < max <= 1000 is needed"
             )
         for name in ("discrete_flow_shift", "sigmoid_scale", "logit_std", "huber_c", "huber_scale"):
             if getattr(self, name) <= 0:

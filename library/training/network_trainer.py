@@ -22,7 +22,7 @@ from library.training.config_file import warn_of_gui_keys
 from library.training.hooks import ModelFamily, PictureEncoder, TextEncoder
 from library.training.network_building import NetworkBuilder, rank_and_alpha
 from library.training.optimizer_names import require_package
-from library.training.output_preservation import check_can_be_switched_off
+from library.training.output_preservation import check_can_be_switched_off, warn_where_nothing_is_learned
 from library.training.report import RunPlan, log_plan
 from library.training.resuming import Resuming
 from library.training.state import StateNames
@@ -286,6 +286,7 @@ class NetworkTrainer(ModelFamily):
         trained_encoders = [self.ready_text_encoder().model] if self.config.trains_text_encoder else []
         self.network = self.networks.make(trained_encoders, self.model)
         check_can_be_switched_off(self.network, self.dataset_configs, str(self.config.network.network_module))
+        warn_where_nothing_is_learned(self.dataset_configs)
         if self.config.network.network_weights is not None:
             logger.info("Training goes on from %s", self.config.network.network_weights)
         self.network.to(self.device, torch.bfloat16 if self.config.memory.full_bf16 else torch.float32)

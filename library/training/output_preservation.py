@@ -7,11 +7,14 @@ pictures and is told by others (of the same class, say) what not to change.
 from __future__ import annotations
 
 import contextlib
+import logging
 from collections.abc import Iterable, Iterator, Sequence
 from typing import Any
 
 from library.data.config import DatasetConfig
 from library.errors import SettingsError
+
+logger = logging.getLogger(__name__)
 
 _IN_USE = 1.0  # the multiplier that the trainer builds networks with
 
@@ -43,4 +46,13 @@ def check_can_be_switched_off(network: Any, datasets: Sequence[DatasetConfig], m
             f"diff_output_preservation of {asking[0]} needs a network that can be switched off, and that of"
             f" --network_module {module} cannot (it has no set_multiplier); leave diff_output_preservation out or use"
             " networks.lora_lumina"
+        )
+
+
+def warn_where_nothing_is_learned(datasets: Sequence[DatasetConfig]) -> None:
+    """Warns where every picture is trained to change nothing."""
+    if all(subset.preserves_output for config in datasets for subset in config.subsets):
+        logger.warning(
+            "Every picture has diff_output_preservation, so the network is only taught to change nothing, and a new one"
+            " stays as it is; leave it out for the pictures that are to be learned"
         )

@@ -232,7 +232,7 @@ class Resuming:
                 f"--resume: {header.path} holds the memory of the optimizer {before}, which {now} cannot use; {instead}"
             )
         tensors, memory = read_tensors(header)
-        _check_shapes(header.path, tensors, network.state_dict(), instead)
+        _check_tensors(header.path, tensors, network.state_dict(), instead)
         network.load_state_dict(tensors)
         try:
             updater.load_state_dict(memory["updater"])
@@ -309,13 +309,19 @@ class Resuming:
         )
 
 
-def _check_shapes(path: Path, found: Mapping[str, Any], expected: Mapping[str, Any], instead: str) -> None:
+def _check_tensors(path: Path, found: Mapping[str, Any], expected: Mapping[str, Any], instead: str) -> None:
     unknown = [name for name in found if name not in expected]
     missing = [name for name in expected if name not in found]
     others = [
         f"{name} {tuple(found[name].shape)} instead of {tuple(expected[name].shape)}"
         for name in found
         if name in expected and found[name].shape != expected[name].shape
+    ]
+    precisions = [
+        f"{name} {str(found[name].dtype).removeprefix('torch.')} instead of"
+        f" {str(expected[name].dtype).removeprefix('torch.')}"
+        for name in found
+        if name in expected and found[name].dtype != expected[name].dtype
     ]
     problems = []
     if unknown:
@@ -326,6 +332,11 @@ def _check_shapes(path: Path, found: Mapping[str, Any], expected: Mapping[str, A
         problems.append(f"{len(others)} tensors of another shape ({some(others, 2)})")
     if problems:
         raise StateError(f"--resume: {path} belongs to another network: it has {'; '.join(problems)}; {instead}")
+    if precisions:  # the optimizer's memory has that precision too, and cannot go on in another
+        raise StateError(
+            f"--resume: {path} was written in another precision, which --full_bf16 sets: it has"
+            f" {len(precisions)} such tensors ({some(precisions, 2)}); {instead}"
+        )
 
 
 def _foreign_state(path: Path) -> ForeignState:

@@ -14,6 +14,9 @@ from library.errors import SettingsError
 from library.settings import flag, require, require_positive
 from library.training import optimizer_names
 
+_LARGEST_DIM = 16384  # above the width of every layer of either model
+_LONGEST_WAIT_MIN = 525_600  # a year
+
 
 def _parse_steps_or_ratio(value: Any) -> int | float:
     """Returns a number of steps (int), or a share of all steps (float below 1) from ``100``, ``0.1`` or ``10%``."""
@@ -45,6 +48,10 @@ class ScheduleSettings:
 
     def __post_init__(self) -> None:
         require_positive(self, "max_train_steps", "max_train_epochs", "gradient_accumulation_steps", "ddp_timeout")
+        require(
+            self.ddp_timeout is None or self.ddp_timeout <= _LONGEST_WAIT_MIN,
+            f"--ddp_timeout: {self.ddp_timeout} minutes are more than a year; give {_LONGEST_WAIT_MIN} or less",
+        )
         require(self.seed is None or 0 <= self.seed < 2**32, f"--seed: {self.seed} is outside 0 to 2^32-1")
 
 
@@ -96,6 +103,11 @@ class OptimizerSettings:
         require(all(rate >= 0 for rate in self.text_encoder_lr), "--text_encoder_lr: a rate is below 0")
         lowest = self.lr_scheduler_min_lr_ratio
         require(lowest is None or 0 <= lowest <= 1, f"--lr_scheduler_min_lr_ratio: {lowest} is outside 0 to 1")
+        require(
+            self.lr_scheduler_power >= 0,
+            f"--lr_scheduler_power: {self.lr_scheduler_power} is below 0, with which the rate would rise without end; give"
+            " 1 or more",
+        )
         require_positive(self, "lr_scheduler_num_cycles", "lr_scheduler_timescale")
         require(
             self.ema_decay is None or 0 < self.ema_decay < 1, f"--ema_decay: {self.ema_decay} is not between 0 and 1"
@@ -132,6 +144,11 @@ class NetworkSettings:
             "--network_train_unet_only and --network_train_text_encoder_only leave nothing to train; keep one",
         )
         require_positive(self, "network_dim", "scale_weight_norms")
+        require(
+            self.network_dim is None or self.network_dim <= _LARGEST_DIM,
+            f"--network_dim: {self.network_dim} is far more than the widths of the model's layers; give {_LARGEST_DIM} or"
+            " less, mostly 8 to 128",
+        )
         require(self.network_alpha >= 0, f"--network_alpha: {self.network_alpha} is below 0")
         require(
             self.network_dropout is None or 0 <= self.network_dropout < 1,

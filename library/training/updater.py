@@ -90,7 +90,7 @@ class Updater:
     def _step_schedule(self) -> None:
         try:
             self.scheduler.step()
-        except ValueError as error:  # such as OneCycleLR's, which was told fewer steps than the run has
+        except (ValueError, ArithmeticError) as error:  # OneCycleLR has too few steps, StepLR none
             raise SettingsError(
                 f"--lr_scheduler_args: {type(self.scheduler).__name__} gives no further learning rate: {error}; mend its"
                 " number of steps"

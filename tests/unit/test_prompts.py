@@ -28,7 +28,7 @@ def test_text_is_not_an_option(line: str, prompt: str) -> None:
 
 
 def test_wrong_values_name_line_and_option() -> None:
-    with pytest.raises(PromptError, match=r"p\.txt, line 3: --w 'wide'"):
+    with pytest.raises(PromptError, match=r"p\.txt, line 3: --w 'wide' is not valid: a whole number is expected"):
         parse_line("a --w wide", Prompt(), "p.txt, line 3")
     with pytest.raises(PromptError, match="1 to 1000"):
         parse_line("a --s 0", Prompt(), "x")

@@ -82,6 +82,7 @@ def test_wrong_keys_and_values_name_file_table_key_and_value(tmp_path: Path, bod
     ("toml", "message"),
     [
         ("[genral]\n", r"unknown table genral = \{\} \(did you mean 'general'\?\)"),
+        ("shuffle_caption = true\n", r"shuffle_caption = True stands in no table; put it under \[general\]"),
         ("", r"there is no \[\[datasets\]\], so there is nothing to train on"),
         ("[datasets]\nresolution=64", r"datasets is not a list of tables: write \[\[datasets\]\] with double brackets"),
         ("[[datasets]]\nresolution=64", r"datasets\[0\]: there is no \[\[datasets.subsets\]\]"),

@@ -178,3 +178,11 @@ def test_a_second_start_with_cached_latents_finds_the_pictures_again(
     assert found[0] == found[1]
     assert len(found[0]) == 5
     assert [record for record in caplog.records if record.levelno >= logging.WARNING] == []
+
+
+@pytest.mark.parametrize("entries", [{}, {"elsewhere": {"caption": "x"}}])
+def test_a_file_that_names_no_picture_is_what_is_blamed(tmp_path: Path, entries: dict[str, Any]) -> None:
+    folder = make_pictures(tmp_path / "pictures", {"a.png": ONE})
+    meta = _write(tmp_path / "meta.json", entries)
+    with pytest.raises(DatasetError, match=r"No picture is left to train on: no entry of .*meta\.json fits a picture"):
+        TrainingData.build(DataSettings(train_data_dir=folder, in_json=meta, resolution=(64, 64)), 1)

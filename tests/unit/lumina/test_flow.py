@@ -191,6 +191,7 @@ def test_an_empty_mask_has_a_gradient_of_zero() -> None:
     ("values", "says"),
     [
         ({"min_timestep": 500, "max_timestep": 500}, "--min_timestep"),
+        ({"max_timestep": 0}, "--min_timestep 0 and --max_timestep 0 give no range"),
         ({"max_timestep": 1001}, "1000"),
         ({"discrete_flow_shift": 0.0}, "--discrete_flow_shift"),
         ({"weighting_scheme": "mode"}, "--weighting_scheme mode"),

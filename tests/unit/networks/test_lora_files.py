@@ -8,7 +8,7 @@ from safetensors.torch import load_file, save_file
 from torch import nn
 
 from library.errors import NetworkError
-from networks.lora_files import content_hashes, to_factors
+from networks.lora_files import content_hashes, read_lora_file, to_factors
 from networks.lora_lumina import create_network, create_network_from_weights
 
 GOLDEN_LORA = GOLDEN / "lora.safetensors"
@@ -222,6 +222,14 @@ def test_missing_broken_and_empty_files_are_errors_that_name_the_file(dit, tmp_p
         file.write_bytes(broken)
         with pytest.raises(NetworkError, match=r"lora\..* cannot be read"):
             make(dit).load_weights(file)
+
+
+def test_a_pickle_that_holds_code_is_refused_without_advice_to_run_it(tmp_path):
+    file = tmp_path / "lora.pt"
+    torch.save({"lora_unet_final_layer_linear.alpha": print}, file)
+    with pytest.raises(NetworkError, match="could run any code; give a") as caught:
+        read_lora_file(file)
+    assert "trust" not in str(caught.value)
 
 
 # ---- other programs' forms

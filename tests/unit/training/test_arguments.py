@@ -287,3 +287,15 @@ def test_a_plain_run_names_none(caplog: pytest.LogCaptureFixture) -> None:
 
 def test_conditions_name_flags_that_exist() -> None:
     assert {name for names, _, _ in CONDITIONS for name in names} <= set(all_specs())
+
+
+@pytest.mark.parametrize(
+    ("flag", "says"),
+    [
+        ("--network_dim=999999999999", "--network_dim: 999999999999 is far more than the widths"),
+        ("--ddp_timeout=999999999999", "--ddp_timeout: 999999999999 minutes are more than a year"),
+    ],
+)
+def test_sizes_beyond_every_use_end_at_once(flag: str, says: str) -> None:
+    with pytest.raises(SettingsError, match=says):
+        parse(flag)

@@ -13,10 +13,11 @@ from e2e_helpers import Job, make_job
 from trainer_helpers import fill_network, gradients, made_trainer
 
 from library import keyed_random
+from library.data.config import DatasetConfig, SubsetConfig
 from library.data.dataset import Batch
 from library.errors import SettingsError
 from library.lumina import flow
-from library.training.output_preservation import check_can_be_switched_off
+from library.training.output_preservation import check_can_be_switched_off, warn_where_nothing_is_learned
 
 DATASET = """
 [general]
@@ -149,6 +150,15 @@ def test_a_network_that_cannot_be_switched_off_is_refused(job: Job, tmp_path: Pa
     check_can_be_switched_off(torch.nn.Identity(), [config], "other.module")
     with pytest.raises(SettingsError, match=r"other\.module cannot"):
         check_can_be_switched_off(torch.nn.Identity(), asking, "other.module")
+
+
+def test_a_run_that_only_preserves_is_warned_about(caplog: pytest.LogCaptureFixture) -> None:
+    learned = SubsetConfig(image_dir=Path("a"))
+    preserved = SubsetConfig(image_dir=Path("b"), custom_attributes={"diff_output_preservation": True})
+    warn_where_nothing_is_learned([DatasetConfig(subsets=(preserved, learned), resolution=(64, 64))])
+    assert caplog.messages == []
+    warn_where_nothing_is_learned([DatasetConfig(subsets=(preserved,), resolution=(64, 64))])
+    assert "only taught to change nothing" in caplog.text
 
 
 class PlainNetwork(torch.nn.Module):

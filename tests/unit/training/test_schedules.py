@@ -225,3 +225,14 @@ def test_a_schedule_that_ends_before_the_run_is_a_users_error() -> None:
         updater.apply()
     with pytest.raises(SettingsError, match=r"--lr_scheduler_args: OneCycleLR .* total steps is 2"):
         updater.apply()
+
+
+def test_a_schedule_of_no_steps_is_a_users_error() -> None:
+    updater, _ = plateau("constant", lr_scheduler_type="StepLR", lr_scheduler_args=("step_size=0",))
+    with pytest.raises(SettingsError, match=r"--lr_scheduler_args: StepLR gives no further learning rate"):
+        updater.apply()
+
+
+def test_a_negative_power_is_refused() -> None:
+    with pytest.raises(SettingsError, match=r"--lr_scheduler_power: -1.0 is below 0"):
+        OptimizerSettings(lr_scheduler="polynomial", lr_scheduler_power=-1.0)
