@@ -173,6 +173,8 @@ def _from_table(table: Any, defaults: Prompt, origin: str) -> Prompt:
             raise PromptError(f"{origin}: {key} = {value!r} is neither a text nor a number")
         elif key not in fields:
             raise PromptError(f"{origin}: {key!r} is no key of a prompt{nearest(key, fields)}; mend or remove it")
+        elif fields[key] is str and not isinstance(value, str):
+            raise PromptError(f"{origin}: {key} = {value!r} is no text; put it in quotes")
         else:
             try:
                 values[key] = fields[key](str(value))

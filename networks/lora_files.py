@@ -207,7 +207,8 @@ def _one(name: str, parts: Mapping[str, Tensor], source: str) -> Factors:
         raise NetworkError(f"{source}: the alpha of {name} is no number; the file is damaged")
     if not (down.is_floating_point() and up.is_floating_point()):
         raise NetworkError(f"{source}: the LoRA of {name} holds {down.dtype} and {up.dtype} instead of fractions")
-    return Factors(down, up, float(down.shape[0] if given is None else given))
+    # sd-scripts reads an alpha of 0 as the rank; as a factor it would make a LoRA that does nothing.
+    return Factors(down, up, float(given) if given is not None and float(given) else float(down.shape[0]))
 
 
 def _join_qkv(factors: Mapping[str, Factors], qkv_rows: Sequence[int] | None, source: str) -> dict[str, Factors]:

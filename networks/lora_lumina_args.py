@@ -78,9 +78,12 @@ LINEAR_KINDS: tuple[str, ...] = (
 )
 
 
+_LARGEST_RANK = 16384  # the widest layer has fewer inputs and outputs
+
+
 def _rank(text: str) -> int:
     rank = int(text)
-    if rank < 0:
+    if not 0 <= rank <= _LARGEST_RANK:
         raise ValueError
     return rank
 
@@ -115,8 +118,8 @@ def _blocks(text: str) -> str:
 
 
 _EXPECTED: dict[Callable[[str], Any], str] = {
-    _rank: "a whole number from 0 up (0 leaves the component out)",
-    _embedder_ranks: "three whole numbers from 0 up, such as [4,4,4] (image, time, caption; 0 = none)",
+    _rank: f"a whole number from 0 (which leaves the component out) to {_LARGEST_RANK}",
+    _embedder_ranks: f"three whole numbers from 0 to {_LARGEST_RANK}, such as [4,4,4] (image, time, caption; 0 = none)",
     _probability: "a number from 0 to below 1",
     _positive: "a number above 0",
     _boolean: "true or false",

@@ -100,6 +100,8 @@ class FlowSettings:
                 f"--weighting_scheme {self.weighting_scheme} weighs --model_prediction_type sigma_scaled and would have"
                 f" no effect with {self.model_prediction_type}; change one of the two"
             )
+        if not 0 <= (self.ip_noise_gamma or 0) <= 10:
+            raise SettingsError(f"--ip_noise_gamma: {self.ip_noise_gamma} is outside 0 to 10; about 0.1 is usual")
         if self.ip_noise_gamma is None and self.ip_noise_gamma_random_strength:
             raise SettingsError("--ip_noise_gamma_random_strength has no effect without --ip_noise_gamma; add it")
 

@@ -65,6 +65,10 @@ class OutputSettings:
             len(name.encode("utf-8", "replace")) <= _LONGEST_NAME_BYTES and name.isprintable(),
             f"--output_name: {name[:50]!r} ... is too long, or holds characters that no file name should hold",
         )
+        require(
+            self.output_name is None or bool(name.strip(" .")),
+            f"--output_name: {name!r} is no name for a file; give one such as my_lora",
+        )
         thumbnail = self.metadata_thumbnail
         require(
             thumbnail is None or thumbnail.startswith("data:") or Path(thumbnail).is_file(),

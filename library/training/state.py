@@ -25,6 +25,7 @@ JSON_FILE, NETWORK_FILE, MEMORY_FILE = "state.json", "network.safetensors", "mem
 FORMAT = "lumina-lora-trainer state"
 VERSION = 1
 _LARGEST_JSON_BYTES = 256 * 2**20
+_FACTS = {"seed", "accumulation", "optimizer", "num_batches", "steps_per_epoch", "num_steps"}
 
 
 class StateError(UserError):
@@ -138,6 +139,11 @@ def read_header(folder: Path) -> StateHeader:
             raise ValueError("it was not written by this program")
         if document["version"] != VERSION:
             raise ValueError(f"its version is {document['version']}, this program reads version {VERSION}")
+        missing = _FACTS - set(document["facts"])
+        if missing:
+            raise ValueError(f"its facts lack {', '.join(sorted(missing))}")
+        if not isinstance(document["memory"], dict):
+            raise ValueError("its memory is no table")
         for name, size in document["bytes"].items():
             if (folder / name).stat().st_size != size:
                 raise ValueError(f"{name} has not the size that it was written with")

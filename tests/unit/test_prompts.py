@@ -95,6 +95,7 @@ def test_toml_subset_overrides_common_keys(tmp_path: Path) -> None:
         ("p.json", '{"prompt": "a"}', "no list"),
         ("p.json", "[", "cannot be read"),
         ("p.json", "[5]", "no prompt"),
+        ("p.json", '[{"prompt": 3}]', "prompt = 3 is no text"),
         ("p.toml", 'prompt = "x"', "[[prompt.subset]]"),
         ("p.txt", "a --d 99999999999999999999", "seeds go from 0"),
     ],

@@ -125,6 +125,11 @@ def test_a_missing_alpha_is_the_rank(dit, golden):
     assert {lora.scale for lora in network.loras} == {1.0}
 
 
+def test_an_alpha_of_0_is_the_rank(dit, golden):
+    zeros = {key: tensor * 0 if key.endswith(".alpha") else tensor for key, tensor in golden.items()}
+    assert {lora.scale for lora in from_tensors(dit, zeros).loras} == {1.0}
+
+
 # ---- strictness
 
 

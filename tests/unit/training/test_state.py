@@ -24,12 +24,21 @@ from library.training.state import (
     write_state,
 )
 
+FACTS = {
+    "seed": 7,
+    "accumulation": 1,
+    "optimizer": "torch.optim.adamw.AdamW",
+    "num_batches": 3,
+    "steps_per_epoch": 3,
+    "num_steps": 9,
+}
+
 
 def content(step: int = 3, written_at: float = 1000.0, **more: object) -> StateContent:
     whole = StateContent(
         position=Position(step, 2, 1, 1),
         run="r",
-        facts={"seed": 7},
+        facts=FACTS,
         settings={"learning_rate": 0.1},
         versions={"torch": "x"},
         network={"a.lora_up.weight": torch.arange(6, dtype=torch.bfloat16).view(2, 3)},
@@ -45,7 +54,7 @@ def test_it_comes_back(tmp_path: Path) -> None:
     header = read_header(tmp_path / "my-state")
     network, memory = read_tensors(header)
     assert header.position == Position(3, 2, 1, 1)
-    assert header.facts == {"seed": 7}
+    assert header.facts == FACTS
     assert network["a.lora_up.weight"].dtype == torch.bfloat16
     assert torch.equal(network["a.lora_up.weight"], content().network["a.lora_up.weight"])
     assert memory["tuple"] == (1, None)
@@ -91,6 +100,8 @@ def damage_json(folder: Path, **values: object) -> None:
         (lambda folder: damage_json(folder, position={"step": -1}), "position"),
         (lambda folder: damage_json(folder, position={"leap": 1}), JSON_FILE),
         (lambda folder: damage_json(folder, facts=None), JSON_FILE),
+        (lambda folder: damage_json(folder, facts={"seed": 7}), "its facts lack accumulation"),
+        (lambda folder: damage_json(folder, memory=None), "its memory is no table"),
     ],
 )
 def test_damage_is_named(tmp_path: Path, damage: object, says: str) -> None:
