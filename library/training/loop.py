@@ -20,8 +20,11 @@ from library.training.step import TrainStep
 class Events(Protocol):
     """What happens around steps: saving, previews, reports."""
 
-    def after_step(self, step: int, epoch: int, values: dict[str, float]) -> None:
-        """Called after every optimizer step; ``epoch`` counts from 1 and is the running one."""
+    def report(self, step: int, values: dict[str, float]) -> None:
+        """Called after every optimizer step, also after the last one of a run that is interrupted."""
+
+    def after_step(self, step: int) -> None:
+        """Called after every optimizer step of a run that goes on."""
 
     def after_epoch(self, epoch: int, step: int, values: dict[str, float]) -> None:
         """Called after every epoch, counted from 1.
@@ -129,9 +132,10 @@ class Loop:
                     values = None if batches is None else self._run_step(batches, num_samples)
                 if values is None:
                     return
+                parts.events.report(self.step, values)
                 if parts.train_step.is_stopped if parts.processes.count > 1 else is_stopped():
                     raise KeyboardInterrupt
-                parts.events.after_step(self.step, self._epoch, values)
+                parts.events.after_step(self.step)
                 if self.step >= self.settings.plan.num_steps:
                     return
         finally:

@@ -439,9 +439,12 @@ class NetworkTrainer(ModelFamily):
     def _finished_epochs(self, step: int) -> int:
         return step // self.plan.steps_per_epoch
 
-    def after_step(self, step: int, epoch: int, values: Mapping[str, float]) -> None:
-        """Reports, saves and draws after an optimizer step."""
+    def report(self, step: int, values: Mapping[str, float]) -> None:
+        """Reports what an optimizer step gave."""
         self.trackers.log(values, step)
+
+    def after_step(self, step: int) -> None:
+        """Saves, validates and draws after an optimizer step."""
         if self.processes.is_main:
             self.saver.after_step(step, self._finished_epochs(step))
         self.trackers.log(self.validation.after_step(step, self.progress.average), step)

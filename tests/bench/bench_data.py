@@ -151,7 +151,7 @@ def run_start(arguments: list[str], began: float, traced: bool) -> None:
     found: dict[str, Any] = {"seconds": {"imports": round(time.monotonic() - began, 2)}}
 
     class Trainer(LuminaNetworkTrainer):
-        def after_step(self, step: int, epoch: int, values: Any) -> None:
+        def after_step(self, step: int) -> None:
             found["first_step_s"] = round(time.monotonic() - began, 2)
             found["cpu_s"] = round(time.process_time(), 2)  # says more where the machine does other things too
             found.update(_memory_bytes())
@@ -210,7 +210,7 @@ def run_waiting(arguments: list[str], num_steps: int) -> None:
 
             self.data.batches = timed  # type: ignore[method-assign, assignment]
 
-        def after_step(self, step: int, epoch: int, values: Any) -> None:
+        def after_step(self, step: int) -> None:
             steps.append(time.monotonic())
             if step > num_steps:
                 raise Done

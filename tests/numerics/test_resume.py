@@ -206,6 +206,22 @@ def test_ctrl_c_before_a_validation_that_the_schedule_goes_by(
     assert_same_files(tmp_path / "whole" / "my.safetensors", tmp_path / "parts" / "my.safetensors")
 
 
+def test_the_last_step_before_a_stop_is_reported(
+    job: Job, cached: list[str], run: Train, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    asked: list[bool] = []
+
+    def is_stopped() -> bool:
+        asked.append(True)
+        return len(asked) == 2
+
+    monkeypatch.setattr("library.training.loop.is_stopped", is_stopped)
+    stopped = run(job.train_flags(tmp_path, *cached, "--max_train_epochs=1"))
+    assert isinstance(stopped.error, KeyboardInterrupt)
+    assert sorted(stopped.logged) == [1, 2]
+    assert (tmp_path / "my-step00000002.safetensors").exists()
+
+
 def test_two_processes(job: Job, cached: list[str], tmp_path: Path) -> None:
     # defect 50: only the first process had a state.
     flags = [*cached, *EVERYTHING_DRAWN, "--max_train_epochs=2", "--save_state", "--save_every_n_steps=2"]
