@@ -31,7 +31,18 @@ ACCELERATE = {
 PIP = {"index-url", "extra-index-url", "upgrade"}
 TENSORBOARD = {"logdir", "port"}
 # Flags of this project's own small scripts.
-SCRIPTS = {"check", "models", "prompts", "query_gain", "layers", "size", "shrink", "train_ae_steps", "train_dit_steps"}
+SCRIPTS = {
+    "check",
+    "models",
+    "prompts",
+    "query_gain",
+    "layers",
+    "size",
+    "shrink",
+    "train_ae_steps",
+    "train_dit_steps",
+    "waiting",
+}
 
 
 def _make_tables() -> ModuleType:

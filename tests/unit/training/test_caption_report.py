@@ -1,5 +1,6 @@
 """What the log says of captions that are too long or too many."""
 
+import logging
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -54,6 +55,7 @@ def test_captions_that_are_always_dropped_are_not_counted(tmp_path: Path) -> Non
 def test_many_captions_are_named_with_the_flag_that_makes_them_few(
     tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
+    caplog.set_level(logging.WARNING)  # whatever level a program that ran before has set
     make_pictures(tmp_path, {f"{number}.png": (64, 64) for number in range(10)})
     flags = {"shuffle_caption": True, "dataset_repeats": 2, "cache_latents": True}
     data = build(tmp_path, **flags)
