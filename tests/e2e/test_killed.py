@@ -14,7 +14,7 @@ from e2e_helpers import ROOT, Job
 from resume_helpers import assert_same_files, metadata
 
 NUM_KILLS = 20
-NUM_STEPS = 80
+NUM_STEPS = 300  # more than a quick machine makes in all the time between start and kill
 
 # Runs the training program and kills it at the nth operation on files that a save consists of.
 _KILLED_WHILE_SAVING = """
