@@ -323,6 +323,12 @@ def _check_tensors(path: Path, found: Mapping[str, Any], expected: Mapping[str, 
         for name in found
         if name in expected and found[name].dtype != expected[name].dtype
     ]
+    alphas = [
+        f"{name} {float(found[name]):g} instead of {float(expected[name]):g}"
+        for name in found
+        if name.endswith(".alpha") and name in expected and expected[name].numel() == found[name].numel() == 1
+        if float(found[name]) != float(expected[name])
+    ]
     problems = []
     if unknown:
         problems.append(f"{len(unknown)} tensors that this run's network does not have ({some(unknown, 2)})")
@@ -330,6 +336,8 @@ def _check_tensors(path: Path, found: Mapping[str, Any], expected: Mapping[str, 
         problems.append(f"no value for {len(missing)} tensors ({some(missing, 2)})")
     if others:
         problems.append(f"{len(others)} tensors of another shape ({some(others, 2)})")
+    if alphas:  # a state's alpha would take the place of the one that is asked for
+        problems.append(f"{len(alphas)} alphas of another value ({some(alphas, 2)})")
     if problems:
         raise StateError(f"--resume: {path} belongs to another network: it has {'; '.join(problems)}; {instead}")
     if precisions:  # the optimizer's memory has that precision too, and cannot go on in another

@@ -327,6 +327,7 @@ class TestWhatHasChanged:
         ("more", "says"),
         [
             (["--network_dim=8"], "tensors of another shape"),
+            (["--network_alpha=3"], "alphas of another value"),
             (["--mixed_precision=bf16", "--full_bf16"], "written in another precision"),
             (["--network_args", "train_blocks=noise_refiner"], "this run's network does not have"),
             (["--optimizer_type=SGD"], "memory of the optimizer torch.optim.adamw.AdamW"),
