@@ -201,10 +201,13 @@ class Painter:
 
         from library.lumina import loading
         from library.memory.attention import sdpa_attention
+        from library.memory.host_memory import keep_freed_memory
 
         self._pictures = pictures
         self._offload = models.offload
         self.device = PartialState().device if models.device is None else _device(models.device)
+        if self.device.type == "cpu":
+            keep_freed_memory()
         files = loading.inspect_models(
             loading.ModelPaths(
                 dit=Path(models.pretrained_model_name_or_path or ""),

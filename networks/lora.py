@@ -63,6 +63,27 @@ def number_of(*parts: object) -> int:
     return int.from_bytes(hashlib.blake2b(text.encode(), digest_size=8).digest(), "little") >> 1
 
 
+class _AddUp(torch.autograd.Function):
+    """base + hidden up', written over ``base``: one matrix product that adds, without a tensor of that size between.
+
+    ``base`` (...,out) is a Linear's fresh output, which nobody else needs; ``hidden`` (...,r), ``up`` (out,r).
+    """
+
+    @staticmethod
+    def forward(ctx: Any, base: Tensor, hidden: Tensor, up: Tensor) -> Tensor:
+        ctx.mark_dirty(base)
+        ctx.save_for_backward(hidden, up)
+        base.view(-1, base.shape[-1]).addmm_(hidden.reshape(-1, hidden.shape[-1]), up.t())
+        return base
+
+    @staticmethod
+    def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        hidden, up = ctx.saved_tensors
+        (gradient,) = gradients
+        of_up = gradient.reshape(-1, gradient.shape[-1]).t() @ hidden.reshape(-1, hidden.shape[-1])
+        return gradient, gradient @ up, of_up
+
+
 class DropoutKeys:
     """The keys of the samples that are in the batch now; one object is shared by all modules of a network."""
 
@@ -192,11 +213,14 @@ class LoRAModule(nn.Module):
         hidden = F.linear(x, self.lora_down.weight.to(x.dtype))  # (B,r) or (B,S,r)
         # The factor goes onto the rank activations, the smallest tensor there is.
         hidden = self._drop(hidden) * (self.multiplier * self.scale)
-        return base + self._up(hidden).to(base.dtype)
+        return self._add_up(base, hidden.to(base.dtype))
 
-    def _up(self, hidden: Tensor) -> Tensor:
+    def _add_up(self, base: Tensor, hidden: Tensor) -> Tensor:
+        """Returns ``base`` + up(hidden)."""
         weight: Tensor = self.lora_up.weight  # type: ignore[assignment]
-        return F.linear(hidden, weight.to(hidden.dtype))
+        if torch.compiler.is_compiling():
+            return base + F.linear(hidden, weight.to(hidden.dtype))
+        return _AddUp.apply(base, hidden, weight.to(hidden.dtype))
 
     def _drop(self, hidden: Tensor) -> Tensor:
         """Returns the rank activations with what is dropped set to zero; what is kept is scaled up by 1 / (1 - p)."""
@@ -303,10 +327,9 @@ class SplitLoRAModule(LoRAModule):
     def _up_weights(self) -> list[Tensor]:
         return list(self.lora_up.parameters())
 
-    def _up(self, hidden: Tensor) -> Tensor:
-        parts = hidden.split(self.part_rank, dim=-1)
-        ups = self._up_weights()
-        return torch.cat([F.linear(part, up.to(part.dtype)) for part, up in zip(parts, ups, strict=True)], dim=-1)
+    def _add_up(self, base: Tensor, hidden: Tensor) -> Tensor:
+        parts = zip(hidden.split(self.part_rank, dim=-1), self._up_weights(), strict=True)
+        return base + torch.cat([F.linear(part, up.to(part.dtype)) for part, up in parts], dim=-1)
 
     def factors(self) -> list[tuple[Tensor, Tensor]]:
         """Returns the (down, up) pairs of q, k and v; views of the parameters."""

@@ -24,6 +24,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from library.lumina.configs import PATCH_SIZE, ROPE_AXES, TIME_FREQUENCIES, NextDiTConfig
+from library.lumina.elementwise import normalise_and_rotate, scaled_norm, swiglu
 
 __all__ = ["AttentionFn", "NextDiT", "NextDiTConfig", "plain_attention"]
 
@@ -53,9 +54,15 @@ class RMSNorm(nn.Module):
         self.eps = eps
         self.weight = nn.Parameter(torch.ones(size))
 
-    def forward(self, x: Tensor) -> Tensor:
-        """Returns the normalised ``x``, same shape and dtype."""
-        return F.rms_norm(x, self.weight.shape, self.weight, self.eps)
+    def forward(self, x: Tensor, scale: Tensor | None = None) -> Tensor:
+        """Returns the normalised ``x``, same shape and dtype, times 1 + ``scale`` (B,1,D)."""
+        weight = self.weight.float()
+        return scaled_norm(x, weight if scale is None else weight * (1 + scale.float()), self.eps)
+
+    def added_to(self, residual: Tensor, x: Tensor, gate: Tensor | None = None) -> Tensor:
+        """Returns ``residual`` (B,S,D) plus the normalised ``x``, times ``gate`` (B,1,D)."""
+        weight = self.weight.float()
+        return scaled_norm(x, weight if gate is None else weight * gate, self.eps, residual)
 
 
 class TimestepEmbedder(nn.Module):
@@ -94,7 +101,7 @@ def rope_angles(positions: Tensor, head_dim: int) -> Tensor:
 
 
 def rope_table(caption_lengths: Tensor, length: int, rows: int, columns: int, head_dim: int) -> Tensor:
-    """Returns cosine and sine for all tokens in the order [image | caption].
+    """Returns cosine and sine of every pair of head channels, for all tokens in the order [image | caption].
 
     Caption token i stands at (i, 0, 0); the image's tokens at (length of their own caption, row, column).
 
@@ -106,7 +113,7 @@ def rope_table(caption_lengths: Tensor, length: int, rows: int, columns: int, he
         head_dim: E.
 
     Returns:
-        (2, B or 1, N + L, 1, E/2) float32.
+        (B or 1, N + L, 1, E/2, 2) float32.
     """
     device = caption_lengths.device
     batch = caption_lengths.shape[0]
@@ -120,15 +127,7 @@ def rope_table(caption_lengths: Tensor, length: int, rows: int, columns: int, he
     caption = torch.stack([index, torch.zeros_like(index), torch.zeros_like(index)], dim=-1)
     positions = torch.cat([image, caption.expand(batch, length, ROPE_AXES)], dim=1)  # (B,S,3)
     angles = rope_angles(positions, head_dim)[:, :, None, :]  # (B,S,1,E/2)
-    return torch.stack([angles.cos(), angles.sin()])
-
-
-def rotate(x: Tensor, rope: Tensor) -> Tensor:
-    """Returns ``x`` (B,S,heads,E) with each pair of neighbouring channels turned by ``rope``; float32 arithmetic."""
-    cosine, sine = rope.unbind(0)
-    even, odd = x.float().unflatten(-1, (-1, 2)).unbind(-1)
-    turned = torch.stack([even * cosine - odd * sine, even * sine + odd * cosine], dim=-1)
-    return turned.flatten(-2).type_as(x)
+    return torch.stack([angles.cos(), angles.sin()], dim=-1)
 
 
 class Attention(nn.Module):
@@ -145,11 +144,11 @@ class Attention(nn.Module):
         self.k_norm = RMSNorm(config.head_dim, QK_NORM_EPS)
 
     def forward(self, x: Tensor, rope: Tensor, key_mask: Tensor | None) -> Tensor:
-        """Returns (B,S,D) from ``x`` (B,S,D), ``rope`` (2,B or 1,S,1,E/2) and ``key_mask`` (B,S) bool or None."""
+        """Returns (B,S,D) from ``x`` (B,S,D), ``rope`` (B or 1,S,1,E/2,2) and ``key_mask`` (B,S) bool or None."""
         heads = self.qkv(x).unflatten(-1, (-1, self.head_dim))  # (B,S,A+2K,E)
         q, k, v = heads.split([self.num_heads, self.num_kv_heads, self.num_kv_heads], dim=2)
-        q = rotate(self.q_norm(q), rope)
-        k = rotate(self.k_norm(k), rope)
+        q = normalise_and_rotate(q, self.q_norm.weight, rope, self.q_norm.eps)
+        k = normalise_and_rotate(k, self.k_norm.weight, rope, self.k_norm.eps)
         return self.out(self.attention(q, k, v, key_mask).flatten(2))
 
 
@@ -164,7 +163,7 @@ class FeedForward(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """Returns (B,S,D) from (B,S,D)."""
-        return self.w2(F.silu(self.w1(x)) * self.w3(x))
+        return self.w2(swiglu(self.w1(x), self.w3(x)))
 
 
 class Block(nn.Module):
@@ -190,19 +189,19 @@ class Block(nn.Module):
 
         Args:
             x: (B,S,D).
-            rope: (2,B or 1,S,1,E/2) float32.
+            rope: (B or 1,S,1,E/2,2) float32.
             key_mask: (B,S) bool, True = real token; None = no padding.
             time: (B,T) time embedding; None for a block without modulation.
         """
         if not self.modulated:
-            x = x + self.attention_norm2(self.attention(self.attention_norm1(x), rope, key_mask))
-            return x + self.ffn_norm2(self.feed_forward(self.ffn_norm1(x)))
+            x = self.attention_norm2.added_to(x, self.attention(self.attention_norm1(x), rope, key_mask))
+            return self.ffn_norm2.added_to(x, self.feed_forward(self.ffn_norm1(x)))
         modulation = self.adaLN_modulation(time)[:, None]  # (B,1,4D)
         attention_scale, attention_gate, ffn_scale, ffn_gate = modulation.chunk(4, dim=-1)
-        attended = self.attention(self.attention_norm1(x) * (1 + attention_scale), rope, key_mask)
-        x = x + attention_gate.tanh() * self.attention_norm2(attended)
-        fed = self.feed_forward(self.ffn_norm1(x) * (1 + ffn_scale))
-        return x + ffn_gate.tanh() * self.ffn_norm2(fed)
+        attended = self.attention(self.attention_norm1(x, attention_scale), rope, key_mask)
+        x = self.attention_norm2.added_to(x, attended, attention_gate.float().tanh())
+        fed = self.feed_forward(self.ffn_norm1(x, ffn_scale))
+        return self.ffn_norm2.added_to(x, fed, ffn_gate.float().tanh())
 
 
 class FinalLayer(nn.Module):
@@ -271,10 +270,10 @@ class NextDiT(nn.Module):
         time = self.t_embedder(lumina_time, self.dtype)  # (B,T)
         image = self.x_embedder(patchify(latents).to(self.dtype))  # (B,N,D)
         for block in self.noise_refiner:
-            image = block(image, rope[:, :, :num_image], None, time)
+            image = block(image, rope[:, :num_image], None, time)
         caption = self.cap_embedder(caption_features.to(self.dtype))  # (B,L,D)
         for block in self.context_refiner:
-            caption = block(caption, rope[:, :, num_image:], caption_mask, None)
+            caption = block(caption, rope[:, num_image:], caption_mask, None)
         x = torch.cat([image, caption], dim=1)  # (B,S,D)
         for block in self.layers:
             x = block(x, rope, key_mask, time)

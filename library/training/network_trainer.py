@@ -15,6 +15,7 @@ from typing import TYPE_CHECKING, Any
 
 from library.errors import DatasetError, SettingsError
 from library.files import check_writable
+from library.memory.host_memory import keep_freed_memory
 from library.prompts import Prompt, read_prompt_file
 from library.training.arguments import TrainConfig, all_specs
 from library.training.base_weights import BaseWeights
@@ -134,6 +135,8 @@ class NetworkTrainer(ModelFamily):
         count = self.processes.count
         logger.info("Device: %s, %d process%s; seed %d", where, count, "es" if count > 1 else "", seed)
         threads, cores = torch.get_num_threads(), os.cpu_count() or 1
+        if self.device.type == "cpu":
+            keep_freed_memory()
         if self.device.type == "cpu" and threads * self.processes.count < cores:
             logger.info(
                 "Each process computes with %d of the CPU's %d threads; more are given by the launcher's"

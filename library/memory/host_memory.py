@@ -1,0 +1,36 @@
+"""How the C library hands out memory, for models that are computed on the CPU."""
+
+from __future__ import annotations
+
+import ctypes
+import logging
+import sys
+
+logger = logging.getLogger(__name__)
+
+# glibc's names for its settings (malloc.h); values are C ints.
+_TRIM_THRESHOLD, _TOP_PAD, _MMAP_THRESHOLD = -1, -2, -3
+_KEPT = 2**31 - 1
+_GROWN_BY = 64 * 2**20
+
+
+def keep_freed_memory() -> bool:
+    """Lets the process keep memory that it frees, instead of giving each large tensor back to the system.
+
+    glibc maps every large block from the system and unmaps it when it is freed, so each intermediate result of a model
+    is memory that the system must first fill with zeros, page by page: that takes longer than most of the arithmetic
+    between matrix products. Measured in docs/benchmarks/log.md. Does nothing where the C library is another one.
+
+    Returns:
+        Whether it took effect.
+    """
+    if not sys.platform.startswith("linux"):
+        return False
+    try:
+        mallopt = ctypes.CDLL(None).mallopt
+    except (OSError, AttributeError):  # musl has none
+        return False
+    settings = ((_MMAP_THRESHOLD, _KEPT), (_TRIM_THRESHOLD, _KEPT), (_TOP_PAD, _GROWN_BY))
+    taken = all([mallopt(name, value) == 1 for name, value in settings])
+    logger.debug("freed memory is %s", "kept" if taken else "given back to the system")
+    return taken
