@@ -76,12 +76,13 @@ def choose_attention(settings: AttentionSettings, work: Workload, precision_flag
         SettingsError: what was asked for is not installed or cannot do the work.
     """
     for_equal, for_ragged = _ORDERS[settings.mode]
-    equal, equal_function = _first_that_works(for_equal, work, False, settings, precision_flag)
-    ragged, ragged_function = _first_that_works(for_ragged, work, True, settings, precision_flag)
+    made: dict[str, AttentionFn] = {}
+    equal = _first_that_works(for_equal, work, False, made, settings, precision_flag)
+    ragged = _first_that_works(for_ragged, work, True, made, settings, precision_flag)
     names = (_describe(equal, work, ragged=False), _describe(ragged, work, ragged=True))
     description = names[0] if names[0] == names[1] else f"{names[0]}; where captions differ in length {names[1]}"
     logger.info("Attention: %s", description)
-    function = equal_function if equal == ragged else _by_padding(equal_function, ragged_function)
+    function = made[equal] if equal == ragged else _by_padding(made[equal], made[ragged])
     return AttentionChoice(function, equal, ragged, description)
 
 
@@ -93,9 +94,14 @@ def _by_padding(equal: AttentionFn, ragged: AttentionFn) -> AttentionFn:
 
 
 def _first_that_works(
-    names: Sequence[str], work: Workload, ragged: bool, settings: AttentionSettings, precision_flag: str
-) -> tuple[str, AttentionFn]:
-    """Returns the first kernel that can do the work, and its function.
+    names: Sequence[str],
+    work: Workload,
+    ragged: bool,
+    made: dict[str, AttentionFn],
+    settings: AttentionSettings,
+    precision_flag: str,
+) -> str:
+    """Returns the first kernel that can do the work; puts its function into ``made``.
 
     Raises:
         SettingsError: none can.
@@ -105,10 +111,11 @@ def _first_that_works(
         kernel = KERNELS[name]
         reason = kernel.unsuitable(work)
         if reason is None:
-            function = kernel.make()
-            reason = failure_of(kernel, function, work, ragged) if kernel.is_tried else None
+            if name not in made:
+                made[name] = kernel.make()
+            reason = failure_of(kernel, made[name], work, ragged) if kernel.is_tried else None
             if reason is None:
-                return name, function
+                return name
             # Meant for this device and yet of no use: worth a line also where another kernel stands in.
             where = " where captions differ in length" if ragged else ""
             logger.warning("Attention: %s cannot be used%s: %s", kernel.label, where, reason)

@@ -124,14 +124,21 @@ def _make_varlen() -> AttentionFn:
 def _make_flex() -> AttentionFn:
     from torch.nn.attention.flex_attention import flex_attention
 
-    # Not compiled it would write out the whole S x S matrix.
-    compiled = torch.compile(flex_attention, fullgraph=True)
+    def without_mask(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+        return flex_attention(q, k, v, enable_gqa=q.shape[1] != k.shape[1])
+
+    def with_mask(q: Tensor, k: Tensor, v: Tensor, block_mask: Any) -> Tensor:
+        return flex_attention(q, k, v, block_mask=block_mask, enable_gqa=q.shape[1] != k.shape[1])
+
+    # Not compiled it would write out the whole S x S matrix. Two functions, because each may be compiled eight times: for
+    # the first sizes and for any others, with and without gradients, for one sample and for several.
+    plain, masked = torch.compile(without_mask, fullgraph=True), torch.compile(with_mask, fullgraph=True)
     block_masks = OncePerMask(flex_block_mask)
 
     def flex(q: Tensor, k: Tensor, v: Tensor, key_mask: Tensor | None) -> Tensor:
-        block_mask = None if key_mask is None else block_masks(key_mask)
         q, k, v = q.transpose(1, 2), k.transpose(1, 2), v.transpose(1, 2)
-        return compiled(q, k, v, block_mask=block_mask, enable_gqa=q.shape[1] != k.shape[1]).transpose(1, 2)
+        attended = plain(q, k, v) if key_mask is None else masked(q, k, v, block_masks(key_mask))
+        return attended.transpose(1, 2)
 
     return flex
 
