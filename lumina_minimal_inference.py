@@ -26,6 +26,7 @@ from library.console import run_program
 from library.errors import NetworkError, SettingsError, UserError
 from library.files import check_writable, read_safetensors_header, write_with
 from library.lumina.prompt_template import PromptTemplate
+from library.memory.settings import AttentionSettings
 from library.prompts import MAX_SEED, MAX_SIZE_PX, MAX_STEPS, Prompt, PromptError, parse_line, parse_multiplier
 from library.settings import expanded, flag, from_given, specs_of
 
@@ -64,8 +65,6 @@ class ModelFlags:
     ae_dtype: Dtype = flag("bf16", "precision of the autoencoder")
     device: str | None = flag(None, "where to compute, such as cuda or cpu; the best one when left out")
     offload: bool = flag(False, "keep only the model that is computing on the device, the others in host memory")
-    use_flash_attn: bool = flag(False, "no effect: torch's attention picks the fastest exact kernel itself")
-    use_sage_attn: bool = flag(False, "no effect: torch's attention picks the fastest exact kernel itself")
 
     def __post_init__(self) -> None:
         if self.pretrained_model_name_or_path is None:
@@ -191,7 +190,7 @@ def read_metadata(path: Path) -> dict[str, str]:
 class Painter:
     """The three models with their LoRAs, drawing one prompt after the other."""
 
-    def __init__(self, models: ModelFlags, pictures: PictureFlags) -> None:
+    def __init__(self, models: ModelFlags, pictures: PictureFlags, attention: AttentionSettings) -> None:
         """Checks and reads the models.
 
         Raises:
@@ -200,7 +199,7 @@ class Painter:
         from accelerate import PartialState
 
         from library.lumina import loading
-        from library.memory.attention import sdpa_attention
+        from library.memory.attention import Workload, choose_attention
         from library.memory.host_memory import keep_freed_memory
 
         self._pictures = pictures
@@ -221,11 +220,15 @@ class Painter:
         )
         check_writable("--output_dir", pictures.output_dir)
         self._check_loras(models, files)
+        sizes, dtype = files.dit.config, to_dtype(models.dtype)
+        heads = (sizes.num_heads, sizes.num_kv_heads, sizes.head_dim)
+        work = Workload(self.device, dtype, *heads, training=False)
+        chosen = choose_attention(attention, work, "--dtype bf16")
         logger.info("Reading the models")
         self.encoder = loading.load_gemma2(
             files, to_dtype(models.gemma2_dtype), pictures.gemma2_max_token_length, pictures.caption_template
         )
-        self.dit = loading.load_next_dit(files.dit, to_dtype(models.dtype), attention=sdpa_attention)
+        self.dit = loading.load_next_dit(files.dit, dtype, attention=chosen.function)
         self.autoencoder = loading.load_autoencoder(files.ae, to_dtype(models.ae_dtype))
         self.networks = [self._add_lora(*split_lora(text), models.merge_lora_weights) for text in models.lora_weights]
         self._merged = models.merge_lora_weights
@@ -394,7 +397,7 @@ def interact(painter: Painter, first: Prompt) -> None:
 
 def main(argv: Sequence[str] | None = None) -> None:
     """Parses the command line and draws."""
-    groups = {"models": ModelFlags, "picture": PictureFlags}
+    groups = {"models": ModelFlags, "attention": AttentionSettings, "picture": PictureFlags}
     parser = build_parser(
         "Draws pictures with Lumina Image 2.0 and LoRA files.",
         [(title, specs_of(settings_class)) for title, settings_class in groups.items()],
@@ -402,11 +405,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     specs = {spec.name: spec for settings_class in groups.values() for spec in specs_of(settings_class)}
     given = read_command_line(parser, specs, argv)
     models, pictures = from_given(ModelFlags, given), from_given(PictureFlags, given)
-    if models.use_flash_attn or models.use_sage_attn:
-        logger.warning(
-            "--use_flash_attn and --use_sage_attn have no effect: torch's attention picks the fastest kernel"
-        )
-    painter = Painter(models, pictures)
+    painter = Painter(models, pictures, from_given(AttentionSettings, given))
     if pictures.interactive:
         interact(painter, pictures.to_prompt())
     else:

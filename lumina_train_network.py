@@ -130,10 +130,13 @@ class LuminaNetworkTrainer(NetworkTrainer):
 
     def load_model(self, dtype: torch.dtype) -> nn.Module:
         from library.lumina.loading import load_next_dit
-        from library.memory.attention import sdpa_attention
 
-        self.dit = load_next_dit(self.files.dit, dtype, sdpa_attention, self.processes.is_main)
+        self.dit = load_next_dit(self.files.dit, dtype, self.attention, self.processes.is_main)
         return self.dit
+
+    def attention_heads(self) -> tuple[int, int, int]:
+        sizes = self.files.dit.config
+        return sizes.num_heads, sizes.num_kv_heads, sizes.head_dim
 
     def empty_text_encoder(self) -> nn.Module:
         from library.lumina.gemma2 import empty_gemma2

@@ -95,6 +95,11 @@ BETTER_FLAGS: dict[str, str] = {
     # length, seed, precision
     "gradient_accumulation_steps": "the loss is a mean over all pictures of the step, also where batches differ in size",
     "seed": "all draws are keyed: N processes train what one process with N times the batch trains",
+    "use_flash_attn": "takes FlashAttention 3 too, in all blocks, there not in the refiners; it is tried at the start",
+    "use_sage_attn": "draws pictures; training with it is refused, where sd-scripts silently trains nothing in attention",
+    "sdpa": "means it; there it is always used, with a mask that rules its flash kernel out",
+    "xformers": "the same as --sdpa, which has xformers' memory-efficient kernel inside",
+    "mem_eff_attn": "the same as --sdpa, which has a memory-efficient kernel inside",
     "mixed_precision": "timesteps stay float32, there bf16 rounds them. fp16, in which this model overflows, is refused",
     "full_bf16": "needs --mixed_precision bf16, and says so at the start",
     "no_half_vae": "the cache knows the precision that it was made with",

@@ -35,7 +35,8 @@ QK_NORM_EPS = (
 )
 FINAL_NORM_EPS = 1e-6
 
-# q (B,S,A,E), k and v (B,S,K,E), key mask (B,S) bool with True = real token, or None = no padding -> (B,S,A,E)
+# q (B,S,A,E), k and v (B,S,K,E), key mask (B,S) bool with True = real token, a sample's real
+# tokens first, or None = no padding -> (B,S,A,E)
 AttentionFn = Callable[[Tensor, Tensor, Tensor, "Tensor | None"], Tensor]
 
 

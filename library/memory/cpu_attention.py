@@ -6,8 +6,8 @@ cut into rows so that the scores stay in the cache; they are never all in memory
 
 A matrix product rounds its result to bfloat16, which would spoil large scores. So what is subtracted from a score before
 the exponential is taken (the row's maximum in forward, its log-sum in backward) goes into the product as further columns,
-in three parts that together have float32's precision: q' k' = q k - m, summed in float32 and rounded once, when it is
-small where it matters. A mask is one more such column.
+in three parts that together have float32's precision: (q' k') / sqrt(E) = q k / sqrt(E) - m, summed in float32 and rounded
+once, when it is small where it matters. A mask is one more such column.
 
 Shapes: B batch, S tokens, A heads, K key/value heads, G = A / K heads of a group, E head dimension.
 """
@@ -25,7 +25,7 @@ __all__ = ["cpu_attention", "is_faster_than_sdpa"]
 
 _MORE = 8  # further columns: three parts of what is subtracted, one for the mask, the rest zero (rows stay aligned)
 _SCORES = 4 * 2**20  # numbers of one chunk of scores: 8 MiB
-_MASKED = -30000.0  # its exponential is 0
+_MASKED = -1e6  # divided by sqrt(E), its exponential is 0
 
 
 def is_faster_than_sdpa() -> bool:
@@ -45,15 +45,16 @@ def cpu_attention(q: Tensor, k: Tensor, v: Tensor, key_mask: Tensor | None) -> T
 def _attention(q: Tensor, k: Tensor, v: Tensor, key_mask: Tensor | None) -> tuple[Tensor, Tensor]:
     out = torch.empty(q.shape, dtype=q.dtype)
     log_sums = torch.empty(q.shape[:-1], dtype=torch.float32)  # (B,S,A)
+    scale = q.shape[-1] ** -0.5
     for sample, head, group in _groups(q, k):
         keys = _keys(k[sample, :, head], key_mask, sample).t()  # (E+8,S)
         values = v[sample, :, head].contiguous()  # (S,E)
         for rows in _chunks(q, k):
             queries = _queries(q[sample, rows, group])  # (R,E+8)
-            scores = queries @ keys
-            largest = scores.amax(dim=-1).float()
-            _subtract(queries, largest)
-            torch.mm(queries, keys, out=scores).exp_()
+            scores = queries.new_empty(len(queries), keys.shape[1])
+            largest = _scaled_product(queries, keys, scale, scores).amax(dim=-1).float()
+            _subtract(queries, largest / scale)
+            _scaled_product(queries, keys, scale, scores).exp_()
             sums = scores.sum(dim=-1, dtype=torch.float32)
             result = (scores @ values).float().div_(sums[:, None])
             place = q[sample, rows, group].shape
@@ -75,17 +76,18 @@ def _backward(
         sum_k, sum_v = (torch.zeros(k.shape[1], k.shape[3]) for _ in range(2))
         for rows in _chunks(q, k):
             queries = _queries(q[sample, rows, group])  # (R,E+8)
-            _subtract(queries, log_sums[sample, rows, group].reshape(-1))
-            weights = torch.mm(queries, keys).exp_()  # (R,S), rows sum to 1
+            _subtract(queries, log_sums[sample, rows, group].reshape(-1) / scale)
+            weights = queries.new_empty(len(queries), keys.shape[1])
+            _scaled_product(queries, keys, scale, weights).exp_()  # (R,S), rows sum to 1
             given = gradient[sample, rows, group]
             products = given.float().mul_(out[sample, rows, group]).sum(dim=-1)
             padded = F.pad(given, (0, _MORE)).flatten(0, 1)  # (R,E+8)
             _subtract(padded, products.flatten())
             of_scores = torch.mm(padded, values).mul_(weights)  # weights * (gradient v - products)
             sum_v += weights.t() @ padded[:, : q.shape[-1]]
-            sum_k += of_scores.t() @ queries[:, : q.shape[-1]]  # the queries are scaled already
-            of_q[sample, rows, group] = (of_scores @ plain_keys).mul_(scale).view(given.shape)
-        of_k[sample, :, head], of_v[sample, :, head] = sum_k.to(k.dtype), sum_v.to(v.dtype)
+            sum_k += of_scores.t() @ queries[:, : q.shape[-1]]
+            of_q[sample, rows, group] = (of_scores @ plain_keys).float().mul_(scale).view(given.shape).to(q.dtype)
+        of_k[sample, :, head], of_v[sample, :, head] = sum_k.mul_(scale).to(k.dtype), sum_v.to(v.dtype)
     return of_q, of_k, of_v
 
 
@@ -115,10 +117,15 @@ def _keys(x: Tensor, key_mask: Tensor | None, sample: int) -> Tensor:
     return padded
 
 
+def _scaled_product(queries: Tensor, keys: Tensor, scale: float, out: Tensor) -> Tensor:
+    """Returns ``out``, filled with the scaled product; scaled before it is rounded."""
+    return torch.addmm(out, queries, keys, beta=0, alpha=scale, out=out)
+
+
 def _queries(x: Tensor) -> Tensor:
-    """Returns scaled queries (rows * G, E+8) of a group (rows,G,E), with nothing subtracted."""
+    """Returns the queries (rows * G, E+8) of a group (rows,G,E), with nothing subtracted."""
     width = x.shape[-1]
-    padded = F.pad(x * width**-0.5, (0, _MORE)).flatten(0, 1)
+    padded = F.pad(x, (0, _MORE)).flatten(0, 1)
     padded[:, width + 3] = 1
     return padded
 

@@ -31,6 +31,7 @@ def keep_freed_memory() -> bool:
     except (OSError, AttributeError):  # musl has none
         return False
     settings = ((_MMAP_THRESHOLD, _KEPT), (_TRIM_THRESHOLD, _KEPT), (_TOP_PAD, _GROWN_BY))
-    taken = all([mallopt(name, value) == 1 for name, value in settings])
+    results = [mallopt(name, value) for name, value in settings]
+    taken = all(result == 1 for result in results)
     logger.debug("freed memory is %s", "kept" if taken else "given back to the system")
     return taken

@@ -1,4 +1,4 @@
-"""Settings of precision and memory: what makes the model fit. Nothing heavy is imported here."""
+"""Settings of precision, memory and attention: what makes the model fit and run fast. Nothing heavy is imported here."""
 
 from __future__ import annotations
 
@@ -7,6 +7,55 @@ from typing import Literal
 
 from library.errors import SettingsError
 from library.settings import flag
+
+AttentionMode = Literal["auto", "sdpa", "cudnn", "flash", "varlen", "flex", "sage"]
+# Flags of sd-scripts that say the same as --attn_mode.
+_MODES_OF_FLAGS: dict[str, AttentionMode] = {
+    "use_flash_attn": "flash",
+    "use_sage_attn": "sage",
+    "sdpa": "sdpa",
+    "xformers": "sdpa",
+    "mem_eff_attn": "sdpa",
+}
+
+
+@dataclass(frozen=True)
+class AttentionSettings:
+    """How attention is computed; both programs have these flags."""
+
+    attn_mode: AttentionMode = flag(
+        "auto",
+        "how attention is computed: auto takes the fastest exact way that runs here; sdpa, cudnn, varlen and flex are"
+        " torch's own, flash needs the package flash-attn, sage needs sageattention and cannot train",
+    )
+    use_flash_attn: bool = flag(False, "the same as --attn_mode flash")
+    use_sage_attn: bool = flag(False, "the same as --attn_mode sage")
+    sdpa: bool = flag(False, "the same as --attn_mode sdpa")
+    xformers: bool = flag(False, "the same as --attn_mode sdpa, which has xformers' memory-efficient kernel inside")
+    mem_eff_attn: bool = flag(False, "the same as --attn_mode sdpa, which has a memory-efficient kernel inside")
+
+    def __post_init__(self) -> None:
+        named = self._named()
+        if len({mode for _, mode in named}) > 1:
+            raise SettingsError(
+                f"{' and '.join(given for given, _ in named)} ask for different attention kernels, and all blocks use one;"
+                " leave all but one out"
+            )
+
+    def _named(self) -> list[tuple[str, AttentionMode]]:
+        """Returns what was asked for: (the flag as given, the mode that it means)."""
+        named = [(f"--{name}", mode) for name, mode in _MODES_OF_FLAGS.items() if getattr(self, name)]
+        return [(f"--attn_mode {self.attn_mode}", self.attn_mode), *named] if self.attn_mode != "auto" else named
+
+    @property
+    def mode(self) -> AttentionMode:
+        """The mode that ``--attn_mode`` or a flag that means one asks for."""
+        return self._named()[0][1] if self._named() else "auto"
+
+    @property
+    def given_as(self) -> str:
+        """The flag that asks for it, for messages."""
+        return self._named()[0][0] if self._named() else "--attn_mode auto"
 
 
 @dataclass(frozen=True)

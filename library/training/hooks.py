@@ -85,6 +85,10 @@ class ModelFamily(abc.ABC):
         """Returns the model that the network is trained on, on the CPU, frozen."""
 
     @abc.abstractmethod
+    def attention_heads(self) -> tuple[int, int, int]:
+        """Returns the model's heads, key/value heads and head dimension; asked before the model is read."""
+
+    @abc.abstractmethod
     def empty_text_encoder(self) -> nn.Module:
         """Returns the text encoder's model without weights (on the meta device)."""
 

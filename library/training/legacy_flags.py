@@ -14,7 +14,6 @@ from library.settings import FlagSpec
 
 _SD = "Stable Diffusion only"
 _DDPM = "a setting of noise-predicting models, not of flow matching"
-_ATTENTION = "torch's scaled dot product attention is used, which picks the fastest exact kernel"
 _REDUCED = "gradients are reduced in one flat buffer"
 
 
@@ -29,10 +28,6 @@ IGNORED: tuple[FlagSpec, ...] = (
     _row("clip_skip", int, None, _SD),
     _row("max_token_length", int, None, "CLIP only; --gemma2_max_token_length is Gemma2's limit"),
     _row("vae", str, None, _SD + "; --ae is the autoencoder"),
-    _row("sdpa", bool, False, _ATTENTION),
-    _row("xformers", bool, False, _ATTENTION),
-    _row("mem_eff_attn", bool, False, _ATTENTION),
-    _row("use_flash_attn", bool, False, _ATTENTION),
     _row("skip_cache_check", bool, False, "cache entries are found by content, so there is no check to skip"),
     _row("persistent_data_loader_workers", bool, False, "reader threads always stay alive"),
     _row("ddp_gradient_as_bucket_view", bool, False, _REDUCED),
@@ -57,7 +52,6 @@ IGNORED: tuple[FlagSpec, ...] = (
 
 REFUSED: tuple[FlagSpec, ...] = (
     _row("full_fp16", bool, False, "fp16 overflows in this model; use --mixed_precision bf16"),
-    _row("use_sage_attn", bool, False, "SageAttention has no gradients, so attention would not be trained"),
     _row(
         "dataset_class",
         str,

@@ -38,6 +38,7 @@ if TYPE_CHECKING:
 
     from library.data.cache import Sharing
     from library.data.dataset import TrainingData
+    from library.memory.attention import Workload
     from library.training.lora_writer import LoraWriter
 
 logger = logging.getLogger(__name__)
@@ -110,6 +111,7 @@ class NetworkTrainer(ModelFamily):
         import torch
 
         from library.keyed_random import key
+        from library.memory.attention import choose_attention
         from library.training import optimizers
         from library.training.hub import HubUploads
         from library.training.processes import Processes, start_accelerator
@@ -128,6 +130,8 @@ class NetworkTrainer(ModelFamily):
         self.seed = seed
         # Our own draws are keyed; this is for network modules that draw from torch's global generators.
         torch.manual_seed(key("torch", seed))
+        # Tried before anything is read or encoded: what is missing must show now.
+        self.attention = choose_attention(config.attention, self._attention_work(), "--mixed_precision bf16").function
         self.trackers = Trackers(self.accelerator, config.log, logged_settings(config))
         uploads = self.processes.is_main and not config.data.debug_dataset
         self.uploads = HubUploads(config.hub) if uploads else None
@@ -144,6 +148,11 @@ class NetworkTrainer(ModelFamily):
                 threads,
                 cores,
             )
+
+    def _attention_work(self) -> Workload:
+        from library.memory.attention import Workload
+
+        return Workload(self.device, self.weight_dtype, *self.attention_heads(), training=True)
 
     def build_data(self) -> None:
         """Lists pictures and captions and sorts them into buckets."""

@@ -51,7 +51,8 @@ def check_can_be_switched_off(network: Any, datasets: Sequence[DatasetConfig], m
 
 def warn_where_nothing_is_learned(datasets: Sequence[DatasetConfig]) -> None:
     """Warns where every picture is trained to change nothing."""
-    if all(subset.preserves_output for config in datasets for subset in config.subsets):
+    preserves = [subset.preserves_output for config in datasets for subset in config.subsets]
+    if preserves and all(preserves):
         logger.warning(
             "Every picture has diff_output_preservation, so the network is only taught to change nothing, and a new one"
             " stays as it is; leave it out for the pictures that are to be learned"

@@ -57,6 +57,11 @@ CONTRADICTIONS: tuple[tuple[Test, str], ...] = (
         lambda c: c.data.dataset_config is None and c.data.validation_split == 1,
         "--validation_split 1 holds every picture out, so nothing is left to train on; give a share below 1",
     ),
+    (
+        lambda c: c.attention.mode == "sage",
+        "{c.attention.given_as}: SageAttention has no gradients, so attention would not be trained; leave it out here and"
+        " draw with it",
+    ),
 )
 """(When flags contradict each other, what to say; ``c`` in braces is the :class:`TrainConfig`)."""
 

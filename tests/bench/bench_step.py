@@ -50,10 +50,12 @@ class RandomModelTrainer(LuminaNetworkTrainer):
     def inspect_models(self) -> None:
         """There are no files."""
 
-    def load_model(self, dtype: torch.dtype) -> nn.Module:
-        from library.memory.attention import sdpa_attention
+    def attention_heads(self) -> tuple[int, int, int]:
+        sizes = presets.config(self.preset)
+        return sizes.num_heads, sizes.num_kv_heads, sizes.head_dim
 
-        self.dit = presets.random_next_dit(presets.config(self.preset), dtype, sdpa_attention)
+    def load_model(self, dtype: torch.dtype) -> nn.Module:
+        self.dit = presets.random_next_dit(presets.config(self.preset), dtype, self.attention)
         return self.dit
 
 

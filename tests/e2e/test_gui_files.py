@@ -90,6 +90,6 @@ def test_a_run_of_the_front_end_trains(job: Job, tmp_path: Path, train: Callable
     named = next(line for line in log.splitlines() if "these keys are no flags" in line)
     assert all(key in named for key in ("epoch", "noise_offset_type", "max_resolution", "t5xxl_max_token_length"))
     ignored = next(line for line in log.splitlines() if "These flags have no effect here" in line)
-    assert all(flag in ignored for flag in ("--clip_skip", "--xformers", "--max_token_length", "--sample_sampler"))
+    assert all(flag in ignored for flag in ("--clip_skip", "--max_token_length", "--sample_sampler"))
     assert "--dynamo_backend" not in ignored  # "no" asks for nothing
     shutil.rmtree(tmp_path / "out")

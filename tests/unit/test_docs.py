@@ -28,7 +28,7 @@ ACCELERATE = {
     "config_file",
     "main_process_port",
 }
-PIP = {"index-url", "extra-index-url", "upgrade"}
+PIP = {"index-url", "extra-index-url", "upgrade", "no-build-isolation"}
 TENSORBOARD = {"logdir", "port"}
 # Flags of this project's own small scripts.
 SCRIPTS = {

@@ -1,44 +1,114 @@
+"""Kernels that run on a CPU, or whose stand-ins do, against attention's definition; and how they deal with padding."""
+
 from __future__ import annotations
 
-import math
+import importlib
+import shutil
+import sys
+from collections.abc import Callable
 
 import pytest
 import torch
+from attention_helpers import fake_flash, fake_sage, heads_of_a_block, over_sequences, written_out
 
-from library.lumina.next_dit import AttentionFn, plain_attention
+from library.lumina.configs import NextDiTConfig
+from library.lumina.next_dit import AttentionFn, NextDiT, plain_attention
+from library.memory import attention_kernels
 from library.memory.attention import sdpa_attention
+from library.memory.attention_kernels import KERNELS, OncePerMask, by_sequences, sequence_bounds
+
+# Float32; fused kernels sum in blocks.
+ROUNDING = {"atol": 2e-5, "rtol": 1e-4}
+LENGTHS = [7, 13, 1, 13]
 
 
-def written_out(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, key_mask: torch.Tensor | None) -> torch.Tensor:
-    """Attention by its definition, in the inputs' precision."""
-    shared_by = q.shape[2] // k.shape[2]
-    k, v = k.repeat_interleave(shared_by, dim=2), v.repeat_interleave(shared_by, dim=2)
-    scores = torch.einsum("bshe,bthe->bhst", q, k) / math.sqrt(q.shape[-1])
-    if key_mask is not None:
-        scores = scores.masked_fill(~key_mask[:, None, None], -math.inf)
-    return torch.einsum("bhst,bthe->bshe", scores.softmax(-1), v)
+@pytest.fixture
+def kernel(monkeypatch: pytest.MonkeyPatch) -> Callable[[str], AttentionFn]:
+    """Returns a kernel by name, with stand-ins for what is not installed."""
+    monkeypatch.setitem(sys.modules, "flash_attn", fake_flash("flash_attn", with_sums=False))
+    monkeypatch.setitem(sys.modules, "flash_attn_interface", fake_flash("flash_attn_interface", with_sums=True))
+    monkeypatch.setitem(sys.modules, "sageattention", fake_sage())
+
+    def varlen_attn(q, k, v, cu_seq_q, cu_seq_k, max_q, max_k, *, enable_gqa=False):
+        assert enable_gqa  # torch's own refuses shared heads without it
+        assert torch.equal(cu_seq_q, cu_seq_k)
+        assert max_q == max_k
+        return over_sequences(q, k, v, cu_seq_q, max_q)
+
+    monkeypatch.setattr(importlib.import_module("torch.nn.attention.varlen"), "varlen_attn", varlen_attn)
+
+    def made(name: str) -> AttentionFn:
+        return plain_attention if name == "plain" else KERNELS[name].make()
+
+    return made
 
 
-def inputs(kv_heads: int) -> list[torch.Tensor]:
-    generator = torch.Generator().manual_seed(0)
-    shapes = [(2, 13, 6, 24), (2, 13, kv_heads, 24), (2, 13, kv_heads, 24)]
-    return [torch.randn(shape, generator=generator, requires_grad=True) for shape in shapes]
+def results(function: AttentionFn, lengths: list[int], masked: bool, kv_heads: int = 2) -> list[torch.Tensor]:
+    """Returns the output at real tokens, and the gradients of q, k and v."""
+    tensors, mask = heads_of_a_block(lengths, kv_heads)
+    output = function(*tensors, mask if masked else None)
+    assert torch.isfinite(output).all()  # at padding too
+    real = output[mask]
+    (real.square().sum() + real.sum()).backward()
+    gradients = [tensor.grad for tensor in tensors]
+    assert all(torch.isfinite(gradient).all() for gradient in gradients)
+    return [real, *gradients]
 
 
-@pytest.mark.parametrize("attention", [sdpa_attention, plain_attention])
+@pytest.mark.parametrize("name", ["sdpa", "plain", "varlen", "flash2", "flash3"])
 @pytest.mark.parametrize("kv_heads", [2, 6])
 @pytest.mark.parametrize("masked", [False, True])
-def test_it_equals_the_definition_forward_and_backward(attention: AttentionFn, kv_heads: int, masked: bool) -> None:
-    mask = torch.arange(13) < torch.tensor([13, 7])[:, None] if masked else None
-    results = []
-    for function in (attention, written_out):
-        tensors = inputs(kv_heads)
-        output = function(*tensors, mask)
-        output.square().sum().backward()
-        results.append([output, *(tensor.grad for tensor in tensors)])
-    for ours, expected in zip(*results, strict=True):
-        # Float32; the fused kernel sums in blocks.
-        torch.testing.assert_close(ours, expected, atol=2e-5, rtol=1e-4)
+def test_it_equals_the_definition_forward_and_backward(
+    kernel: Callable[[str], AttentionFn], name: str, kv_heads: int, masked: bool
+) -> None:
+    lengths = LENGTHS if masked else [13, 13]
+    ours, expected = (results(function, lengths, masked, kv_heads) for function in (kernel(name), written_out))
+    for found, wanted in zip(ours, expected, strict=True):
+        torch.testing.assert_close(found, wanted, **ROUNDING)
+
+
+@pytest.mark.parametrize("masked", [False, True])
+def test_sage_attention_is_called_as_it_wants(kernel: Callable[[str], AttentionFn], masked: bool) -> None:
+    tensors, mask = heads_of_a_block(LENGTHS)
+    key_mask = mask if masked else None
+    found, wanted = kernel("sage")(*tensors, key_mask), written_out(*tensors, key_mask)
+    torch.testing.assert_close(found[mask], wanted[mask], **ROUNDING)
+    assert torch.isfinite(found).all()
+
+
+@pytest.mark.skipif(not (shutil.which("g++") or shutil.which("clang++")), reason="flex_attention needs a C++ compiler")
+def test_flex_attention_equals_the_definition() -> None:
+    # It has no gradients on a CPU; those are tested in tests/gpu.
+    flex = KERNELS["flex"].make()
+    # Blocks of 128 keys: whole, partly padded, all padded, and a last one that is cut off; another shape; no mask.
+    for lengths, masked in (([300, 140, 256, 5], True), ([150, 40], True), ([150, 150], False)):
+        tensors, mask = heads_of_a_block(lengths)
+        key_mask = mask if masked else None
+        q, k, v = (tensor.detach() for tensor in tensors)
+        found, wanted = flex(q, k, v, key_mask), written_out(q, k, v, key_mask)
+        torch.testing.assert_close(found[mask], wanted[mask], **ROUNDING)
+        assert torch.isfinite(found).all()
+
+
+def test_padding_changes_nothing_and_gets_no_gradient(kernel: Callable[[str], AttentionFn]) -> None:
+    for name in ("varlen", "flash2"):
+        tensors, mask = heads_of_a_block(LENGTHS)
+        output = kernel(name)(*tensors, mask)
+        (output * mask[:, :, None, None]).square().sum().backward()
+        with torch.no_grad():
+            other = [tensor.masked_fill(~mask[:, :, None, None], 100.0) for tensor in tensors]
+            assert torch.equal(kernel(name)(*other, mask)[mask], output[mask])
+        for tensor in tensors:
+            assert tensor.grad is not None
+            assert tensor.grad[~mask].abs().max() == 0
+            assert tensor.grad[mask].abs().max() > 0
+
+
+def test_every_row_lies_in_a_sequence_of_its_own_kind() -> None:
+    mask = torch.arange(13) < torch.tensor(LENGTHS)[:, None]
+    bounds = sequence_bounds(mask)
+    assert bounds.dtype == torch.int32
+    assert bounds.tolist() == [0, 7, 13, 26, 26, 27, 39, 52, 52]
 
 
 def test_no_mask_reaches_the_kernel_where_nothing_is_padded(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -49,5 +119,66 @@ def test_no_mask_reaches_the_kernel_where_nothing_is_padded(monkeypatch: pytest.
         return q
 
     monkeypatch.setattr(torch.nn.functional, "scaled_dot_product_attention", spy)
-    sdpa_attention(*inputs(kv_heads=2), None)
+    tensors, _ = heads_of_a_block([13, 13])
+    sdpa_attention(*tensors, None)
     assert calls == [(2, {"attn_mask": None, "enable_gqa": True})]
+
+
+def test_the_bounds_are_made_once_for_all_blocks_that_share_a_mask(monkeypatch: pytest.MonkeyPatch) -> None:
+    made: list[torch.Tensor] = []
+
+    def spy(mask: torch.Tensor) -> torch.Tensor:
+        made.append(mask)
+        return sequence_bounds(mask)
+
+    monkeypatch.setattr(attention_kernels, "sequence_bounds", spy)
+    config = NextDiTConfig(dim=48, num_layers=5, num_noise_refiners=1, num_context_refiners=2, num_heads=2,
+                           num_kv_heads=1, head_dim=24, ffn_dim=32, cap_dim=16, time_dim=8)  # fmt: skip
+    torch.manual_seed(0)
+    model = NextDiT(config, by_sequences(over_sequences))
+    mask = torch.tensor([[True] * 5, [True] * 3 + [False] * 2])
+    model(torch.randn(2, 16, 4, 4), torch.rand(2), torch.randn(2, 5, 16), mask)
+    assert [tuple(mask.shape) for mask in made] == [(2, 5), (2, 9)]  # the captions' own, and the joint one
+
+
+def test_a_mask_that_was_changed_is_read_again() -> None:
+    once = OncePerMask(sequence_bounds)
+    mask = torch.ones((1, 4), dtype=torch.bool)
+    first = once(mask)
+    assert once(mask) is first
+    mask[0, 2:] = False
+    assert once(mask).tolist() == [0, 2, 4]
+    assert once(mask.clone()).tolist() == [0, 2, 4]
+    with torch.inference_mode():
+        unversioned = torch.ones((1, 4), dtype=torch.bool)
+        assert once(unversioned).tolist() == [0, 4, 4]
+        unversioned[0, 1:] = False
+        assert once(unversioned).tolist() == [0, 1, 4]
+
+
+@torch.library.custom_op("lumina_tests::over_sequences", mutates_args=())
+def opaque_over_sequences(
+    q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, bounds: torch.Tensor, longest: int
+) -> torch.Tensor:
+    """A kernel that a compiler cannot look into, as the real ones are."""
+    return over_sequences(q, k, v, bounds, longest).contiguous()
+
+
+@opaque_over_sequences.register_fake
+def _(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, bounds: torch.Tensor, longest: int) -> torch.Tensor:
+    return torch.empty_like(q, memory_format=torch.contiguous_format)
+
+
+@pytest.mark.parametrize("attention", [sdpa_attention, by_sequences(opaque_over_sequences)], ids=["sdpa", "sequences"])
+def test_a_block_compiles_as_one_graph(attention: AttentionFn) -> None:
+    def joint(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, key_mask: torch.Tensor | None) -> torch.Tensor:
+        return attention(q, k, v, key_mask)
+
+    # No code is generated: what counts is that nothing in the block waits for the host.
+    compiled = torch.compile(joint, fullgraph=True, backend="aot_eager")
+    for lengths in (LENGTHS, [9, 4]):
+        tensors, mask = heads_of_a_block(lengths)
+        with torch.no_grad():
+            for key_mask in (mask, None):
+                expected = written_out(*tensors, key_mask)[mask]
+                torch.testing.assert_close(compiled(*tensors, key_mask)[mask], expected, **ROUNDING)

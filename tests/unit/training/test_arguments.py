@@ -31,6 +31,7 @@ ENOUGH = [
     "--network_module=networks.lora_lumina",
 ]
 OURS = {
+    "attn_mode": "one choice among seven ways to compute attention; sd-scripts has a flag for each of its own",
     "cache_dir": "where cached files go; sd-scripts has no choice there",
     "caption_variants": "bounds how many captions a shuffled run encodes; sd-scripts does not shuffle cached captions",
     "ema_decay": "a moving average of the LoRA; sd-scripts has none",
@@ -150,7 +151,7 @@ def test_text_encoder_is_trained_unless_said_otherwise() -> None:
         (["--seed=-1"], "--seed"),
         (["--learning_rate=0"], "nothing would be learned"),
         (["--blocks_to_swap=4"], "block swapping is not available yet"),
-        (["--use_sage_attn"], "SageAttention has no gradients"),  # defect 35
+        (["--attn_mode=flsh"], "--attn_mode: 'flsh' is none of auto, sdpa, cudnn, flash"),
         (["--fp8_base"], "fp8 is not available yet"),  # defect 36
         (["--full_fp16"], "fp16 overflows in this model"),  # defect 51
         (["stray"], "belongs to no flag"),
@@ -173,12 +174,12 @@ def test_what_a_run_needs(missing: str) -> None:
 
 
 def test_ignored_flags_are_named_once_with_their_reason(caplog: pytest.LogCaptureFixture) -> None:
-    config = parse("--clip_skip=2", "--v2", "--sdpa", "--multires_noise_discount=0.3")
+    config = parse("--clip_skip=2", "--v2", "--lowram", "--multires_noise_discount=0.3")
     warn_of_ignored(config.given)
     (record,) = caplog.records
     message = record.getMessage()
     assert "--v2, --clip_skip (Stable Diffusion only)" in message
-    assert "--sdpa" in message
+    assert "--lowram" in message
     assert "multires" not in message  # equal to sd-scripts' default: nothing was asked for
 
 

@@ -36,6 +36,8 @@ CONTRADICTING = [
     (["--initial_epoch=5", "--max_train_epochs=4"], "nothing is left to train"),
     (["--initial_step=1600"], "nothing is left to train"),
     (["--validation_split=1"], "nothing is left to train on"),
+    (["--use_sage_attn"], "SageAttention has no gradients"),  # defect 35
+    (["--attn_mode=sage"], "SageAttention has no gradients"),
 ]
 
 

@@ -1,0 +1,42 @@
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from library.memory import host_memory
+
+ROOT = Path(__file__).resolve().parents[3]
+_SIZE = 2**24 * 4  # bytes of the tensor: 64 MiB
+_RESIDENT = """
+import torch
+from pathlib import Path
+from library.memory.host_memory import keep_freed_memory
+if {kept}:
+    assert keep_freed_memory()
+def resident():
+    return int(Path("/proc/self/statm").read_text().split()[1]) * 4096
+before = resident()
+tensor = torch.full((2**24,), 1.0)
+assert resident() - before > 2**25
+del tensor
+print(resident() - before)
+"""
+
+
+@pytest.mark.skipif(not sys.platform.startswith("linux"), reason="glibc's settings")
+def test_freed_memory_stays_with_the_process() -> None:
+    stayed = {}
+    for kept in (False, True):
+        done = subprocess.run(
+            [sys.executable, "-c", _RESIDENT.format(kept=kept)], cwd=ROOT, capture_output=True, text=True, check=False
+        )
+        assert done.returncode == 0, done.stderr
+        stayed[kept] = int(done.stdout)
+    assert stayed[True] > 0.9 * _SIZE
+    assert stayed[False] < 0.5 * _SIZE
+
+
+def test_other_systems_are_left_alone(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(host_memory.sys, "platform", "win32")
+    assert not host_memory.keep_freed_memory()
