@@ -17,7 +17,7 @@ from library.command_line import build_parser, read_command_line
 from library.data.settings import DataSettings
 from library.errors import SettingsError
 from library.lumina.settings import FlowSettings, ModelSettings
-from library.memory.settings import MemorySettings
+from library.memory.settings import MemorySettings, QuantisationSettings
 from library.settings import FlagSpec, flag, from_given, specs_of
 from library.training import optimizer_names
 from library.training.config_file import read_config_file, write_config_file
@@ -52,6 +52,7 @@ GROUPS: dict[str, tuple[str, type]] = {
     "optimizer": ("optimizer", OptimizerSettings),
     "schedule": ("length and seed", ScheduleSettings),
     "memory": ("precision and memory", MemorySettings),
+    "quantisation": ("quantised base weights", QuantisationSettings),
     "output": ("saving", OutputSettings),
     "state": ("continuing a run", StateSettings),
     "samples": ("previews", SampleSettings),
@@ -73,6 +74,7 @@ class TrainConfig:
     optimizer: OptimizerSettings
     schedule: ScheduleSettings
     memory: MemorySettings
+    quantisation: QuantisationSettings
     output: OutputSettings
     state: StateSettings
     samples: SampleSettings
