@@ -57,6 +57,11 @@ CONTRADICTIONS: tuple[tuple[Test, str], ...] = (
         lambda c: c.data.dataset_config is None and c.data.validation_split == 1,
         "--validation_split 1 holds every picture out, so nothing is left to train on; give a share below 1",
     ),
+    (
+        lambda c: c.quantisation.fp8_fast and c.memory.mixed_precision != "bf16",
+        "--fp8_fast multiplies in fp8 and gives bf16, and --mixed_precision is {c.memory.mixed_precision}; add"
+        " --mixed_precision bf16, or leave --fp8_fast out",
+    ),
 )
 """(When flags contradict each other, what to say; ``c`` in braces is the :class:`TrainConfig`)."""
 

@@ -36,6 +36,7 @@ CONTRADICTING = [
     (["--initial_epoch=5", "--max_train_epochs=4"], "nothing is left to train"),
     (["--initial_step=1600"], "nothing is left to train"),
     (["--validation_split=1"], "nothing is left to train on"),
+    (["--fp8_fast", "--fp8_base"], "--mixed_precision bf16"),
 ]
 
 
