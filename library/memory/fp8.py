@@ -1,9 +1,10 @@
 """Frozen weights as float8 e4m3 with one scale for each output channel, and matrix products in fp8.
 
 Every scale is a power of two. e4m3 is a floating-point format, so a finer scale makes its error hardly smaller (2.61
-instead of 2.66 % of a weight); but multiplying by a power of two is exact in every floating-point dtype. So a dequantised weight is exact in bfloat16 (four
-significant bits), a scale can be moved from one operand of a product to the other without rounding, and no float32
-copy of an activation is needed to scale it. A file that holds plain e4m3 weights loses nothing by it.
+instead of 2.66 % of a weight), and multiplying by a power of two is exact in every floating-point dtype. So a
+dequantised weight is exact in bfloat16 (four significant bits), a scale can be moved from one operand of a product to
+the other without rounding, and no float32 copy of an activation is needed to scale it. A file that holds plain e4m3
+weights loses nothing by it.
 
 ``Fp8Linear`` computes in one of two ways:
 
