@@ -18,6 +18,7 @@ import logging
 import random
 import time
 from collections.abc import Sequence
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
@@ -26,7 +27,7 @@ from library.console import run_program
 from library.errors import NetworkError, SettingsError, UserError
 from library.files import check_writable, read_safetensors_header, write_with
 from library.lumina.prompt_template import PromptTemplate
-from library.memory.settings import AttentionSettings
+from library.memory.settings import AttentionSettings, Quantisation, QuantisationSettings
 from library.prompts import MAX_SEED, MAX_SIZE_PX, MAX_STEPS, Prompt, PromptError, parse_line, parse_multiplier
 from library.settings import expanded, flag, from_given, specs_of
 
@@ -34,6 +35,7 @@ if TYPE_CHECKING:
     import torch
     from torch import Tensor
 
+    from library.lumina.filling import BlockFinish, TensorChange
     from library.lumina.loading import ModelFiles
 
 logger = logging.getLogger(__name__)
@@ -190,7 +192,13 @@ def read_metadata(path: Path) -> dict[str, str]:
 class Painter:
     """The three models with their LoRAs, drawing one prompt after the other."""
 
-    def __init__(self, models: ModelFlags, pictures: PictureFlags, attention: AttentionSettings) -> None:
+    def __init__(
+        self,
+        models: ModelFlags,
+        pictures: PictureFlags,
+        attention: AttentionSettings,
+        quantisation: QuantisationSettings,
+    ) -> None:
         """Checks and reads the models.
 
         Raises:
@@ -207,6 +215,10 @@ class Painter:
         self.device = PartialState().device if models.device is None else _device(models.device)
         if self.device.type == "cpu":
             keep_freed_memory()
+        if quantisation.fp8_fast:
+            from library.memory.fp8 import require_fp8_products
+
+            require_fp8_products(self.device)
         files = loading.inspect_models(
             loading.ModelPaths(
                 dit=Path(models.pretrained_model_name_or_path or ""),
@@ -219,55 +231,89 @@ class Painter:
             )
         )
         check_writable("--output_dir", pictures.output_dir)
-        self._check_loras(models, files)
+        encoder_change, dit_change = self._check_loras(models, files)
         sizes, dtype = files.dit.config, to_dtype(models.dtype)
         heads = (sizes.num_heads, sizes.num_kv_heads, sizes.head_dim)
         work = Workload(self.device, dtype, *heads, training=False)
         chosen = choose_attention(attention, work, "--dtype bf16")
         logger.info("Reading the models")
         self.encoder = loading.load_gemma2(
-            files, to_dtype(models.gemma2_dtype), pictures.gemma2_max_token_length, pictures.caption_template
+            files,
+            to_dtype(models.gemma2_dtype),
+            pictures.gemma2_max_token_length,
+            pictures.caption_template,
+            change=encoder_change,
+            finish=self._quantising(quantisation.text_encoder),
         )
-        self.dit = loading.load_next_dit(files.dit, dtype, attention=chosen.function)
+        self.dit = loading.load_next_dit(
+            files.dit,
+            to_dtype(models.dtype),
+            attention=chosen.function,
+            change=dit_change,
+            finish=self._quantising(quantisation.transformer),
+        )
         self.autoencoder = loading.load_autoencoder(files.ae, to_dtype(models.ae_dtype))
-        self.networks = [self._add_lora(*split_lora(text), models.merge_lora_weights) for text in models.lora_weights]
         self._merged = models.merge_lora_weights
+        self.networks = [] if self._merged else [self._attach(*split_lora(text)) for text in models.lora_weights]
         if not self._offload:
             for model in (self.encoder.model, self.dit, self.autoencoder.model):
                 model.to(self.device)
 
-    def _check_loras(self, models: ModelFlags, files: ModelFiles) -> None:
-        """Fits the LoRA files to models without weights: a wrong file must show before gigabytes are read."""
+    def _quantising(self, kind: Quantisation | None) -> BlockFinish | None:
+        """Returns what quantises a block as soon as it is read."""
+        if kind is None:
+            return None
+        from library.memory.quantised import quantise_block
+
+        return partial(quantise_block, kind=kind, device=self.device, place="cpu" if self._offload else self.device)
+
+    def _check_loras(
+        self, models: ModelFlags, files: ModelFiles
+    ) -> tuple[TensorChange, TensorChange] | tuple[None, None]:
+        """Fits the LoRA files to models without weights: a wrong file must show before gigabytes are read.
+
+        Returns:
+            What merging makes of each tensor of Gemma2 and of the Next-DiT as it is read; None where nothing is merged.
+        """
         import torch
 
+        from library.lumina.filling import in_turn
         from library.lumina.gemma2 import empty_gemma2
         from library.lumina.next_dit import NextDiT
         from networks import lora_lumina
 
         if not models.lora_weights:
-            return
+            return None, None
         with torch.device("meta"):
             dit = NextDiT(files.dit.config)
         encoder = empty_gemma2(files.gemma2.config)
+        networks = []
         for text in models.lora_weights:
             path, multiplier = split_lora(text)
             try:
-                lora_lumina.create_network_from_weights(multiplier, path, None, [encoder], dit, for_inference=True)
+                network, _ = lora_lumina.create_network_from_weights(
+                    multiplier, path, None, [encoder], dit, for_inference=True
+                )
             except NetworkError as error:
                 raise NetworkError(f"--lora_weights: {error}") from error
+            networks.append(network)
+            self._tell_of_lora(path, multiplier, "merged" if models.merge_lora_weights else "attached")
+        if not models.merge_lora_weights:
+            return None, None
+        of_encoder, of_dit = ([network.weight_changes(model) for network in networks] for model in (encoder, dit))
+        return in_turn(of_encoder), in_turn(of_dit)
 
-    def _add_lora(self, path: Path, multiplier: float, merge: bool) -> Any:
+    def _attach(self, path: Path, multiplier: float) -> Any:
         from networks import lora_lumina
 
-        network, weights = lora_lumina.create_network_from_weights(
+        network, _ = lora_lumina.create_network_from_weights(
             multiplier, path, None, [self.encoder.model], self.dit, for_inference=True
         )
-        if merge:
-            network.merge_to([self.encoder.model], self.dit, weights, None, None)
-        else:
-            network.apply_to([self.encoder.model], self.dit)
-            network.to(self.device).eval()
-        logger.info("LoRA %s, multiplier %g, %s", path, multiplier, "merged" if merge else "attached")
+        network.apply_to([self.encoder.model], self.dit)
+        return network.to(self.device).eval()
+
+    def _tell_of_lora(self, path: Path, multiplier: float, how: str) -> None:
+        logger.info("LoRA %s, multiplier %g, %s", path, multiplier, how)
         trained_with = read_metadata(path).get("ss_system_prompt", "")
         if trained_with not in ("", "None", self._pictures.system_prompt):
             logger.warning(
@@ -275,7 +321,6 @@ class Painter:
                 trained_with,
                 trained_with,
             )
-        return network
 
     def set_multipliers(self, multipliers: Sequence[float]) -> None:
         """Sets the attached LoRAs' multipliers; the last one holds for all that follow.
@@ -397,7 +442,12 @@ def interact(painter: Painter, first: Prompt) -> None:
 
 def main(argv: Sequence[str] | None = None) -> None:
     """Parses the command line and draws."""
-    groups = {"models": ModelFlags, "attention": AttentionSettings, "picture": PictureFlags}
+    groups = {
+        "models": ModelFlags,
+        "attention": AttentionSettings,
+        "quantised weights": QuantisationSettings,
+        "picture": PictureFlags,
+    }
     parser = build_parser(
         "Draws pictures with Lumina Image 2.0 and LoRA files.",
         [(title, specs_of(settings_class)) for title, settings_class in groups.items()],
@@ -405,7 +455,12 @@ def main(argv: Sequence[str] | None = None) -> None:
     specs = {spec.name: spec for settings_class in groups.values() for spec in specs_of(settings_class)}
     given = read_command_line(parser, specs, argv)
     models, pictures = from_given(ModelFlags, given), from_given(PictureFlags, given)
-    painter = Painter(models, pictures, from_given(AttentionSettings, given))
+    quantisation = from_given(QuantisationSettings, given)
+    if quantisation.fp8_fast and models.dtype not in ("bf16", "bfloat16"):
+        raise SettingsError(
+            f"--fp8_fast multiplies in fp8 and gives bf16, and --dtype is {models.dtype}; leave one of them out"
+        )
+    painter = Painter(models, pictures, from_given(AttentionSettings, given), quantisation)
     if pictures.interactive:
         interact(painter, pictures.to_prompt())
     else:

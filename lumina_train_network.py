@@ -22,7 +22,7 @@ from library.errors import SettingsError
 from library.lumina.prompt_template import PromptTemplate
 from library.prompts import Prompt
 from library.training.arguments import parse_arguments
-from library.training.hooks import Losses
+from library.training.hooks import Losses, Reading
 from library.training.network_trainer import NetworkTrainer
 
 if TYPE_CHECKING:
@@ -88,13 +88,11 @@ class LuminaNetworkTrainer(NetworkTrainer):
 
     # ---- models ----
 
-    def load_text_encoder(self, dtype: torch.dtype) -> Gemma2Encoder:
+    def load_text_encoder(self, dtype: torch.dtype, reading: Reading) -> Gemma2Encoder:
         from library.lumina.loading import load_gemma2
 
-        settings = self.config.model
-        return load_gemma2(
-            self.files, dtype, settings.gemma2_max_token_length, self._caption_template(), self.processes.is_main
-        )
+        limit, template = self.config.model.gemma2_max_token_length, self._caption_template()
+        return load_gemma2(self.files, dtype, limit, template, self.processes.is_main, *reading)
 
     def _caption_template(self) -> PromptTemplate:
         settings = self.config.model
@@ -114,7 +112,8 @@ class LuminaNetworkTrainer(NetworkTrainer):
             return f"this run, {template.fingerprint}"  # gigabytes need not be hashed for what ends with the run
         max_tokens = self.config.model.gemma2_max_token_length
         of_gemma2 = gemma2_fingerprint(self.files, self.weight_dtype, max_tokens, template.fingerprint)
-        return of_gemma2 + self.base_weights.text_fingerprint()
+        quantised = self.config.quantisation.text_encoder
+        return of_gemma2 + self.base_weights.text_fingerprint() + (f"+{quantised}" if quantised else "")
 
     def load_autoencoder(self, dtype: torch.dtype) -> Autoencoder:
         from library.lumina.loading import load_autoencoder
@@ -128,10 +127,10 @@ class LuminaNetworkTrainer(NetworkTrainer):
             return "this run"
         return autoencoder_fingerprint(self.files.ae, self.autoencoder_dtype)
 
-    def load_model(self, dtype: torch.dtype) -> nn.Module:
+    def load_model(self, dtype: torch.dtype, reading: Reading) -> nn.Module:
         from library.lumina.loading import load_next_dit
 
-        self.dit = load_next_dit(self.files.dit, dtype, self.attention, self.processes.is_main)
+        self.dit = load_next_dit(self.files.dit, dtype, self.attention, self.processes.is_main, *reading)
         return self.dit
 
     def attention_heads(self) -> tuple[int, int, int]:

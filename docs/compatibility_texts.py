@@ -102,6 +102,9 @@ BETTER_FLAGS: dict[str, str] = {
     "mem_eff_attn": "the same as --sdpa, which has a memory-efficient kernel inside",
     "mixed_precision": "timesteps stay float32, there bf16 rounds them. fp16, in which this model overflows, is refused",
     "full_bf16": "needs --mixed_precision bf16, and says so at the start",
+    "fp8_base": "a scale for each output channel, and only the blocks' large matrices; there everything is cast without"
+    " scales, embedders, norms and time features too. Quantised while reading, so that the bf16 model never has to fit",
+    "fp8_base_unet": "as --fp8_base, without Gemma2",
     "no_half_vae": "the cache knows the precision that it was made with",
     "gradient_checkpointing": "covers every block, and does not make Gemma2's embedding trainable",
     # optimizer

@@ -24,7 +24,7 @@ from library.data import schema
 from library.data.settings import DataSettings
 from library.errors import NetworkError
 from library.files import write_text
-from library.memory.settings import AttentionSettings
+from library.memory.settings import AttentionSettings, QuantisationSettings
 from library.settings import FlagSpec, specs_of
 from library.training.arguments import GROUPS, ConfigFileSettings
 from library.training.legacy_flags import IGNORED, REFUSED
@@ -107,7 +107,8 @@ def _training() -> str:
 
 def _inference() -> str:
     models, pictures = lumina_minimal_inference.ModelFlags, lumina_minimal_inference.PictureFlags
-    return flag_table([*specs_of(models), *specs_of(AttentionSettings), *specs_of(pictures)])
+    further = [spec for settings in (AttentionSettings, QuantisationSettings) for spec in specs_of(settings)]
+    return flag_table([*specs_of(models), *further, *specs_of(pictures)])
 
 
 def legacy_table(specs: Iterable[FlagSpec]) -> str:

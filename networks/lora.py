@@ -218,7 +218,7 @@ class LoRAModule(nn.Module):
     def _add_up(self, base: Tensor, hidden: Tensor) -> Tensor:
         """Returns ``base`` + up(hidden)."""
         weight: Tensor = self.lora_up.weight  # type: ignore[assignment]
-        if torch.compiler.is_compiling():
+        if torch.compiler.is_compiling() or base._is_view():  # what a view shows may be needed elsewhere
             return base + F.linear(hidden, weight.to(hidden.dtype))
         return _AddUp.apply(base, hidden, weight.to(hidden.dtype))
 
@@ -269,9 +269,7 @@ class LoRAModule(nn.Module):
 
     @torch.no_grad()
     def merge(self, dtype: torch.dtype | None = None, device: torch.device | str | None = None) -> None:
-        """Adds multiplier * alpha / rank * up @ down to the Linear's weight, in float32.
-
-        The weight gets a new tensor; the old one, which may be mapped from a file, is not written to.
+        """Gives the Linear the weight of :meth:`merged`.
 
         Args:
             dtype: dtype of the new weight; None keeps the weight's.
@@ -282,13 +280,29 @@ class LoRAModule(nn.Module):
         weight = self.org_module.weight
         if not isinstance(weight, Tensor) or weight.element_size() < 2:
             raise RuntimeError(f"{self.lora_name}: a quantised weight takes no merge; merge before quantising")
+        merged = self.merged(weight, dtype, device)
+        if merged is not weight:
+            self.org_module.weight = nn.Parameter(merged, requires_grad=weight.requires_grad)
+
+    @torch.no_grad()
+    def merged(
+        self, weight: Tensor, dtype: torch.dtype | None = None, device: torch.device | str | None = None
+    ) -> Tensor:
+        """Returns a weight with multiplier * alpha / rank * up @ down added, summed in float32 and rounded once.
+
+        The weight itself, which may be mapped from a file, is not written to; it is returned where nothing changes.
+
+        Args:
+            weight: (out,in) of the Linear that the LoRA is for.
+            dtype: of the result; None keeps the weight's.
+            device: where the product is computed; None means where the weight is.
+        """
         if self.multiplier == 0 and dtype in (None, weight.dtype):
-            return
+            return weight
         place = weight.device if device is None else torch.device(device)
         down, up = (factor.to(place, torch.float32) for factor in self.fused())
         merged = weight.to(place, torch.float32) + (self.multiplier * self.scale) * (up @ down)
-        merged = merged.to(device=weight.device, dtype=dtype or weight.dtype)
-        self.org_module.weight = nn.Parameter(merged, requires_grad=weight.requires_grad)
+        return merged.to(device=weight.device, dtype=dtype or weight.dtype)
 
 
 class SplitLoRAModule(LoRAModule):

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import logging
 import re
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -251,6 +251,19 @@ class LoRANetwork(nn.Module):
             lora.merge(dtype, device)
         logger.debug("merged %d LoRA modules into the model, multiplier %g", len(loras), self.multiplier)
         return len(loras)
+
+    def weight_changes(self, model: nn.Module) -> dict[str, Callable[[Tensor], Tensor]]:
+        """Returns how merging changes each weight of a model, by the weight's name, for a model that is being read.
+
+        Args:
+            model: one that the network was made for; it may be without weights (on the meta device).
+
+        Returns:
+            Functions from a weight as it was read to the merged one, in the same dtype; see :meth:`LoRAModule.merged`.
+        """
+        paths = {id(module): path for path, module in model.named_modules()}
+        reached = [lora for lora in self.loras if id(lora.org_module) in paths]
+        return {f"{paths[id(lora.org_module)]}.weight": lora.merged for lora in reached}
 
     # ---- files
 

@@ -91,14 +91,19 @@ class ComponentFile(Generic[ConfigT]):
         """How many numbers the model has."""
         return sum(math.prod(source.shape) for source in self.sources.values())
 
-    def tensors(self, dtype: torch.dtype, show_progress: bool = True) -> dict[str, torch.Tensor]:
-        """Returns all tensors on the CPU in ``dtype``, under our names.
+    def read(self, dtype: torch.dtype, show_progress: bool = True) -> Iterator[tuple[str, torch.Tensor]]:
+        """Yields one tensor after the other, on the CPU in ``dtype``, under our names.
 
         A tensor that has this dtype already is mapped from the file and not copied (with ``mmap``).
         """
         names = tqdm(self.sources, desc=f"Loading {self.path.name}", delay=2, leave=False, disable=not show_progress)
         with _TensorReader(self.mmap) as reader:
-            return {name: reader.source(self.sources[name], dtype) for name in names}
+            for name in names:
+                yield name, reader.source(self.sources[name], dtype)
+
+    def tensors(self, dtype: torch.dtype, show_progress: bool = True) -> dict[str, torch.Tensor]:
+        """Returns all tensors; see :meth:`read`."""
+        return dict(self.read(dtype, show_progress))
 
 
 class _OpenFiles:

@@ -22,7 +22,25 @@ from library.lumina.quiet import quiet_libraries
 from library.lumina.tokenizer import GemmaTokenizer
 from library.lumina.weighted_captions import weigh
 
-__all__ = ["Gemma2Encoder", "GemmaTokenizer", "PromptTemplate", "build_gemma2", "empty_gemma2", "pad_features"]
+__all__ = [
+    "BLOCKS",
+    "LARGE_MATRICES",
+    "Gemma2Encoder",
+    "GemmaTokenizer",
+    "PromptTemplate",
+    "build_gemma2",
+    "complete_gemma2",
+    "empty_gemma2",
+    "pad_features",
+]
+
+BLOCKS = r"layers\.\d+"
+"""Pattern of the layers' paths."""
+LARGE_MATRICES = (
+    *(f"self_attn.{name}_proj" for name in "qkvo"),
+    *(f"mlp.{name}_proj" for name in ("gate", "up", "down")),
+)
+"""Paths within a layer of the matrices that hold nearly all its weights."""
 
 
 def empty_gemma2(config: Gemma2TextConfig) -> nn.Module:
@@ -61,9 +79,19 @@ def build_gemma2(config: Gemma2TextConfig, tensors: Mapping[str, Tensor]) -> nn.
         config: of the whole checkpoint.
         tensors: what ``config.tensor_shapes`` names; used in place.
     """
-    model: Any = empty_gemma2(config)
+    model = empty_gemma2(config)
+    model.load_state_dict(tensors, strict=True, assign=True)
+    return complete_gemma2(config, model)
+
+
+def complete_gemma2(config: Gemma2TextConfig, model: Any) -> nn.Module:
+    """Fills in what no checkpoint holds, and returns the model frozen and in evaluation mode.
+
+    Args:
+        config: of the whole checkpoint.
+        model: of :func:`empty_gemma2`, with all that a checkpoint holds.
+    """
     with quiet_libraries():
-        model.load_state_dict(tensors, strict=True, assign=True)
         # These are not in the checkpoint, so they were left without values: the rotary frequencies and sqrt(width).
         model.rotary_emb = type(model.rotary_emb)(model.config)
         if isinstance(getattr(model.embed_tokens, "embed_scale", None), Tensor):

@@ -19,6 +19,7 @@ from library.errors import ModelFileError, SettingsError
 from library.lumina.checkpoint_files import Checkpoint, open_checkpoint
 from library.lumina.component import ComponentFile, SourceShapes, bind, layout_of, not_this_model
 from library.lumina.configs import AutoencoderConfig, Gemma2TextConfig, NextDiTConfig
+from library.lumina.filling import BlockFinish, TensorChange, fill
 from library.lumina.key_maps import GEMMA2_LAYOUTS, NEXT_DIT_LAYOUTS, autoencoder_layouts
 from library.lumina.model_guess import AUTOENCODER, GEMMA2, NEXT_DIT, is_other_next_dit
 from library.lumina.tokenizer import GemmaTokenizer, TokenizerSource, check_vocabulary, find_tokenizer
@@ -306,23 +307,27 @@ def load_next_dit(
     dtype: torch.dtype,
     attention: AttentionFn | None = None,
     show_progress: bool = True,
+    change: TensorChange | None = None,
+    finish: BlockFinish | None = None,
 ) -> NextDiT:
-    """Returns the transformer: frozen, in evaluation mode, on the CPU.
+    """Returns the transformer: frozen, in evaluation mode, on the CPU (its blocks where ``finish`` leaves them).
 
     Args:
         file: from :func:`inspect_models`.
         dtype: of all weights.
         attention: see ``library.lumina.next_dit.AttentionFn``; None = PyTorch's own.
         show_progress: a bar where reading takes more than two seconds.
+        change: applied to each tensor as it is read.
+        finish: applied to each block as soon as it is read, before the next one.
     """
     import torch
 
-    from library.lumina.next_dit import NextDiT, plain_attention
+    from library.lumina.next_dit import BLOCKS, LARGE_MATRICES, NextDiT, plain_attention
 
     with torch.device("meta"):
-        model = NextDiT(file.config, attention or plain_attention)
-    model.load_state_dict(file.tensors(dtype, show_progress), strict=True, assign=True)
-    return model.requires_grad_(False).eval()
+        model = NextDiT(file.config, attention or plain_attention).eval()
+    fill(model, file.read(dtype, show_progress), BLOCKS, LARGE_MATRICES, change, finish)
+    return model
 
 
 def load_gemma2(
@@ -331,8 +336,10 @@ def load_gemma2(
     max_token_length: int,
     template: PromptTemplate | str,
     show_progress: bool = True,
+    change: TensorChange | None = None,
+    finish: BlockFinish | None = None,
 ) -> Gemma2Encoder:
-    """Returns the text encoder: frozen, in evaluation mode, on the CPU.
+    """Returns the text encoder: frozen, in evaluation mode, on the CPU (its layers where ``finish`` leaves them).
 
     Args:
         files: from :func:`inspect_models`.
@@ -340,15 +347,19 @@ def load_gemma2(
         max_token_length: longest caption in tokens, BOS and system prompt included.
         template: system prompts of captions, or the one of captions that are not empty.
         show_progress: a bar where reading takes more than two seconds.
+        change: applied to each tensor as it is read.
+        finish: applied to each layer as soon as it is read, before the next one.
 
     Raises:
         ModelFileError: the tokenizer is missing or does not fit.
     """
-    from library.lumina.gemma2 import Gemma2Encoder, build_gemma2
+    from library.lumina.gemma2 import BLOCKS, LARGE_MATRICES, Gemma2Encoder, complete_gemma2, empty_gemma2
 
     tokenizer = files.load_tokenizer(max_token_length)
-    model = build_gemma2(files.gemma2.config, files.gemma2.tensors(dtype, show_progress))
-    return Gemma2Encoder(model, tokenizer, template)
+    config = files.gemma2.config
+    model = empty_gemma2(config)
+    fill(model, files.gemma2.read(dtype, show_progress), BLOCKS, LARGE_MATRICES, change, finish)
+    return Gemma2Encoder(complete_gemma2(config, model), tokenizer, template)
 
 
 def load_autoencoder(

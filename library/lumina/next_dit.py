@@ -26,7 +26,12 @@ from torch import Tensor, nn
 from library.lumina.configs import PATCH_SIZE, ROPE_AXES, TIME_FREQUENCIES, NextDiTConfig
 from library.lumina.elementwise import normalise_and_rotate, scaled_norm, swiglu
 
-__all__ = ["AttentionFn", "NextDiT", "NextDiTConfig", "plain_attention"]
+__all__ = ["BLOCKS", "LARGE_MATRICES", "AttentionFn", "NextDiT", "NextDiTConfig", "plain_attention"]
+
+BLOCKS = r"(?:noise_refiner|context_refiner|layers)\.\d+"
+"""Pattern of the blocks' paths."""
+LARGE_MATRICES = ("attention.qkv", "attention.out", "feed_forward.w1", "feed_forward.w2", "feed_forward.w3")
+"""Paths within a block of the matrices that hold nearly all its weights."""
 
 ROPE_THETA = 10000.0
 NORM_EPS = 1e-5

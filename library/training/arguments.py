@@ -17,7 +17,7 @@ from library.command_line import build_parser, read_command_line
 from library.data.settings import DataSettings
 from library.errors import SettingsError
 from library.lumina.settings import FlowSettings, ModelSettings
-from library.memory.settings import AttentionSettings, MemorySettings
+from library.memory.settings import AttentionSettings, MemorySettings, QuantisationSettings
 from library.settings import FlagSpec, flag, from_given, specs_of
 from library.training import optimizer_names
 from library.training.config_file import read_config_file, write_config_file
@@ -53,6 +53,7 @@ GROUPS: dict[str, tuple[str, type]] = {
     "schedule": ("length and seed", ScheduleSettings),
     "memory": ("precision and memory", MemorySettings),
     "attention": ("attention", AttentionSettings),
+    "quantisation": ("quantised base weights", QuantisationSettings),
     "output": ("saving", OutputSettings),
     "state": ("continuing a run", StateSettings),
     "samples": ("previews", SampleSettings),
@@ -75,6 +76,7 @@ class TrainConfig:
     schedule: ScheduleSettings
     memory: MemorySettings
     attention: AttentionSettings
+    quantisation: QuantisationSettings
     output: OutputSettings
     state: StateSettings
     samples: SampleSettings

@@ -1,8 +1,9 @@
 """``--base_weights``: LoRA files that are merged into the models before training, as if they had been part of them.
 
 The Next-DiT and Gemma2 are read one after the other, so a file is taken apart: into each model goes the part that is
-for it, right after it is read and before anything is encoded, quantised or placed with it. The other model takes part
-without weights, so that the whole file is checked each time.
+for it, tensor by tensor as it is read and before anything is encoded, quantised or placed with it. The other model takes
+part without weights, so that the whole file is checked each time. Network modules that cannot work on models without
+weights merge right after a model is read.
 """
 
 from __future__ import annotations
@@ -21,7 +22,7 @@ from library.files import read_safetensors_header, sha256_of_file
 
 if TYPE_CHECKING:
     import torch
-    from torch import nn
+    from torch import Tensor, nn
 
     from library.training.settings import NetworkSettings
 
@@ -103,26 +104,40 @@ class BaseWeights:
             if reaches and weight.multiplier:
                 self._reaching_text_encoder.append(weight)
 
-    def merge_into_text_encoder(self, model: nn.Module, dtype: torch.dtype) -> None:
-        """Merges what the files hold for the text encoder, which was just read."""
-        if self._fits_without_weights:
-            for weight in self._reaching_text_encoder:
-                self._merge(weight, model, self._empty_transformer(), dtype, "Gemma2")
+    def text_encoder_change(self) -> Callable[[str, Tensor], Tensor]:
+        """Returns what each tensor of the text encoder becomes as it is read, a function of its name and itself."""
+        return self._change(self._reaching_text_encoder, of_text_encoder=True)
 
-    def merge_into_transformer(self, model: nn.Module, text_encoder: nn.Module | None, dtype: torch.dtype) -> None:
-        """Merges what the files hold for the transformer, which was just read.
+    def transformer_change(self) -> Callable[[str, Tensor], Tensor]:
+        """Returns what each tensor of the transformer becomes as it is read, a function of its name and itself."""
+        return self._change(self.weights, of_text_encoder=False)
+
+    def _change(self, weights: Sequence[BaseWeight], of_text_encoder: bool) -> Callable[[str, Tensor], Tensor]:
+        from library.lumina.filling import in_turn
+
+        changes = []
+        for weight in weights if self._fits_without_weights else ():
+            encoder, model = self._empty_text_encoder(), self._empty_transformer()
+            network, _ = self._network(weight, encoder, model)
+            found = network.weight_changes(encoder if of_text_encoder else model)
+            if found:
+                _log_merge(weight, len(found), "Gemma2" if of_text_encoder else "the Next-DiT")
+            changes.append(found)
+        return in_turn(changes)
+
+    def merge_into_models(self, model: nn.Module, text_encoder: nn.Module | None, dtype: torch.dtype) -> None:
+        """Merges into the models, which were just read, what no tensor was changed by.
+
+        Does nothing but for network modules that cannot work on models without weights.
 
         Args:
             model: the transformer.
-            text_encoder: where the network module cannot work on models without weights, both are merged here.
+            text_encoder: None where it is not read now.
             dtype: of the models.
         """
-        for weight in self.weights:
-            if self._fits_without_weights:
-                self._merge(weight, self._empty_text_encoder(), model, dtype, "the Next-DiT")
-            else:
-                reaches = weight in self._reaching_text_encoder
-                self._merge(weight, text_encoder if reaches else None, model, dtype, "the models")
+        for weight in [] if self._fits_without_weights else self.weights:
+            reaches = weight in self._reaching_text_encoder
+            self._merge(weight, text_encoder if reaches else None, model, dtype)
 
     def text_fingerprint(self) -> str:
         """Returns what text features depend on of these files: "" where none of them changes the text encoder."""
@@ -150,23 +165,25 @@ class BaseWeights:
             )
         except NetworkError as error:
             raise NetworkError(f"--base_weights: {error}") from error
-        if not callable(getattr(network, "merge_to", None)):
+        needed = "weight_changes" if self._fits_without_weights else "merge_to"
+        if not callable(getattr(network, needed, None)):
             raise SettingsError(
                 f"--base_weights: the network of --network_module {self._module_name} cannot be merged (it has no"
-                " merge_to); use networks.lora_lumina"
+                f" {needed}); use networks.lora_lumina"
             )
         return network, tensors
 
-    def _merge(
-        self, weight: BaseWeight, text_encoder: nn.Module | None, model: nn.Module, dtype: torch.dtype, into: str
-    ) -> None:
+    def _merge(self, weight: BaseWeight, text_encoder: nn.Module | None, model: nn.Module, dtype: torch.dtype) -> None:
         network, tensors = self._network(weight, text_encoder, model)
         encoders = [] if text_encoder is None else [text_encoder]
         num_modules = network.merge_to(encoders, model, tensors, dtype, "cpu")
-        if num_modules == 0:
-            return
-        count = "" if num_modules is None else f"{num_modules} modules of "
-        logger.info("Merged %s%s into %s, multiplier %g", count, weight.file.name, into, weight.multiplier)
+        if num_modules != 0:
+            _log_merge(weight, num_modules, "the models")
+
+
+def _log_merge(weight: BaseWeight, num_modules: int | None, into: str) -> None:
+    count = "" if num_modules is None else f"{num_modules} modules of "
+    logger.info("Merging %s%s into %s, multiplier %g", count, weight.file.name, into, weight.multiplier)
 
 
 def _has_text_encoder_keys(file: Path) -> bool:

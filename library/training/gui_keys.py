@@ -185,7 +185,6 @@ GUI_KEYS: tuple[tuple[str, tuple[str, ...]], ...] = (
             "llm_adapter_lr",
             "t5_tokenizer_path",
             "t5_max_token_length",
-            "attn_mode",
             "split_attn",
             "unsloth_offload_checkpointing",
             "vae_disable_cache",

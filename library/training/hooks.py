@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import abc
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from typing import TYPE_CHECKING, Any, NamedTuple, Protocol
 
 from library.prompts import Prompt
@@ -44,6 +44,15 @@ class PictureEncoder(Protocol):
         """Returns pixels (B,3,H,W), about in [-1, 1]."""
 
 
+class Reading(NamedTuple):
+    """What is done with a model's weights while they are read, so that it never has to fit as its file has it."""
+
+    change: Callable[[str, Tensor], Tensor] | None = None
+    """(a tensor's name, the tensor) -> the tensor that the model gets instead: base weights are merged."""
+    finish: Callable[[nn.Module, Sequence[str]], None] | None = None
+    """Quantises and places a block that was just read, given the paths of its large matrices."""
+
+
 class Losses(NamedTuple):
     """What a training step learns from a batch."""
 
@@ -61,8 +70,8 @@ class ModelFamily(abc.ABC):
         """Checks the model files without reading their weights."""
 
     @abc.abstractmethod
-    def load_text_encoder(self, dtype: torch.dtype) -> TextEncoder:
-        """Returns the text encoder on the CPU, frozen."""
+    def load_text_encoder(self, dtype: torch.dtype, reading: Reading) -> TextEncoder:
+        """Returns the text encoder on the CPU (layers: where ``reading`` leaves them), frozen."""
 
     @abc.abstractmethod
     def text_fingerprint(self) -> str:
@@ -81,8 +90,8 @@ class ModelFamily(abc.ABC):
         """Returns what every cached latent depends on apart from the picture."""
 
     @abc.abstractmethod
-    def load_model(self, dtype: torch.dtype) -> nn.Module:
-        """Returns the model that the network is trained on, on the CPU, frozen."""
+    def load_model(self, dtype: torch.dtype, reading: Reading) -> nn.Module:
+        """Returns the model that the network is trained on, on the CPU (blocks: where ``reading`` leaves them), frozen."""
 
     @abc.abstractmethod
     def attention_heads(self) -> tuple[int, int, int]:

@@ -59,8 +59,6 @@ REFUSED: tuple[FlagSpec, ...] = (
         "such a class is written against sd-scripts' own dataset module, which is not part of this program; describe the"
         " pictures with --dataset_config (folders, .json or .jsonl metadata, masks)",
     ),
-    _row("fp8_base", bool, False, "fp8 is not available yet"),
-    _row("fp8_base_unet", bool, False, "fp8 is not available yet"),
     _row("blocks_to_swap", int, None, "block swapping is not available yet; use --gradient_checkpointing"),
     _row("cpu_offload_checkpointing", bool, False, "not available yet; use --gradient_checkpointing"),
     _row("deepspeed", bool, False, "not available yet; several GPUs work without it"),

@@ -3,7 +3,7 @@
 Two entries differ from sd-scripts on purpose: ``modelspec.prediction_type`` is left out, because ModelSpec has no word
 for flow matching and "epsilon" is wrong, and ``modelspec.resolution`` is the resolution that was trained, also when it
 stands in the dataset file. Recorded besides: the system prompt, the longest caption, the text encoder's and autoencoder's
-names and hashes, and the files of ``--base_weights``.
+names and hashes, the files of ``--base_weights``, and whether the base was quantised (``ss_fp8_fast``, ``ss_nf4_base``).
 """
 
 from __future__ import annotations
@@ -43,8 +43,6 @@ _KEPT_WITHOUT_METADATA = (
 # ss_ entry -> value that a run of this program always has: switches of other models and of parts that are not built.
 _CONSTANT_ENTRIES: dict[str, Any] = {
     "full_fp16": False,
-    "fp8_base": False,
-    "fp8_base_unet": False,
     "debiased_estimation": False,
     "sd_scripts_commit_hash": "(unknown)",
 }
@@ -67,6 +65,7 @@ _FROM_SETTINGS: dict[str, tuple[str, ...]] = {
     "schedule": ("gradient_accumulation_steps",),
     "network": ("network_module", "network_dropout", "scale_weight_norms"),
     "memory": ("gradient_checkpointing", "mixed_precision"),
+    "quantisation": ("fp8_base", "fp8_base_unet", "fp8_fast", "nf4_base"),
     "output": ("output_name", "training_comment"),
     "data": (
         "cache_latents",

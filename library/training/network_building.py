@@ -50,6 +50,14 @@ class NetworkBuilder:
             )
         if self.has_companion:
             importlib.import_module(f"{name}_args").check_network_args(self._settings.arguments())
+        elif self._config.quantisation.transformer is not None:
+            # It would pass the quantised Linears by, or take their codes for weights.
+            given = self._config.quantisation
+            flag = "nf4_base" if given.nf4_base else "fp8_base" if given.fp8_base else "fp8_base_unet"
+            raise SettingsError(
+                f"--{flag}: --network_module {name} is not known to work beside quantised weights (it has no companion"
+                f" module {name}_args); use networks.lora_lumina, or leave --{flag} out"
+            )
 
     @property
     def has_companion(self) -> bool:

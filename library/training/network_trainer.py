@@ -10,7 +10,8 @@ from __future__ import annotations
 import gc
 import logging
 import os
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
+from functools import partial
 from typing import TYPE_CHECKING, Any
 
 from library.errors import DatasetError, SettingsError
@@ -20,7 +21,7 @@ from library.prompts import Prompt, read_prompt_file
 from library.training.arguments import TrainConfig, all_specs
 from library.training.base_weights import BaseWeights
 from library.training.config_file import warn_of_gui_keys
-from library.training.hooks import ModelFamily, PictureEncoder, TextEncoder
+from library.training.hooks import ModelFamily, PictureEncoder, Reading, TextEncoder
 from library.training.network_building import NetworkBuilder, rank_and_alpha
 from library.training.optimizer_names import require_package
 from library.training.output_preservation import check_can_be_switched_off, warn_where_nothing_is_learned
@@ -39,6 +40,7 @@ if TYPE_CHECKING:
     from library.data.cache import Sharing
     from library.data.dataset import TrainingData
     from library.memory.attention import Workload
+    from library.memory.settings import Quantisation
     from library.training.lora_writer import LoraWriter
 
 logger = logging.getLogger(__name__)
@@ -122,6 +124,10 @@ class NetworkTrainer(ModelFamily):
         self.accelerator = start_accelerator(config.memory.mixed_precision, config.schedule.ddp_timeout, config.log)
         self.processes = Processes(self.accelerator)
         self.device = self.accelerator.device
+        if config.quantisation.fp8_fast:
+            from library.memory.fp8 import require_fp8_products
+
+            require_fp8_products(self.device)
         self.weight_dtype = torch.bfloat16 if config.memory.mixed_precision == "bf16" else torch.float32
         self.resuming.find(self.processes, StateNames(self.output_dir(), config.output.output_name))
         seed = config.schedule.seed if config.schedule.seed is not None else self.resuming.seed
@@ -247,9 +253,17 @@ class NetworkTrainer(ModelFamily):
 
     def _read_text_encoder(self) -> TextEncoder:
         if self.text_encoder is None:
-            self.text_encoder = self.load_text_encoder(self.weight_dtype)
-            self.base_weights.merge_into_text_encoder(self.text_encoder.model, self.weight_dtype)
+            reading = self._reading(self.base_weights.text_encoder_change(), self.config.quantisation.text_encoder)
+            self.text_encoder = self.load_text_encoder(self.weight_dtype, reading)
         return self.text_encoder
+
+    def _reading(self, change: Callable[[str, Tensor], Tensor], kind: Quantisation | None) -> Reading:
+        """Returns what is done with weights as they are read: merge into a tensor, quantise and place its block."""
+        if kind is None:
+            return Reading(change)
+        from library.memory.quantised import quantise_block
+
+        return Reading(change, partial(quantise_block, kind=kind, device=self.device))
 
     def ready_autoencoder(self) -> PictureEncoder:
         """Returns the autoencoder on the device, read when it is first needed."""
@@ -261,9 +275,10 @@ class NetworkTrainer(ModelFamily):
     def load_models(self) -> None:
         """Reads the models that training needs; what was cached is not needed any more."""
         caches_text = self.config.data.cache_text_encoder_outputs
-        model = self.load_model(self.weight_dtype)
+        reading = self._reading(self.base_weights.transformer_change(), self.config.quantisation.transformer)
+        model = self.load_model(self.weight_dtype, reading)
         text_encoder = None if caches_text else self._read_text_encoder().model
-        self.base_weights.merge_into_transformer(model, text_encoder, self.weight_dtype)
+        self.base_weights.merge_into_models(model, text_encoder, self.weight_dtype)
         self.model = model.to(self.device)
         if not caches_text:
             self.ready_text_encoder()

@@ -62,6 +62,11 @@ CONTRADICTIONS: tuple[tuple[Test, str], ...] = (
         "{c.attention.given_as}: SageAttention has no gradients, so attention would not be trained; leave it out here and"
         " draw with it",
     ),
+    (
+        lambda c: c.quantisation.fp8_fast and c.memory.mixed_precision != "bf16",
+        "--fp8_fast multiplies in fp8 and gives bf16, and --mixed_precision is {c.memory.mixed_precision}; add"
+        " --mixed_precision bf16, or leave --fp8_fast out",
+    ),
 )
 """(When flags contradict each other, what to say; ``c`` in braces is the :class:`TrainConfig`)."""
 

@@ -23,7 +23,7 @@ if TYPE_CHECKING:
     from library.training.report import RunPlan
 
 # Groups of settings that training depends on, and what in them it does not depend on.
-_COMPARED = ("model", "data", "network", "flow", "optimizer", "memory")
+_COMPARED = ("model", "data", "network", "flow", "optimizer", "memory", "quantisation")
 _NEUTRAL = {
     "tokenizer_cache_dir",
     "disable_mmap_load_safetensors",

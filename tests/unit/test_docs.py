@@ -10,6 +10,7 @@ import pytest
 
 import lumina_minimal_inference
 from library import prompts
+from library.memory.settings import QuantisationSettings
 from library.settings import specs_of
 from library.training.arguments import all_specs
 
@@ -59,7 +60,11 @@ def _known_flags() -> set[str]:
     training = {name for spec in all_specs().values() for name in (spec.name, *spec.aliases)}
     inference = {
         spec.name
-        for settings in (lumina_minimal_inference.ModelFlags, lumina_minimal_inference.PictureFlags)
+        for settings in (
+            lumina_minimal_inference.ModelFlags,
+            QuantisationSettings,
+            lumina_minimal_inference.PictureFlags,
+        )
         for spec in specs_of(settings)
     }
     in_prompts = {*prompts._OPTIONS, *prompts._FOREIGN}

@@ -35,6 +35,8 @@ OURS = {
     "cache_dir": "where cached files go; sd-scripts has no choice there",
     "caption_variants": "bounds how many captions a shuffled run encodes; sd-scripts does not shuffle cached captions",
     "ema_decay": "a moving average of the LoRA; sd-scripts has none",
+    "fp8_fast": "products in fp8; sd-scripts only stores weights in it",
+    "nf4_base": "4-bit weights; sd-scripts has none",
     "normalize_masked_loss": "sd-scripts always divides by the whole picture's area",
     "sample_weights": "previews of the raw LoRA or of its moving average",
     "system_prompt_on_empty_caption": "sd-scripts' training does so and its sampling does not; here both follow this flag",
@@ -152,7 +154,8 @@ def test_text_encoder_is_trained_unless_said_otherwise() -> None:
         (["--learning_rate=0"], "nothing would be learned"),
         (["--blocks_to_swap=4"], "block swapping is not available yet"),
         (["--attn_mode=flsh"], "--attn_mode: 'flsh' is none of auto, sdpa, cudnn, flash"),
-        (["--fp8_base"], "fp8 is not available yet"),  # defect 36
+        (["--fp8_base", "--nf4_base"], "leave one of them out"),
+        (["--fp8_fast"], "add --fp8_base"),
         (["--full_fp16"], "fp16 overflows in this model"),  # defect 51
         (["stray"], "belongs to no flag"),
         (["--config_file=nowhere.toml"], "nowhere.toml is no file"),

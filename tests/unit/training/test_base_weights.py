@@ -88,14 +88,14 @@ def test_the_models_are_those_of_inference_with_the_same_files(
     assert not torch.allclose(features[0], plain, rtol=0.05)
 
     assert {path: hashlib.sha256(path.read_bytes()).digest() for path in model_files} == before
-    merged = [record.getMessage() for record in caplog.records if record.getMessage().startswith("Merged")]
+    merged = [record.getMessage() for record in caplog.records if record.getMessage().startswith("Merging")]
     num_gemma2 = sum("lora_te" in name and name.endswith("alpha") for name in load_file(both))
     num_dit = sum("lora_unet" in name and name.endswith("alpha") for name in load_file(both))
     assert sorted(merged) == sorted(
         [
-            f"Merged {num_gemma2} modules of base.safetensors into Gemma2, multiplier 0.5",
-            f"Merged {num_dit} modules of base.safetensors into the Next-DiT, multiplier 0.5",
-            f"Merged {num_dit} modules of base.safetensors into the Next-DiT, multiplier 1.5",
+            f"Merging {num_gemma2} modules of base.safetensors into Gemma2, multiplier 0.5",
+            f"Merging {num_dit} modules of base.safetensors into the Next-DiT, multiplier 0.5",
+            f"Merging {num_dit} modules of base.safetensors into the Next-DiT, multiplier 1.5",
         ]
     )
 

@@ -69,7 +69,7 @@ def test_entries_are_sd_scripts(base_model: Path) -> None:
     known_differences = {"modelspec.prediction_type"}  # "epsilon" is wrong for a flow model
     assert set(EXAMPLE) - set(found) == BY_NETWORK | known_differences
     ours = {"ss_system_prompt", "ss_gemma2_max_token_length", "ss_gemma2_name", "ss_ae_name"}
-    ours |= {"ss_gemma2_hash", "ss_ae_hash"}
+    ours |= {"ss_gemma2_hash", "ss_ae_hash", "ss_fp8_fast", "ss_nf4_base"}
     assert set(found) - set(EXAMPLE) == ours
     vary = {"session_id", "training_started_at", "training_finished_at", "sd_model_hash", "new_sd_model_hash"}
     vary |= {"sd_scripts_commit_hash"}

@@ -38,6 +38,7 @@ CONTRADICTING = [
     (["--validation_split=1"], "nothing is left to train on"),
     (["--use_sage_attn"], "SageAttention has no gradients"),  # defect 35
     (["--attn_mode=sage"], "SageAttention has no gradients"),
+    (["--fp8_fast", "--fp8_base"], "--mixed_precision bf16"),
 ]
 
 

@@ -1,0 +1,186 @@
+"""Frozen weights as float8 e4m3 with one scale for each output channel, and matrix products in fp8.
+
+Every scale is a power of two. e4m3 is a floating-point format, so a finer scale makes its error hardly smaller (2.61
+instead of 2.66 % of a weight), and multiplying by a power of two is exact in every floating-point dtype. So a
+dequantised weight is exact in bfloat16 (four significant bits), a scale can be moved from one operand of a product to
+the other without rounding, and no float32 copy of an activation is needed to scale it. A file that holds plain e4m3
+weights loses nothing by it.
+
+``Fp8Linear`` computes in one of two ways:
+
+* **dequantising**: the codes are cast, the cast weight is scaled in place, and the product is the ordinary one in the
+  input's dtype, bit for bit what a Linear with the dequantised weight gives. Scaling the weight and not the output
+  takes no further memory either, and is the cheaper pass where there are more tokens than input channels.
+* **fast** (compute capability 8.9 and above): the product itself is in fp8. The input is quantised for each token,
+  forward and, for the input gradient, backward. There the weight's scales lie on the axis that is summed over, where
+  the hardware takes none: they are multiplied into the incoming gradient before that is quantised. The gradient is
+  e4m3 too: with a scale for each token its range of 2^17 below the token's largest value is ample, and a third
+  mantissa bit halves the rounding error against e5m2. Hopper multiplies only matrices whose summed axis is the
+  contiguous one, so backward needs the transposed codes; they are transposed each time (one byte read and written for
+  a weight) because keeping them would take as much memory as bfloat16 weights do. Sums are taken in the tensor
+  cores' fast accumulators, whose error is far below that of three mantissa bits.
+
+Shapes: M tokens of all samples, ``in`` and ``out`` features.
+"""
+
+from __future__ import annotations
+
+import math
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from library.errors import SettingsError
+from library.memory.quantised import QuantisedLinear
+
+E4M3 = torch.float8_e4m3fn
+_LARGEST = 448.0  # of e4m3
+_SMALLEST_SCALE = 2.0**-100  # of rows of zeros; its inverse is still a number in bfloat16
+_CAPABILITY = (8, 9)
+_MULTIPLE = 16  # of both sides of a weight, for the hardware's loads
+
+
+def power_of_two_scale(largest: Tensor) -> Tensor:
+    """Returns the smallest powers of two by which magnitudes divided are within e4m3; float32, same shape.
+
+    Args:
+        largest: magnitudes of any float dtype, 0 or more; an infinite one gives an infinite scale.
+    """
+    wanted = (largest.float() / _LARGEST).clamp(min=_SMALLEST_SCALE)
+    # Rounded up to a power of two: a carry out of the mantissa steps the exponent up, then the mantissa is cut off.
+    return ((wanted.view(torch.int32) + 0x007FFFFF) & 0x7F800000).view(torch.float32)
+
+
+def quantise_rows(matrix: Tensor) -> tuple[Tensor, Tensor]:
+    """Returns a matrix (R,C) as e4m3 codes (R,C), and each row's scale (R,1) float32."""
+    largest = torch.linalg.vector_norm(matrix, math.inf, dim=1, keepdim=True)
+    scale = power_of_two_scale(largest)
+    return (matrix * scale.reciprocal().to(matrix.dtype)).to(E4M3), scale
+
+
+def scaled_product(a: Tensor, b: Tensor, scale_a: Tensor, scale_b: Tensor, dtype: torch.dtype) -> Tensor:
+    """Returns (a * scale_a) (b * scale_b)' in ``dtype``, multiplied in fp8 and summed in float32.
+
+    Args:
+        a: (M,K) e4m3 codes, contiguous.
+        b: (N,K) e4m3 codes, contiguous.
+        scale_a: (M,1) float32.
+        scale_b: (1,N) float32.
+        dtype: of the result; the hardware wants bfloat16.
+
+    Returns:
+        (M,N).
+    """
+    return torch._scaled_mm(a, b.t(), scale_a=scale_a, scale_b=scale_b, out_dtype=dtype, use_fast_accum=True)
+
+
+def _dequantised(codes: Tensor, scale: Tensor, dtype: torch.dtype) -> Tensor:
+    return codes.to(dtype).mul_(scale.to(dtype)[:, None])  # in place: one temporary of the weight's size, not two
+
+
+class _DequantisingProduct(torch.autograd.Function):
+    """x W', whose backward makes W again instead of keeping it."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, codes: Tensor, scale: Tensor) -> Tensor:
+        ctx.save_for_backward(codes, scale)
+        return F.linear(x, _dequantised(codes, scale, x.dtype))
+
+    @staticmethod
+    def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor, None, None]:
+        (gradient,) = gradients
+        codes, scale = ctx.saved_tensors
+        return gradient @ _dequantised(codes, scale, gradient.dtype), None, None
+
+
+class _Fp8Product(torch.autograd.Function):
+    """x W' with both operands in fp8, forward and backward."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, codes: Tensor, scale: Tensor) -> Tensor:
+        ctx.save_for_backward(codes, scale)
+        tokens, token_scale = quantise_rows(x.reshape(-1, x.shape[-1]))
+        product = scaled_product(tokens, codes, token_scale, scale[None, :], x.dtype)  # (M,out)
+        # As a Linear's output it is no view to autograd, so that a LoRA may add its part in place.
+        return torch.ops.aten._unsafe_view(product, (*x.shape[:-1], codes.shape[0]))
+
+    @staticmethod
+    def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor, None, None]:
+        (gradient,) = gradients
+        codes, scale = ctx.saved_tensors
+        scaled = gradient.reshape(-1, gradient.shape[-1]) * scale.to(gradient.dtype)  # (M,out)
+        tokens, token_scale = quantise_rows(scaled)
+        ones = torch.ones(1, codes.shape[1], dtype=torch.float32, device=codes.device)
+        product = scaled_product(tokens, codes.t().contiguous(), token_scale, ones, gradient.dtype)  # (M,in)
+        return product.view(*gradient.shape[:-1], codes.shape[1]), None, None
+
+
+class Fp8Linear(QuantisedLinear):
+    """A Linear whose weight is e4m3 codes times a scale for each output channel.
+
+    Attributes:
+        weight: (out,in) float8_e4m3fn.
+        weight_scale: (out,) float32, powers of two.
+        fast: multiply in fp8.
+    """
+
+    weight_scale: Tensor
+
+    def __init__(self, weight: Tensor, weight_scale: Tensor, fast: bool = False) -> None:
+        """Takes codes and scales; :meth:`of` makes them.
+
+        Args:
+            weight: (out,in) float8_e4m3fn.
+            weight_scale: (out,) float32, powers of two.
+            fast: multiply in fp8; has no effect on a matrix with a side that is no multiple of 16, which the hardware
+                cannot take (the real models have none).
+        """
+        super().__init__(weight.shape[1], weight.shape[0])
+        self.register_buffer("weight", weight)
+        self.register_buffer("weight_scale", weight_scale)
+        self.fast = fast and all(side % _MULTIPLE == 0 for side in weight.shape)
+
+    @classmethod
+    def of(cls, weight: Tensor, fast: bool = False) -> Fp8Linear:
+        """Returns the Linear for a weight (out,in) of any float dtype, on the weight's device."""
+        codes, scale = quantise_rows(weight)
+        return cls(codes, scale[:, 0].contiguous(), fast)
+
+    def dequantised(self, dtype: torch.dtype) -> Tensor:
+        """Returns the weight (out,in) that the codes stand for, in ``dtype``, in new memory."""
+        return _dequantised(self.weight, self.weight_scale, dtype)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Returns x W' (...,out) in the dtype of ``x`` (...,in); bfloat16 where it is fast."""
+        product = _Fp8Product if self.fast else _DequantisingProduct
+        return product.apply(x, self.weight, self.weight_scale)
+
+
+def require_fp8_products(device: torch.device) -> None:
+    """Checks that a device multiplies in fp8, by its kind and by doing it once, forward and backward.
+
+    Raises:
+        SettingsError: it does not.
+    """
+    instead = "leave --fp8_fast out: fp8 weights work without it on every device"
+    if device.type != "cuda" or torch.version.hip is not None:
+        what = "the GPU is no NVIDIA one" if device.type == "cuda" else f"this run computes on {device.type}"
+        raise SettingsError(f"--fp8_fast needs an NVIDIA GPU that multiplies in fp8, and {what}; {instead}")
+    capability = torch.cuda.get_device_capability(device)
+    if capability < _CAPABILITY:
+        raise SettingsError(
+            f"--fp8_fast: {torch.cuda.get_device_name(device)} has compute capability {capability[0]}.{capability[1]} and"
+            f" does not multiply in fp8, which begins with 8.9 (RTX 40, L4, H100); {instead}"
+        )
+    try:
+        x = torch.ones(5, 32, dtype=torch.bfloat16, device=device, requires_grad=True)
+        Fp8Linear.of(torch.ones(48, 32, dtype=torch.bfloat16, device=device), fast=True)(x).sum().backward()
+        torch.cuda.synchronize(device)
+    except RuntimeError as error:
+        reason = str(error).splitlines()[0]
+        raise SettingsError(
+            f"--fp8_fast: PyTorch {torch.__version__} cannot multiply in fp8 on"
+            f" {torch.cuda.get_device_name(device)} ({reason}); use a newer PyTorch, or {instead}"
+        ) from error

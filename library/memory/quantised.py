@@ -1,0 +1,102 @@
+"""Frozen base weights in 8 or 4 bits: what all kinds share, and how the large matrices of a block are replaced.
+
+Applied from outside, block by block while a model is read: read a tensor, merge into it, quantise, place. So the model
+in its full precision never has to fit: not on the device, and in host memory only as far as it is mapped from its file.
+
+A quantised Linear computes with exactly the weight that its bits stand for, in the precision of its input; only what
+was rounded away when it was made is lost. Autograd keeps the quantised bits and nothing else, and backward makes the
+full weight again. All data are registered buffers without gradients, so whoever moves or streams a block's tensors
+finds them, and what autograd keeps are these very tensors, so a saved-tensor hook can tell them.
+
+It is no ``nn.Linear`` on purpose: code that takes an ``nn.Linear``'s ``weight`` for numbers would compute with bare
+codes and say nothing. What can stand beside it goes by ``in_features`` and ``out_features``.
+"""
+
+from __future__ import annotations
+
+import abc
+from collections.abc import Callable, Sequence
+from typing import TYPE_CHECKING
+
+import torch
+from torch import Tensor, nn
+
+if TYPE_CHECKING:
+    from library.memory.settings import Quantisation
+
+
+class QuantisedLinear(nn.Module, abc.ABC):
+    """Stands in for a frozen ``nn.Linear`` without bias.
+
+    Attributes:
+        in_features: width of the input.
+        out_features: width of the output.
+        weight: the codes.
+    """
+
+    weight: Tensor
+
+    def __init__(self, in_features: int, out_features: int) -> None:
+        super().__init__()
+        self.in_features = in_features
+        self.out_features = out_features
+
+    @abc.abstractmethod
+    def dequantised(self, dtype: torch.dtype) -> Tensor:
+        """Returns the weight (out,in) that the codes stand for, in ``dtype``, in new memory."""
+
+    @abc.abstractmethod
+    def forward(self, x: Tensor) -> Tensor:
+        """Returns x W' (...,out) in the dtype of ``x`` (...,in)."""
+
+    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> QuantisedLinear:
+        def keeping_dtype(tensor: Tensor) -> Tensor:
+            # Codes and scales mean nothing in another dtype: model.to(bfloat16) moves them at most.
+            moved = fn(tensor)
+            return moved if moved.dtype == tensor.dtype else tensor.to(moved.device)
+
+        super()._apply(keeping_dtype, recurse)
+        return self
+
+    def extra_repr(self) -> str:
+        """Returns the sizes, for ``print``."""
+        return f"in_features={self.in_features}, out_features={self.out_features}"
+
+
+def quantise_block(
+    block: nn.Module,
+    paths: Sequence[str],
+    kind: Quantisation,
+    device: torch.device | str,
+    place: torch.device | str | None = None,
+) -> None:
+    """Replaces the large matrices of a block by quantised ones, one after the other, and places the block.
+
+    Args:
+        block: frozen, with its weights wherever they were read to; they are not written to.
+        paths: of its large ``nn.Linear`` modules; all others keep their dtype.
+        kind: how they are quantised.
+        device: where the arithmetic is done.
+        place: where the block is in the end; None = on ``device``.
+    """
+    make = _maker(kind)
+    place = device if place is None else place
+    for path in paths:
+        linear = block.get_submodule(path)
+        if not isinstance(linear, nn.Linear) or linear.bias is not None:
+            raise TypeError(f"{path} is no nn.Linear without bias, so it cannot be quantised")
+        with torch.no_grad():
+            quantised = make(linear.weight.to(device)).to(place)
+        parent, _, name = path.rpartition(".")
+        setattr(block.get_submodule(parent), name, quantised.train(linear.training))
+    block.to(place)
+
+
+def _maker(kind: Quantisation) -> Callable[[Tensor], QuantisedLinear]:
+    if kind == "nf4":
+        from library.memory.nf4 import Nf4Linear
+
+        return Nf4Linear.of
+    from library.memory.fp8 import Fp8Linear
+
+    return lambda weight: Fp8Linear.of(weight, fast=kind == "fp8_fast")
