@@ -88,30 +88,16 @@ class Processes:
         if self.count > 1:  # on the host: between GPUs waiting ends the run after some minutes
             distributed.barrier(group=self._host_group)
 
-    def add_up(self, parameters: Sequence[torch.nn.Parameter], values: Tensor) -> Tensor:
-        """Adds up gradients and further values over all processes in one flat buffer.
-
-        A process that had no picture in this step takes part with zeros. A parameter without a gradient in any
-        process gets a zero gradient, as it would where another process had one.
-
-        Args:
-            parameters: their gradients are replaced by the sums.
-            values: (V,) float32 on the gradients' device.
+    def add_up(self, flat: Tensor) -> distributed.Work:
+        """Begins to add a flat buffer up over all processes, in place; all of them begin the same ones in the same order.
 
         Returns:
-            The sums of ``values``.
+            What to ``wait()`` for before the sums are used.
         """
-        if self.count == 1:
-            return values
-        gradients = [p.grad if p.grad is not None else torch.zeros_like(p) for p in parameters]
-        flat = torch.cat([values.detach().float(), *(g.float().flatten() for g in gradients)])
-        distributed.all_reduce(flat)
-        start = values.numel()
-        for parameter, gradient in zip(parameters, gradients, strict=True):
-            part = flat[start : start + gradient.numel()].view_as(gradient)
-            parameter.grad = part.to(gradient.dtype)
-            start += gradient.numel()
-        return flat[: values.numel()]
+        work = distributed.all_reduce(flat, async_op=True)
+        if work is None:
+            raise RuntimeError("this process is not part of the process group")
+        return work
 
     def end(self) -> None:
         """Ends the trackers and the process group: all together, with nothing left that still holds the group."""

@@ -48,8 +48,8 @@ def test_two_processes_equal_one_with_twice_the_batch(job: Job, tmp_path: Path, 
     one = python("lumina_train_network.py", *job.train_flags(tmp_path / "one", "--train_batch_size=2", *cached, *more))
     assert one.returncode == 0, one.stderr
     # Same draws, other order of float32 sums: Adam divides gradients by their own size, which shows rounding of the
-    # smallest ones. Measured 3e-4; a picture drawn or weighted differently gives more than 0.1.
-    assert difference(tmp_path / "one" / "my.safetensors", tmp_path / "two" / "my.safetensors") < 5e-3
+    # smallest ones. Measured 3e-4 and 5e-3 on two machines; a picture drawn or weighted differently gives more than 0.1.
+    assert difference(tmp_path / "one" / "my.safetensors", tmp_path / "two" / "my.safetensors") < 2e-2
 
 
 def test_two_processes_share_the_previews(job: Job, tmp_path: Path) -> None:
