@@ -7,7 +7,7 @@ import logging
 import math
 import os
 import shutil
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from datetime import timedelta
 from typing import TYPE_CHECKING, Any
 
@@ -74,6 +74,7 @@ class Processes:
         # Lists are exchanged on the host, also where gradients go from GPU to GPU, and may be waited for as long as one
         # process encodes or draws; the launcher ends all of them when one fails.
         self._host_group = distributed.new_group(backend="gloo", timeout=timedelta(days=1)) if self.count > 1 else None
+        self._num_tallies = 0
 
     def gather(self, values: list[Any]) -> list[list[Any]]:
         """Returns every process's list, in the order of ranks; tensors in it must be on the CPU."""
@@ -87,6 +88,17 @@ class Processes:
         """Returns when every process has come here, however long one of them saves or uploads."""
         if self.count > 1:  # on the host: between GPUs waiting ends the run after some minutes
             distributed.barrier(group=self._host_group)
+
+    def new_tally(self) -> Callable[[int], int]:
+        """Returns what adds to a number that all processes share, and tells what it is now; it waits for nobody.
+
+        All processes call this in the same order, and so mean the same number. It begins at 0.
+        """
+        # The store that the processes found each other by; torch has no public name for it.
+        store = distributed.distributed_c10d._get_default_store()
+        self._num_tallies += 1
+        name = f"lumina_tally_{self._num_tallies}"
+        return lambda amount: int(store.add(name, amount))
 
     def add_up(self, flat: Tensor) -> distributed.Work:
         """Begins to add a flat buffer up over all processes, in place; all of them begin the same ones in the same order.

@@ -4,7 +4,7 @@ from pathlib import Path
 
 import numpy
 import pytest
-from e2e_helpers import Job, difference, launch, log_lines, python
+from e2e_helpers import NUM_PICTURES, Job, difference, launch, log_lines, python
 from PIL import Image
 
 TWO = [
@@ -45,6 +45,8 @@ def test_two_processes_equal_one_with_twice_the_batch(job: Job, tmp_path: Path, 
     )
     assert two.returncode == 0, two.stderr
     assert any("Device: cpu, 2 processes" in line for line in log_lines(two))
+    if caching:  # one bar for the pictures of both processes, of which each encodes some
+        assert f"Caching latents: 100%|██████████| {NUM_PICTURES}/{NUM_PICTURES} " in two.stderr
     one = python("lumina_train_network.py", *job.train_flags(tmp_path / "one", "--train_batch_size=2", *cached, *more))
     assert one.returncode == 0, one.stderr
     # Same draws, other order of float32 sums: Adam divides gradients by their own size, which shows rounding of the
