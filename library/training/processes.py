@@ -24,6 +24,31 @@ if TYPE_CHECKING:
 logger = logging.getLogger(__name__)
 
 
+# How accelerate hands its configuration over, and what it then shares out between GPUs.
+_SHARDING = {
+    "ACCELERATE_USE_FSDP": "FSDP",
+    "ACCELERATE_USE_DEEPSPEED": "DeepSpeed",
+    "ACCELERATE_USE_MEGATRON_LM": "Megatron-LM",
+    "ACCELERATE_USE_PARALLELISM_CONFIG": "a parallelism_config",
+}
+
+
+def _leave_sharding_out() -> None:
+    """Turns off, with a warning, what accelerate's configuration asks for beyond one process a GPU.
+
+    It would have to be given models to share out, and gets none; but it changes how other packages read files.
+    """
+    for variable, name in _SHARDING.items():
+        if os.environ.get(variable, "").lower() in ("true", "1"):
+            del os.environ[variable]
+            logger.warning(
+                "accelerate is configured for %s, which has no effect: only the LoRA is trained, and every GPU has the whole"
+                " frozen model. distributed_type: MULTI_GPU asks for what is done; docs/multi_gpu.md says what makes the"
+                " frozen model smaller",
+                name,
+            )
+
+
 def start_accelerator(precision: str, timeout_minutes: int | None, log: LogSettings) -> Accelerator:
     """Returns accelerate's view of this process, with the process group started.
 
@@ -33,6 +58,7 @@ def start_accelerator(precision: str, timeout_minutes: int | None, log: LogSetti
     from accelerate import Accelerator
     from accelerate.utils import InitProcessGroupKwargs
 
+    _leave_sharding_out()
     handlers = []
     if timeout_minutes is not None:
         handlers.append(InitProcessGroupKwargs(timeout=timedelta(minutes=timeout_minutes)))
