@@ -21,6 +21,8 @@ import torch
 from torch import Tensor
 from torch.nn import Parameter
 
+from library.errors import UserError
+
 if TYPE_CHECKING:
     from torch.distributed import Work
 
@@ -80,13 +82,23 @@ class GradientSums:
 
         Args:
             values: (V,) float32 on the gradients' device; they travel with the last bucket.
+
+        Raises:
+            UserError: another process has ended in the midst of the step.
         """
         if self._processes.count == 1:
             return values
         while len(self._sent) < len(self._buckets):
             self._send(values.detach().float() if len(self._sent) == len(self._buckets) - 1 else None)
         for bucket, (flat, work) in zip(self._buckets, self._sent, strict=True):
-            work.wait()  # on CUDA the device waits, and the host goes on
+            try:
+                work.wait()  # on CUDA the device waits, and the host goes on
+            except RuntimeError as error:
+                raise UserError(
+                    f"gradients could not be added up, because another process of this run has ended ({_first_line(error)});"
+                    " its own message, where it could leave one, says why. A process that the system killed had too little"
+                    " memory, as a rule. --resume goes on from a training state"
+                ) from error
             for parameter, part in _parts(bucket, flat):
                 parameter.grad = part.to(parameter.dtype)
         sums = self._sent[-1][0][-values.numel() :]
@@ -114,6 +126,10 @@ class GradientSums:
             # What has been copied is let go now, not at the end: the buckets are as large as all gradients.
             parameter.grad = part if parameter.dtype == torch.float32 else None
         self._sent.append((flat, self._processes.add_up(flat)))
+
+
+def _first_line(error: Exception) -> str:
+    return str(error).strip().partition("\n")[0]
 
 
 def _parts(bucket: Sequence[Parameter], flat: Tensor) -> list[tuple[Parameter, Tensor]]:

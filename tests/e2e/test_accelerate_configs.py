@@ -1,7 +1,11 @@
 """The example configurations of accelerate, and one that asks for more, each with two CPU processes."""
 
+import os
+import signal
 import socket
 import subprocess
+import sys
+import time
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
@@ -40,6 +44,39 @@ def trained_on_one_machine(job: Job, tmp_path_factory: pytest.TempPathFactory) -
     assert done.returncode == 0, done.stderr
     assert any("Device: cpu, 2 processes" in line for line in log_lines(done))
     return output / "my.safetensors"
+
+
+def process_of_rank(launcher: int, rank: int) -> int:
+    """Returns the id of the launcher's process with this rank."""
+    for child in Path(f"/proc/{launcher}/task/{launcher}/children").read_text(encoding="ascii").split():
+        if f"RANK={rank}" in Path(f"/proc/{child}/environ").read_bytes().decode(errors="replace").split("\0"):
+            return int(child)
+    raise AssertionError(f"no process of rank {rank}")
+
+
+@pytest.mark.skipif(not sys.platform.startswith("linux"), reason="reads /proc")
+def test_what_was_trained_is_saved_when_another_process_is_killed(job: Job, tmp_path: Path) -> None:
+    output = tmp_path / "out"
+    program = "from accelerate.commands.accelerate_cli import main; main()"
+    command = [sys.executable, "-c", program, "launch", "--config_file", str(CONFIGS / "multi_gpu.yaml")]
+    flags = [*flags_of(job, output), "--max_train_epochs=5000"]
+    variables = {**os.environ, **ON_CPU, "OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1"}
+    with (tmp_path / "said").open("wb") as said:
+        launcher = subprocess.Popen([*command, "lumina_train_network.py", *flags], cwd=ROOT, env=variables, stderr=said)
+    try:
+        deadline = time.monotonic() + 120
+        while b"avr_loss" not in (tmp_path / "said").read_bytes():  # no step has been taken yet
+            assert time.monotonic() < deadline
+            time.sleep(0.05)
+        os.kill(process_of_rank(launcher.pid, 1), signal.SIGKILL)
+        assert launcher.wait(60) != 0
+    finally:
+        launcher.terminate()
+        launcher.wait(60)
+    text = (tmp_path / "said").read_text(encoding="utf-8")
+    assert "because another process of this run has ended" in text
+    (saved,) = output.glob("my-step*.safetensors")
+    assert load_file(saved)
 
 
 def same_tensors(first: Path, second: Path) -> bool:
