@@ -90,8 +90,8 @@ def goes_together(device: torch.device) -> bool:
     """Returns whether a prompt and its negative prompt are predicted in one batch, or in two passes one after the other.
 
     A GPU has room for both at a time where pictures are small. A CPU is busy with one, so a batch wins nothing there and
-    pays for padding and its mask: measured, it takes 1.05 times as long as two passes where both texts have one length,
-    and up to 1.4 times where they have not (docs/benchmarks).
+    pays for padding and its mask: measured, a drawing takes as long as with two passes where both texts have one length,
+    and 1.1 to 1.4 times as long where they have not (docs/benchmarks).
     """
     return device.type != "cpu"
 
