@@ -18,7 +18,7 @@ from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
 import torch
-from torch import Tensor
+from torch import Tensor, distributed
 from torch.nn import Parameter
 
 from library.errors import UserError
@@ -94,6 +94,9 @@ class GradientSums:
             try:
                 work.wait()  # on CUDA the device waits, and the host goes on
             except RuntimeError as error:
+                # gloo raises RuntimeError itself; other classes than these two, as of a device, mean something else.
+                if type(error) is not RuntimeError and not isinstance(error, distributed.DistError):
+                    raise
                 raise UserError(
                     f"gradients could not be added up, because another process of this run has ended ({_first_line(error)});"
                     " its own message, where it could leave one, says why. A process that the system killed had too little"

@@ -11,6 +11,7 @@ import torch
 from torch import Tensor, distributed, nn
 from torch.utils.checkpoint import checkpoint
 
+from library.errors import UserError
 from library.training.gradient_sums import GradientSums, in_buckets
 from library.training.processes import Processes
 
@@ -169,6 +170,26 @@ def test_a_gradient_that_grows_after_it_was_sent_is_no_silent_error() -> None:
     model(torch.ones(2, 8)).sum().backward()
     with pytest.raises(RuntimeError, match="to a gradient twice"):
         model(torch.ones(2, 8)).sum().backward()
+
+
+@pytest.mark.parametrize(
+    ("raised", "shown"),
+    [
+        (RuntimeError("Connection reset by peer\nmore"), UserError),
+        (distributed.DistBackendError("timed out"), UserError),
+        (torch.OutOfMemoryError("no memory"), torch.OutOfMemoryError),
+    ],
+)
+def test_only_a_lost_process_is_told_as_one(raised: Exception, shown: type[Exception]) -> None:
+    def fail() -> None:
+        raise raised
+
+    processes: Any = SimpleNamespace(count=2, add_up=lambda flat: SimpleNamespace(wait=fail))
+    with pytest.raises(shown) as found:
+        sums_of(chain(), processes).finish(VALUES)
+    if shown is UserError:
+        assert "another process of this run has ended" in str(found.value)
+        assert "more" not in str(found.value)
 
 
 def test_one_process_watches_nothing() -> None:
