@@ -176,8 +176,8 @@ def _look_at_sizes(
 
     mine = sharing.share(unknown)
     results = prefetch(mine, read, num_workers)
-    hidden = not (sharing.show_progress and unknown)
-    found = list(tqdm(results, total=len(mine), desc="Looking at new pictures", unit="picture", disable=hidden))
+    with sharing.bar(len(unknown), "Looking at new pictures", "picture") as bar:
+        found = list(bar.over(results))
     for text, name, state, size in sorted(sharing.together(found), key=lambda row: row[:2]):
         if isinstance(size, str):
             findings.unreadable.append((by_text[text] / name, size))
@@ -229,9 +229,9 @@ def undecodable(items: Sequence[Item], num_workers: int, sharing: Sharing) -> di
 
     once = {item.path: item for item in items}  # of several datasets, one picture each
     mine = sharing.share(list(once.values()))
-    checks = prefetch(mine, check, num_workers)
-    bar = tqdm(checks, total=len(mine), desc="Checking pictures", unit="picture", disable=not sharing.show_progress)
-    failed = [(str(item.path), problem) for item, problem in zip(mine, bar, strict=True) if problem is not None]
+    with sharing.bar(len(once), "Checking pictures", "picture") as bar:
+        checks = zip(mine, bar.over(prefetch(mine, check, num_workers)), strict=True)
+        failed = [(str(item.path), problem) for item, problem in checks if problem is not None]
     problems = dict(sharing.together(failed))
     return {item.index: problems[str(item.path)] for item in items if str(item.path) in problems} if problems else {}
 

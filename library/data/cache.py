@@ -11,7 +11,6 @@ from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
 
 import torch
-from tqdm import tqdm
 
 from library.data import images
 from library.data.cache_places import CachePlaces
@@ -98,10 +97,7 @@ class LatentCache:
         mine = sharing.share(chunks)
         made: list[Digest] = []
         failed: Unreadable = {}
-        total = sum(len(chunk) for chunk in mine)
-        with tqdm(
-            total=total, desc="Caching latents", unit="picture", disable=not (sharing.show_progress and jobs)
-        ) as bar:
+        with sharing.bar(len(jobs), "Caching latents", "picture") as bar:
             for chunk in prefetch(mine, lambda chunk: _decode(chunk, by_index), self._num_workers):
                 failed |= {index: result for index, _, result in chunk if isinstance(result, str)}
                 pixels = [
@@ -220,9 +216,7 @@ class TextCache:
         ordered = sorted(missing, key=lambda caption: (-len(caption), caption))
         mine = sharing.share([ordered[start : start + batch_size] for start in range(0, len(ordered), batch_size)])
         made = []
-        total = sum(len(chunk) for chunk in mine)
-        hidden = not (sharing.show_progress and missing)
-        with tqdm(total=total, desc=f"Caching {what}", unit="caption", disable=hidden) as bar:
+        with sharing.bar(len(missing), f"Caching {what}", "caption") as bar:
             for chunk in mine:
                 with torch.no_grad():
                     features = encode(chunk)

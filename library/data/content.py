@@ -4,8 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
-from tqdm import tqdm
-
 from library import files
 from library.data import images
 from library.data.cache_places import CachePlaces
@@ -35,8 +33,7 @@ def hash_contents(items: Sequence[Item], places: CachePlaces, sharing: Sharing, 
     everything = sharing.union(todo)
     mine = sharing.share(everything)
     rows: list[tuple[int, FileState, bytes | str]] = []
-    hidden = not (sharing.show_progress and everything)
-    with tqdm(total=len(mine), desc="Hashing pictures", unit="picture", disable=hidden) as bar:
+    with sharing.bar(len(everything), "Hashing pictures", "picture") as bar:
         for row in prefetch(mine, lambda index: _hash(todo[index][0]), num_workers):
             rows.append(row)
             bar.update()

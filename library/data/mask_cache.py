@@ -6,7 +6,6 @@ from collections.abc import Iterable, Sequence
 from pathlib import Path
 
 import torch
-from tqdm import tqdm
 
 from library import files
 from library.data import images
@@ -70,8 +69,7 @@ class MaskCache:
         mine = sharing.share(missing)
         made: list[Digest] = []
         empty: list[int] = []
-        hidden = not (sharing.show_progress and missing)
-        with tqdm(total=len(mine), desc="Caching masks", unit="mask", disable=hidden) as bar:
+        with sharing.bar(len(missing), "Caching masks", "mask") as bar:
             for index, mask in prefetch(mine, lambda index: (index, self._load(masked[index])), self._num_workers):
                 if bool(mask.any()):
                     item = masked[index]
@@ -132,9 +130,9 @@ class MaskCache:
             index for index, path in paths.items() if places.index(path.parent).hash_of(path.name) is None
         )
         mine = sharing.share(todo)
-        hidden = not (sharing.show_progress and todo)
         results = prefetch(mine, lambda index: (index, *_hash(paths[index])), self._num_workers)
-        rows = list(tqdm(results, total=len(mine), desc="Hashing masks", unit="mask", disable=hidden))
+        with sharing.bar(len(todo), "Hashing masks", "mask") as bar:
+            rows = list(bar.over(results))
         for index, state, size, content in sharing.together(rows):
             places.index(paths[index].parent).put(paths[index].name, FileState(*state), size, content)
         if sharing.rank == 0:

@@ -275,9 +275,9 @@ def check_masks(sources: MaskSources, items: Sequence[Item], num_workers: int, s
 
     mine = sharing.share(masked)
     results = prefetch(mine, is_empty, num_workers)
-    hidden = not (sharing.show_progress and masked)
-    bar = tqdm(results, total=len(mine), desc="Checking masks", unit="mask", disable=hidden)
-    found = sharing.union([index for index, empty in zip(mine, bar, strict=True) if empty])
+    with sharing.bar(len(masked), "Checking masks", "mask") as bar:
+        empty = [index for index, is_black in zip(mine, bar.over(results), strict=True) if is_black]
+    found = sharing.union(empty)
     warn_of_empty([str(sources.of(by_index[index])) for index in found])
 
 

@@ -14,7 +14,11 @@ from library.settings import FlagSpec
 
 _SD = "Stable Diffusion only"
 _DDPM = "a setting of noise-predicting models, not of flow matching"
-_REDUCED = "gradients are reduced in one flat buffer"
+_REDUCED = "gradients are reduced in a few flat buckets of the LoRA's own"
+_ZERO = (
+    "only the LoRA is trained, so there is next to nothing that DeepSpeed could share out; several GPUs work without it"
+)
+_OFFLOAD = "DeepSpeed's offloading; --blocks_to_swap keeps frozen weights in host memory, on one GPU too"
 
 
 def _row(name: str, kind: type, default: Any, reason: str, choices: tuple[str, ...] | None = None) -> FlagSpec:
@@ -32,6 +36,13 @@ IGNORED: tuple[FlagSpec, ...] = (
     _row("persistent_data_loader_workers", bool, False, "reader threads always stay alive"),
     _row("ddp_gradient_as_bucket_view", bool, False, _REDUCED),
     _row("ddp_static_graph", bool, False, _REDUCED),
+    _row("deepspeed", bool, False, _ZERO),
+    _row("zero_stage", int, 2, _ZERO),
+    _row("offload_optimizer_device", str, None, _ZERO, ("cpu", "nvme")),
+    _row("offload_optimizer_nvme_path", str, None, _ZERO),
+    _row("zero3_init_flag", bool, False, _ZERO),
+    _row("zero3_save_16bit_model", bool, False, _ZERO),
+    _row("fp16_master_weights_and_gradients", bool, False, _ZERO),
     _row("lowram", bool, False, "models are read straight to where they are used"),
     _row("highvram", bool, False, "nothing is emptied between cached batches"),
     _row("noise_offset", float, None, _DDPM),
@@ -61,13 +72,6 @@ REFUSED: tuple[FlagSpec, ...] = (
     ),
     _row("blocks_to_swap", int, None, "block swapping is not available yet; use --gradient_checkpointing"),
     _row("cpu_offload_checkpointing", bool, False, "not available yet; use --gradient_checkpointing"),
-    _row("deepspeed", bool, False, "not available yet; several GPUs work without it"),
-    _row("zero_stage", int, 2, "DeepSpeed is not available yet"),
-    _row("offload_optimizer_device", str, None, "DeepSpeed is not available yet", ("cpu", "nvme")),
-    _row("offload_optimizer_nvme_path", str, None, "DeepSpeed is not available yet"),
-    _row("offload_param_device", str, None, "DeepSpeed is not available yet", ("cpu", "nvme")),
-    _row("offload_param_nvme_path", str, None, "DeepSpeed is not available yet"),
-    _row("zero3_init_flag", bool, False, "DeepSpeed is not available yet"),
-    _row("zero3_save_16bit_model", bool, False, "DeepSpeed is not available yet"),
-    _row("fp16_master_weights_and_gradients", bool, False, "DeepSpeed is not available yet"),
+    _row("offload_param_device", str, None, _OFFLOAD, ("cpu", "nvme")),
+    _row("offload_param_nvme_path", str, None, _OFFLOAD),
 )

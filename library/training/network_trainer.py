@@ -211,7 +211,9 @@ class NetworkTrainer(ModelFamily):
         from library.data.cache import Sharing
 
         processes = self.processes
-        return Sharing(processes.rank, processes.count, processes.gather, show_progress=processes.is_main)
+        return Sharing(
+            processes.rank, processes.count, processes.gather, processes.is_main, new_tally=processes.new_tally
+        )
 
     @property
     def autoencoder_dtype(self) -> torch.dtype:
@@ -452,6 +454,9 @@ class NetworkTrainer(ModelFamily):
         elif self.resuming.continues_at(self.loop.step) and self.updater.awaits_validation(self.loop.step):
             # The run was interrupted between this step and a measurement that the learning rate goes by.
             self.trackers.log(self.validation.after_step(self.loop.step, self.progress.average), self.loop.step)
+        # The first step is where the GPUs' own exchange begins, which gives up after minutes: one process may read its model
+        # from a slower disk than the others.
+        self.processes.wait()
         try:
             self.loop.run()
         except BaseException:

@@ -7,7 +7,7 @@ import logging
 import math
 import os
 import shutil
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from datetime import timedelta
 from typing import TYPE_CHECKING, Any
 
@@ -24,6 +24,31 @@ if TYPE_CHECKING:
 logger = logging.getLogger(__name__)
 
 
+# How accelerate hands its configuration over, and what it then shares out between GPUs.
+_SHARDING = {
+    "ACCELERATE_USE_FSDP": "FSDP",
+    "ACCELERATE_USE_DEEPSPEED": "DeepSpeed",
+    "ACCELERATE_USE_MEGATRON_LM": "Megatron-LM",
+    "ACCELERATE_USE_PARALLELISM_CONFIG": "a parallelism_config",
+}
+
+
+def _leave_sharding_out() -> None:
+    """Turns off, with a warning, what accelerate's configuration asks for beyond one process a GPU.
+
+    It would have to be given models to share out, and gets none; but it changes how other packages read files.
+    """
+    for variable, name in _SHARDING.items():
+        if os.environ.get(variable, "").lower() in ("true", "1"):
+            del os.environ[variable]
+            logger.warning(
+                "accelerate is configured for %s, which has no effect: only the LoRA is trained, and every GPU has the whole"
+                " frozen model. distributed_type: MULTI_GPU asks for what is done; docs/multi_gpu.md says what makes the"
+                " frozen model smaller",
+                name,
+            )
+
+
 def start_accelerator(precision: str, timeout_minutes: int | None, log: LogSettings) -> Accelerator:
     """Returns accelerate's view of this process, with the process group started.
 
@@ -33,6 +58,7 @@ def start_accelerator(precision: str, timeout_minutes: int | None, log: LogSetti
     from accelerate import Accelerator
     from accelerate.utils import InitProcessGroupKwargs
 
+    _leave_sharding_out()
     handlers = []
     if timeout_minutes is not None:
         handlers.append(InitProcessGroupKwargs(timeout=timedelta(minutes=timeout_minutes)))
@@ -74,6 +100,7 @@ class Processes:
         # Lists are exchanged on the host, also where gradients go from GPU to GPU, and may be waited for as long as one
         # process encodes or draws; the launcher ends all of them when one fails.
         self._host_group = distributed.new_group(backend="gloo", timeout=timedelta(days=1)) if self.count > 1 else None
+        self._num_tallies = 0
 
     def gather(self, values: list[Any]) -> list[list[Any]]:
         """Returns every process's list, in the order of ranks; tensors in it must be on the CPU."""
@@ -88,30 +115,27 @@ class Processes:
         if self.count > 1:  # on the host: between GPUs waiting ends the run after some minutes
             distributed.barrier(group=self._host_group)
 
-    def add_up(self, parameters: Sequence[torch.nn.Parameter], values: Tensor) -> Tensor:
-        """Adds up gradients and further values over all processes in one flat buffer.
+    def new_tally(self) -> Callable[[int], int]:
+        """Returns what adds to a number that all processes share, and tells what it is now; it waits for nobody.
 
-        A process that had no picture in this step takes part with zeros. A parameter without a gradient in any
-        process gets a zero gradient, as it would where another process had one.
+        All processes call this in the same order, and so mean the same number. It begins at 0.
+        """
+        # The store that the processes found each other by; torch has no public name for it.
+        store = distributed.distributed_c10d._get_default_store()
+        self._num_tallies += 1
+        name = f"lumina_tally_{self._num_tallies}"
+        return lambda amount: int(store.add(name, amount))
 
-        Args:
-            parameters: their gradients are replaced by the sums.
-            values: (V,) float32 on the gradients' device.
+    def add_up(self, flat: Tensor) -> distributed.Work:
+        """Begins to add a flat buffer up over all processes, in place; all of them begin the same ones in the same order.
 
         Returns:
-            The sums of ``values``.
+            What to ``wait()`` for before the sums are used.
         """
-        if self.count == 1:
-            return values
-        gradients = [p.grad if p.grad is not None else torch.zeros_like(p) for p in parameters]
-        flat = torch.cat([values.detach().float(), *(g.float().flatten() for g in gradients)])
-        distributed.all_reduce(flat)
-        start = values.numel()
-        for parameter, gradient in zip(parameters, gradients, strict=True):
-            part = flat[start : start + gradient.numel()].view_as(gradient)
-            parameter.grad = part.to(gradient.dtype)
-            start += gradient.numel()
-        return flat[: values.numel()]
+        work = distributed.all_reduce(flat, async_op=True)
+        if work is None:
+            raise RuntimeError("this process is not part of the process group")
+        return work
 
     def end(self) -> None:
         """Ends the trackers and the process group: all together, with nothing left that still holds the group."""

@@ -14,6 +14,7 @@ import torch
 from library.console import is_stopped, raise_if_stopped
 from library.data.dataset import Batch
 from library.training import sigma_bands
+from library.training.gradient_sums import GradientSums
 from library.training.hooks import Losses
 from library.training.processes import Processes, check_finite
 from library.training.updater import Updater
@@ -33,6 +34,7 @@ class TrainStep:
         self._losses_of = losses_of
         self._updater = updater
         self._processes = processes
+        self._gradients = GradientSums(updater.in_order_of_use(), processes)
         self.is_updating = False
         self.is_stopped = False
 
@@ -52,18 +54,19 @@ class TrainStep:
         # The step's loss, how many processes are to stop, the bands' sums and counts: they go through the processes and to
         # the host together.
         sums = torch.zeros(2 + 2 * sigma_bands.NUM_BANDS, device=updater.parameters[0].device)
-        for batch in batches:
+        mine = [batch for batch in batches if batch.draws]  # fewer samples than processes: some processes have none
+        for number, batch in enumerate(mine, start=1):
             if alone:  # of several, none may leave the others waiting: the loop stops them together
                 raise_if_stopped()
-            if not batch.draws:  # fewer samples than processes: this one has none
-                continue
             losses, sigma = self._losses_of(batch)
             loss = (losses * batch.loss_weights.to(losses.device)).sum() / num_samples
+            if number == len(mine):
+                self._gradients.last_backward_follows()
             loss.backward()
             sums[0] += loss.detach()
             sums[2:] += sigma_bands.sums(losses, sigma)
         sums[1] = float(is_stopped())
-        sums = self._processes.add_up(updater.parameters, sums)
+        sums = self._gradients.finish(sums)
         gradient_norm = updater.clip()
         # One wait for the device, not two.
         loss_value, num_stopped, *band_sums, norm_value = torch.cat([sums, gradient_norm.float().reshape(1)]).tolist()

@@ -63,6 +63,14 @@ class Updater:
             parameter for group in optimizer.param_groups for parameter in group["params"]
         ]
 
+    def in_order_of_use(self) -> list[torch.nn.Parameter]:
+        """Returns ``parameters`` about in the order that a forward pass uses them in: as the network's modules stand.
+
+        The optimizer's groups do not stand so: LoRA+ has one with every ``lora_down`` and one with every ``lora_up``.
+        """
+        places = {id(parameter): place for place, parameter in enumerate(self.network.parameters())}
+        return sorted(self.parameters, key=lambda parameter: places.get(id(parameter), 0))
+
     def clip(self) -> Tensor:
         """Scales the gradients down where they are too long; returns the norm that they had."""
         return clip_gradients(self.parameters, self._max_grad_norm)

@@ -17,8 +17,7 @@ import resource
 import statistics
 import sys
 import tempfile
-import time
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -27,18 +26,18 @@ import flops
 import presets
 import torch
 from measuring import circumstances
+from timing import DTYPES, Ceiling, timed
 from torch import nn
 
 from library.console import run_program
 from library.data.items import Batch
 from library.training.arguments import parse_arguments
+from library.training.hooks import Reading
 from library.training.processes import Processes
 from library.training.report import RunPlan
 from library.training.step import TrainStep
 from lumina_train_network import LuminaNetworkTrainer
 
-_DTYPES = {"bf16": torch.bfloat16, "fp32": torch.float32}
-_CEILING_SIZE = {"cpu": 3072, "cuda": 8192}
 RANK = 8
 
 
@@ -54,8 +53,8 @@ class RandomModelTrainer(LuminaNetworkTrainer):
         sizes = presets.config(self.preset)
         return sizes.num_heads, sizes.num_kv_heads, sizes.head_dim
 
-    def load_model(self, dtype: torch.dtype) -> nn.Module:
-        self.dit = presets.random_next_dit(presets.config(self.preset), dtype, self.attention)
+    def load_model(self, dtype: torch.dtype, reading: Reading) -> nn.Module:
+        self.dit = presets.random_next_dit(presets.config(self.preset), dtype, self.attention, finish=reading.finish)
         return self.dit
 
 
@@ -111,37 +110,6 @@ def batch_of(model: Any, width_px: int, height_px: int, captions: Sequence[int],
     return Batch(draws, latents.bfloat16(), None, text, torch.ones(len(captions)), len(captions))
 
 
-def timed(work: Callable[[], object], device: torch.device) -> float:
-    """Returns how many seconds a piece of work takes, on the device too."""
-    if device.type == "cuda":
-        torch.cuda.synchronize()
-    started = time.perf_counter()
-    work()
-    if device.type == "cuda":
-        torch.cuda.synchronize()
-    return time.perf_counter() - started
-
-
-class Ceiling:
-    """A large matrix product of random numbers: the most that the machine gives."""
-
-    def __init__(self, dtype: torch.dtype, device: torch.device, size: int | None = None) -> None:
-        self.size = size or _CEILING_SIZE[device.type]
-        self._device = device
-        self._a, self._b = (torch.randn(self.size, self.size, device=device).to(dtype) for _ in range(2))
-        self._out = self._a @ self._b
-
-    def measure(self) -> float:
-        """Returns TFLOP/s."""
-        repeats = 10 if self._device.type == "cuda" else 1
-
-        def work() -> None:
-            for _ in range(repeats):
-                torch.mm(self._a, self._b, out=self._out)
-
-        return repeats * 2 * self.size**3 / timed(work, self._device) / 1e12
-
-
 def lora_ranks(network: Any, model: nn.Module) -> dict[str, int]:
     """Returns the rank beside each Linear of the model, by module name."""
     names = {id(module): name for name, module in model.named_modules()}
@@ -161,7 +129,7 @@ def measure(options: argparse.Namespace, folder: Path) -> dict[str, object]:
     captions = (options.captions * options.batch)[: options.batch]
     counted = flops.count(model.config, flops.image_tokens(width, height), captions, lora_ranks(trainer.network, model))
     step = TrainStep(trainer.losses_of, trainer.updater, Processes(trainer.accelerator))
-    ceiling = Ceiling(_DTYPES[options.precision], device)
+    ceiling = Ceiling(DTYPES[options.precision], device)
     if device.type == "cuda":
         torch.cuda.reset_peak_memory_stats()
     first = timed(lambda: step([batch_of(model, width, height, captions, 1)], options.batch, 1), device)
@@ -215,7 +183,7 @@ def main() -> None:
     parser.add_argument(
         "--captions", type=int, nargs="+", default=[160], help="caption tokens, repeated over the batch"
     )
-    parser.add_argument("--precision", default="bf16", choices=list(_DTYPES))
+    parser.add_argument("--precision", default="bf16", choices=list(DTYPES))
     parser.add_argument("--steps", type=int, default=5, help="steps that count")
     parser.add_argument("--warmup", type=int, default=1, help="steps before them, besides the first")
     parser.add_argument("more", nargs="*", help="flags of the trainer, behind --")

@@ -15,7 +15,8 @@ import torch
 sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 
 from library.lumina.configs import NextDiTConfig
-from library.lumina.next_dit import AttentionFn, NextDiT, plain_attention
+from library.lumina.filling import BlockFinish, fill
+from library.lumina.next_dit import BLOCKS, LARGE_MATRICES, AttentionFn, NextDiT, plain_attention
 
 _FULL = NextDiTConfig()
 PRESETS: dict[str, NextDiTConfig] = {
@@ -45,6 +46,7 @@ def random_next_dit(
     dtype: torch.dtype,
     attention: AttentionFn = plain_attention,
     device: torch.device | str = "cpu",
+    finish: BlockFinish | None = None,
 ) -> NextDiT:
     """Returns a frozen model with random weights that keep activations near 1; the same on every device.
 
@@ -53,6 +55,7 @@ def random_next_dit(
         dtype: of its weights.
         attention: see ``library.lumina.next_dit.AttentionFn``.
         device: where to.
+        finish: quantises and places each block, as while a model is read; on the CPU until then.
     """
     with torch.device("meta"):
         model = NextDiT(sizes, attention)
@@ -63,6 +66,6 @@ def random_next_dit(
             values = torch.randn(parameter.shape, generator=generator) / math.sqrt(parameter.shape[1])
         else:
             values = torch.zeros(parameter.shape) if name.endswith("bias") else torch.ones(parameter.shape)
-        tensors[name] = values.to(device, dtype)
-    model.load_state_dict(tensors, strict=True, assign=True)
-    return model.requires_grad_(False).eval()
+        tensors[name] = values.to(dtype)
+    fill(model.eval(), tensors.items(), BLOCKS, LARGE_MATRICES, change=None, finish=finish)
+    return model if finish is not None else model.to(device)

@@ -4,7 +4,7 @@ from pathlib import Path
 
 import numpy
 import pytest
-from e2e_helpers import Job, difference, launch, log_lines, python
+from e2e_helpers import NUM_PICTURES, Job, difference, launch, log_lines, python
 from PIL import Image
 
 TWO = [
@@ -35,7 +35,9 @@ EVERYTHING_DRAWN = [
 
 @pytest.mark.parametrize("caching", [True, False])
 def test_two_processes_equal_one_with_twice_the_batch(job: Job, tmp_path: Path, caching: bool) -> None:
-    more = [*EVERYTHING_DRAWN, "--gradient_accumulation_steps=2"] if caching else EVERYTHING_DRAWN
+    # A rank with which gradients are enough for several buckets.
+    more = ["--gradient_accumulation_steps=2", "--network_dim=64"] if caching else []
+    more += EVERYTHING_DRAWN
     cached = ["--cache_latents", "--cache_text_encoder_outputs"] if caching else []
     two = launch(
         *TWO,
@@ -45,11 +47,13 @@ def test_two_processes_equal_one_with_twice_the_batch(job: Job, tmp_path: Path, 
     )
     assert two.returncode == 0, two.stderr
     assert any("Device: cpu, 2 processes" in line for line in log_lines(two))
+    if caching:  # one bar for the pictures of both processes, of which each encodes some
+        assert f"Caching latents: 100%|██████████| {NUM_PICTURES}/{NUM_PICTURES} " in two.stderr
     one = python("lumina_train_network.py", *job.train_flags(tmp_path / "one", "--train_batch_size=2", *cached, *more))
     assert one.returncode == 0, one.stderr
     # Same draws, other order of float32 sums: Adam divides gradients by their own size, which shows rounding of the
-    # smallest ones. Measured 3e-4; a picture drawn or weighted differently gives more than 0.1.
-    assert difference(tmp_path / "one" / "my.safetensors", tmp_path / "two" / "my.safetensors") < 5e-3
+    # smallest ones. Measured 3e-4 and 5e-3 on two machines; a picture drawn or weighted differently gives more than 0.1.
+    assert difference(tmp_path / "one" / "my.safetensors", tmp_path / "two" / "my.safetensors") < 2e-2
 
 
 def test_two_processes_share_the_previews(job: Job, tmp_path: Path) -> None:

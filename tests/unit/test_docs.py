@@ -28,6 +28,8 @@ ACCELERATE = {
     "num_cpu_threads_per_process",
     "config_file",
     "main_process_port",
+    "machine_rank",
+    "cpu",
 }
 PIP = {"index-url", "extra-index-url", "upgrade", "no-build-isolation"}
 TENSORBOARD = {"logdir", "port"}
@@ -43,6 +45,12 @@ SCRIPTS = {
     "train_ae_steps",
     "train_dit_steps",
     "waiting",
+    "preset",
+    "tokens",
+    "negative_tokens",
+    "rank",
+    "steps",
+    "processes",
 }
 
 

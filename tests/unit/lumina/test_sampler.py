@@ -6,6 +6,7 @@ import torch
 from library.lumina.sampler import (
     Conditioning,
     SamplingOptions,
+    goes_together,
     guide,
     guided_steps,
     initial_noise,
@@ -51,6 +52,25 @@ def test_straight_field_ends_at_its_target() -> None:
         torch.testing.assert_close(latents, target, atol=1e-5, rtol=0)  # float32 sums of seven steps
 
 
+@pytest.mark.parametrize(("device", "together"), [("cpu", False), ("cuda", True), ("mps", True)])
+def test_a_cpu_predicts_in_two_passes(device: str, together: bool) -> None:
+    assert goes_together(torch.device(device)) is together
+
+
+def test_on_a_cpu_the_negative_prompt_has_a_pass_of_its_own_without_padding() -> None:
+    calls: list[tuple[int, int]] = []
+
+    def predict(latents: torch.Tensor, time: torch.Tensor, features: torch.Tensor, mask: object) -> torch.Tensor:
+        assert len(latents) == len(time) == len(features)
+        assert mask is None
+        calls.append((len(latents), features.shape[1]))
+        return torch.zeros_like(latents)
+
+    sample(predict, initial_noise([0], 16, 16, 16), PROMPT, NEGATIVE, SamplingOptions(steps=9))
+    # Six of nine steps are guided; in the others the negative prompt is really left out.
+    assert calls == [(1, 3), (1, 2)] * 6 + [(1, 3)] * 3
+
+
 def test_negative_prompt_takes_part_in_the_same_forward_where_it_acts() -> None:
     calls: list[tuple[float, int, object]] = []
 
@@ -60,7 +80,9 @@ def test_negative_prompt_takes_part_in_the_same_forward_where_it_acts() -> None:
         return torch.zeros_like(latents)
 
     steps: list[int] = []
-    sample(predict, initial_noise([0], 16, 16, 16), PROMPT, NEGATIVE, SamplingOptions(steps=9), lambda: steps.append(1))
+    options = SamplingOptions(steps=9)
+    noise = initial_noise([0], 16, 16, 16)
+    sample(predict, noise, PROMPT, NEGATIVE, options, lambda: steps.append(1), together=True)
     assert len(steps) == len(calls) == 9
     guided = [(time, mask) for time, rows, mask in calls if rows == 2]
     assert len(guided) == 6
@@ -89,7 +111,7 @@ def test_each_picture_of_a_batch_is_guided_and_renormalised_alone() -> None:
 
     prompts, negatives = (torch.rand(3, 4, 2, generator=torch.Generator().manual_seed(seed)) for seed in (1, 2))
     noise, options = initial_noise([5, 0, 7], 4, 32, 16), SamplingOptions(steps=6, renorm_cfg=0.9)
-    together = sample(predict, noise, Conditioning(prompts), Conditioning(negatives), options)
+    together = sample(predict, noise, Conditioning(prompts), Conditioning(negatives), options, together=True)
     for row in range(3):
         part = slice(row, row + 1)
         alone = sample(predict, noise[part], Conditioning(prompts[part]), Conditioning(negatives[part]), options)

@@ -46,6 +46,20 @@ def test_no_driver_no_warning(monkeypatch: pytest.MonkeyPatch, caplog: pytest.Lo
     assert one.gather([1, 2]) == [[1, 2]]
 
 
+@pytest.mark.parametrize(
+    ("variable", "name"), [("ACCELERATE_USE_FSDP", "FSDP"), ("ACCELERATE_USE_DEEPSPEED", "DeepSpeed")]
+)
+def test_sharding_in_accelerates_configuration_is_a_warning(
+    variable: str, name: str, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    monkeypatch.setattr(processes.shutil, "which", lambda name: None)
+    monkeypatch.setenv(variable, "true")
+    accelerator = processes.start_accelerator("no", None, LogSettings())
+    assert accelerator.distributed_type.value == "NO"
+    (record,) = caplog.records
+    assert f"accelerate is configured for {name}, which has no effect" in record.getMessage()
+
+
 def test_more_processes_started_than_seen(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(processes.os, "environ", {**processes.os.environ, "WORLD_SIZE": "4"})
     monkeypatch.setattr("accelerate.Accelerator", lambda **_: type("One", (), {"num_processes": 1})())

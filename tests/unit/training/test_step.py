@@ -1,6 +1,7 @@
 """One optimizer step over batches and processes, and what it says of itself."""
 
 import math
+from collections.abc import Callable
 from types import SimpleNamespace
 from typing import Any
 
@@ -9,7 +10,7 @@ import torch
 from torch import Tensor
 
 from library.errors import UserError
-from library.training import processes, sigma_bands
+from library.training import sigma_bands
 from library.training.hooks import Losses
 from library.training.processes import Processes
 from library.training.step import TrainStep
@@ -20,6 +21,9 @@ class FakeUpdater:
 
     def __init__(self) -> None:
         self.parameters = [torch.nn.Parameter(torch.ones(2))]
+
+    def in_order_of_use(self) -> list[torch.nn.Parameter]:
+        return self.parameters
 
     def clip(self) -> Tensor:
         return self.parameters[0].grad.norm()  # type: ignore[union-attr]
@@ -77,7 +81,17 @@ def test_every_tenth_step_says_how_large_the_network_is() -> None:
     assert with_norms == [10, 20, 30]
 
 
-def test_two_processes_say_what_one_says(monkeypatch: pytest.MonkeyPatch) -> None:
+def pair_of(add_up: Callable[[Tensor], None]) -> Any:
+    """Returns one of two processes, where ``add_up`` stands for the exchange with the other one."""
+
+    def begin(flat: Tensor) -> Any:
+        add_up(flat)
+        return SimpleNamespace(wait=lambda: None)
+
+    return SimpleNamespace(count=2, add_up=begin)
+
+
+def test_two_processes_say_what_one_says() -> None:
     """Gradients and values of all processes are added up in one exchange."""
     flats: list[Tensor] = []
 
@@ -86,26 +100,20 @@ def test_two_processes_say_what_one_says(monkeypatch: pytest.MonkeyPatch) -> Non
         if len(flats) == 2:
             flat += flats[0]
 
-    monkeypatch.setattr(processes.distributed, "all_reduce", add_to_the_first)
-    pair = Processes.__new__(Processes)
-    pair.count = 2
     first, second, both = FakeUpdater(), FakeUpdater(), FakeUpdater()
-    step_of(first, pair)([batch_of(*BATCHES[0])], 4, 1)
-    found = step_of(second, pair)([batch_of(*BATCHES[1])], 4, 1)
+    step_of(first, pair_of(add_to_the_first))([batch_of(*BATCHES[0])], 4, 1)
+    found = step_of(second, pair_of(add_to_the_first))([batch_of(*BATCHES[1])], 4, 1)
     expected = step_of(both, one_process())([batch_of(*part) for part in BATCHES], 4, 1)
     assert len(flats) == 2
     assert found == expected  # small whole numbers: sums are exact in any order
     assert torch.equal(second.parameters[0].grad, both.parameters[0].grad)  # type: ignore[arg-type]
 
 
-def test_a_process_without_a_picture_takes_part_with_zeros(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(processes.distributed, "all_reduce", lambda flat: flat.add_(1.0))
-    pair = Processes.__new__(Processes)
-    pair.count = 2
+def test_a_process_without_a_picture_takes_part_with_zeros() -> None:
     updater = FakeUpdater()
-    sums = pair.add_up(updater.parameters, torch.zeros(3))
-    assert sums.tolist() == [1.0] * 3
+    values = step_of(updater, pair_of(lambda flat: flat.add_(1.0)))([batch_of([], [])], 4, 1)
     assert updater.parameters[0].grad.tolist() == [1.0, 1.0]  # type: ignore[union-attr]
+    assert values["loss/current"] == 1.0
 
 
 def test_a_loss_that_is_no_number_names_the_pictures() -> None:
