@@ -25,6 +25,7 @@ from library.command_line import build_parser, read_command_line
 from library.console import run_program
 from library.errors import NetworkError, SettingsError, UserError
 from library.files import check_writable, read_safetensors_header, write_with
+from library.importing import uncollected_imports
 from library.lumina.prompt_template import PromptTemplate
 from library.prompts import MAX_SEED, MAX_SIZE_PX, MAX_STEPS, Prompt, PromptError, parse_line, parse_multiplier
 from library.settings import expanded, flag, from_given, specs_of
@@ -197,10 +198,11 @@ class Painter:
         Raises:
             UserError: a model or LoRA file is wrong.
         """
-        from accelerate import PartialState
+        with uncollected_imports():
+            from accelerate import PartialState
 
-        from library.lumina import loading
-        from library.memory.attention import sdpa_attention
+            from library.lumina import loading
+            from library.memory.attention import sdpa_attention
 
         self._pictures = pictures
         self._offload = models.offload

@@ -11,6 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from library.importing import uncollected_imports
 from library.lumina.configs import AutoencoderConfig
 from library.lumina.quiet import quiet_libraries
 
@@ -24,7 +25,8 @@ def build_autoencoder(config: AutoencoderConfig, tensors: Mapping[str, Tensor]) 
     """
     levels = len(config.block_out_channels)
     with quiet_libraries():
-        from diffusers.models.autoencoders.autoencoder_kl import AutoencoderKL
+        with uncollected_imports():
+            from diffusers.models.autoencoders.autoencoder_kl import AutoencoderKL
 
         with torch.device("meta"):
             model: Any = AutoencoderKL(

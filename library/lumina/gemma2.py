@@ -16,6 +16,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from library.importing import uncollected_imports
 from library.lumina.configs import Gemma2TextConfig
 from library.lumina.prompt_template import PromptTemplate
 from library.lumina.quiet import quiet_libraries
@@ -28,7 +29,8 @@ __all__ = ["Gemma2Encoder", "GemmaTokenizer", "PromptTemplate", "build_gemma2", 
 def empty_gemma2(config: Gemma2TextConfig) -> nn.Module:
     """Returns transformers' ``Gemma2Model`` without its last layer and final norm, on the meta device."""
     with quiet_libraries():
-        from transformers import Gemma2Config, Gemma2Model
+        with uncollected_imports():
+            from transformers import Gemma2Config, Gemma2Model
 
         settings = Gemma2Config(
             vocab_size=config.vocab_size,

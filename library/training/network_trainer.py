@@ -15,6 +15,7 @@ from typing import TYPE_CHECKING, Any
 
 from library.errors import DatasetError, SettingsError
 from library.files import check_writable
+from library.importing import uncollected_imports
 from library.prompts import Prompt, read_prompt_file
 from library.training.arguments import TrainConfig, all_specs
 from library.training.base_weights import BaseWeights
@@ -106,17 +107,18 @@ class NetworkTrainer(ModelFamily):
 
     def start(self) -> None:
         """Starts torch, the processes and the trackers, and looks the optimizer up."""
-        import torch
-
-        from library.keyed_random import key
-        from library.training import optimizers
-        from library.training.hub import HubUploads
-        from library.training.processes import Processes, start_accelerator
-        from library.training.trackers import Trackers, logged_settings
-
         config = self.config
-        optimizers.rehearse(config.optimizer)
-        self.accelerator = start_accelerator(config.memory.mixed_precision, config.schedule.ddp_timeout, config.log)
+        with uncollected_imports():
+            import torch
+
+            from library.keyed_random import key
+            from library.training import optimizers
+            from library.training.hub import HubUploads
+            from library.training.processes import Processes, start_accelerator
+            from library.training.trackers import Trackers, logged_settings
+
+            optimizers.rehearse(config.optimizer)
+            self.accelerator = start_accelerator(config.memory.mixed_precision, config.schedule.ddp_timeout, config.log)
         self.processes = Processes(self.accelerator)
         self.device = self.accelerator.device
         self.weight_dtype = torch.bfloat16 if config.memory.mixed_precision == "bf16" else torch.float32
