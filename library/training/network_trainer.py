@@ -182,13 +182,32 @@ class NetworkTrainer(ModelFamily):
         """Encodes the pictures that have no cache entry yet, if they are to be cached, and lets the autoencoder go."""
         if not self.config.data.cache_latents:
             return
-
-        def encode(pixels: Tensor) -> Tensor:
-            return self.ready_autoencoder().encode(pixels.to(self.device))
-
-        self.data.fill_latents(encode, self.latent_fingerprint(), self.sharing())
+        self.data.fill_latents(self.encode_pictures, self.latent_fingerprint(), self.sharing())
         self.autoencoder = None
         self._free()
+
+    def encode_pictures(self, pixels: Tensor) -> Tensor:
+        """Returns the latents of pixels (B,3,H,W), which may be on the CPU.
+
+        Raises:
+            SettingsError: the device's memory is too small for one picture.
+        """
+        import torch
+
+        try:
+            return self.ready_autoencoder().encode(pixels)
+        except torch.OutOfMemoryError as error:
+            remedies = ["a smaller --resolution needs less memory"]
+            if self.autoencoder_dtype == torch.float32:
+                remedies.insert(0, "bf16 (--mixed_precision bf16 without --no_half_vae) needs half of it")
+            if not self.config.memory.vae_tiling:
+                remedies.insert(0, "--vae_tiling encodes large pictures in tiles")
+            if not self.config.data.cache_latents:
+                remedies.insert(0, "--cache_latents encodes before the large model is there")
+            height, width = pixels.shape[-2:]
+            raise SettingsError(
+                f"the device's memory is too small to encode a picture of {width}x{height} pixels: {', '.join(remedies)}"
+            ) from error
 
     def sharing(self) -> Sharing:
         """Returns how processes share the work of filling a cache."""
@@ -232,7 +251,7 @@ class NetworkTrainer(ModelFamily):
     def ready_text_encoder(self) -> TextEncoder:
         """Returns the text encoder on the device, read when it is first needed."""
         encoder = self._read_text_encoder()
-        self._to_device(encoder.model)
+        encoder.place(self.device)
         return encoder
 
     def _read_text_encoder(self) -> TextEncoder:
