@@ -34,6 +34,9 @@ logger = logging.getLogger(__name__)
 # Decoded pictures that may wait for the trainer; without the limit large batches would fill the memory.
 _WAITING_PIXELS_BYTES = 512 * 2**20
 
+# Captions that are encoded at a time where the user does not say it and batches are small: they need little memory.
+_LEAST_CAPTIONS_AT_ONCE = 8
+
 
 class TrainingData:
     """All datasets of a run.
@@ -319,7 +322,8 @@ class TrainingData:
 
     @property
     def _text_batch_size(self) -> int:
-        return self._settings.text_encoder_batch_size or max(config.batch_size for config in self.datasets)
+        given = self._settings.text_encoder_batch_size
+        return given or max(_LEAST_CAPTIONS_AT_ONCE, *(config.batch_size for config in self.datasets))
 
     def fill_captions(
         self, epochs: Iterable[int], encode: EncodeCaptions, fingerprint: str, sharing: Sharing = ALONE

@@ -42,6 +42,9 @@ if TYPE_CHECKING:
 
 logger = logging.getLogger(__name__)
 
+_SPARE_BYTES = 2**30
+"""Device memory that must never have been needed if the autoencoder is to stay there between previews."""
+
 
 class NetworkTrainer(ModelFamily):
     """Trains a network (LoRA) on a frozen model."""
@@ -498,9 +501,18 @@ class NetworkTrainer(ModelFamily):
             return self.draw(prompts, seeds)
 
     def _put_autoencoder_away(self) -> None:
-        """Frees the memory that previews needed, where training does not need the autoencoder."""
-        if self.config.data.cache_latents and self.autoencoder is not None:
+        """Takes the autoencoder off the device after previews, unless training needs it or there is memory to spare.
+
+        There is where some of the memory was never needed so far. Before the first step nobody knows what training needs.
+        """
+        from library.memory.room import never_needed_bytes
+
+        if not self.config.data.cache_latents or self.autoencoder is None:
+            return
+        on_device = next(self.autoencoder.model.parameters()).device.type != "cpu"
+        if on_device and (self.loop.step == 0 or never_needed_bytes(self.device) < _SPARE_BYTES):
             self.autoencoder.model.to("cpu")
+            self._free()
 
     def _lora_writer(self) -> LoraWriter:
         from library.training.lora_writer import LoraWriter
