@@ -27,7 +27,7 @@ from library.data.stores import Digest, DiskStore, MemoryStore, Store, digest_of
 from library.data.write_behind import WriteBehind
 from library.errors import DatasetError
 
-__all__ = ["ALONE", "EncodeCaptions", "EncodePixels", "LatentCache", "Sharing", "TextCache"]
+__all__ = ["ALONE", "EncodeCaptions", "EncodePixels", "LatentCache", "LengthOf", "Sharing", "TextCache"]
 
 # Part of every digest: raise it when entries are made differently.
 _VERSION = 1
@@ -41,6 +41,7 @@ _PIXELS_AT_ONCE = 1024 * 1024
 
 EncodePixels = Callable[[torch.Tensor], torch.Tensor]
 EncodeCaptions = Callable[[list[str]], Sequence[torch.Tensor]]
+LengthOf = Callable[[str], int]
 Job = tuple[int, tuple[bool, ...]]
 Unreadable = dict[int, str]
 
@@ -205,6 +206,7 @@ class TextCache:
         batch_size: int,
         sharing: Sharing,
         what: str = "text features",
+        length_of: LengthOf = len,
     ) -> None:
         """Encodes the captions that are missing.
 
@@ -215,6 +217,7 @@ class TextCache:
             batch_size: captions that are encoded at a time.
             sharing: who shares the work.
             what: is encoded, for the progress bar.
+            length_of: grows with what a caption takes; those of like length are encoded together.
 
         Raises:
             DatasetError: the cache folder cannot be written to, or a feature is not finite.
@@ -224,7 +227,7 @@ class TextCache:
             for folder in {captions.get(caption) for caption in missing}:
                 self._disk.check_writable(folder)
         # Of like length, so that little is padded; the longest first, so that too little memory shows at once.
-        ordered = sorted(missing, key=lambda caption: (-len(caption), caption))
+        ordered = sorted(missing, key=lambda caption: (-length_of(caption), caption))
         size = min(batch_size, _even_share(ordered, sharing))
         mine = sharing.share([ordered[start : start + size] for start in range(0, len(ordered), size)])
         made: list[Digest] = []

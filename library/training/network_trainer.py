@@ -246,7 +246,13 @@ class NetworkTrainer(ModelFamily):
             return self.ready_text_encoder().encode(captions)
 
         warn_of_many_captions(self.data, self.plan.num_epochs, self.text_cache_bytes)
-        self.data.fill_captions(range(1, self.plan.num_epochs + 1), encode, self.text_fingerprint(), self.sharing())
+        self.data.fill_captions(
+            range(1, self.plan.num_epochs + 1),
+            encode,
+            self.text_fingerprint(),
+            self.sharing(),
+            length_of=lambda caption: self.text_cache_bytes([caption]),
+        )
         self.encode_prompts()
         self.text_encoder = None
         self._free()

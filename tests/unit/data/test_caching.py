@@ -250,6 +250,15 @@ def test_texts_are_encoded_once_in_batches_of_like_length(tmp_path: Path) -> Non
     assert encoder.batches == [["xxx", "xx"], ["x"]]
 
 
+def test_length_is_what_the_caller_says(tmp_path: Path) -> None:
+    make_pictures(tmp_path, {"a.png": (64, 64)})
+    data = build(tmp_path, cache_text_encoder_outputs=True, text_encoder_batch_size=2)
+    encoder = FakeTextEncoder()
+    captions = ["one", "a b c", "three", "four five"]
+    data.fill_text(captions, encoder, "te-1", length_of=lambda caption: len(caption.split()))
+    assert encoder.batches == [["a b c", "four five"], ["one", "three"]]
+
+
 def test_entries_are_bf16_safetensors_named_by_their_digest(tmp_path: Path) -> None:
     make_pictures(tmp_path, {"a.png": (64, 64)})
     _latents_made(tmp_path)
