@@ -539,7 +539,8 @@ class NetworkTrainer(ModelFamily):
             resolution_px=self.data.datasets[0].resolution,
             model_files={**self.model_metadata(), **self.base_weights.metadata()},
         )
-        hashes = FileHashes(self.hashed_files()) if self.processes.is_main else None
+        wanted = self.processes.is_main and not config.output.no_metadata
+        hashes = FileHashes(self.hashed_files()) if wanted else None
         return LoraWriter(config, self.network, self.weights, RunMetadata(config, facts, hashes))
 
     def finish(self) -> None:
