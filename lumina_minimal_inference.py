@@ -12,20 +12,22 @@ import sys
 if sys.version_info < (3, 11):
     sys.exit("This program needs Python 3.11 or newer; this is Python %d.%d." % sys.version_info[:2])
 
+import contextlib
 import dataclasses
 import io
 import logging
 import random
 import time
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
 from library.command_line import build_parser, read_command_line
 from library.console import run_program
-from library.errors import NetworkError, SettingsError, UserError
+from library.errors import DrawingError, NetworkError, SettingsError, UserError
 from library.files import check_writable, read_safetensors_header, write_with
+from library.importing import uncollected_imports
 from library.lumina.prompt_template import PromptTemplate
 from library.memory.settings import AttentionSettings, Quantisation, QuantisationSettings
 from library.prompts import MAX_SEED, MAX_SIZE_PX, MAX_STEPS, Prompt, PromptError, parse_line, parse_multiplier
@@ -204,11 +206,12 @@ class Painter:
         Raises:
             UserError: a model or LoRA file is wrong.
         """
-        from accelerate import PartialState
+        with uncollected_imports():
+            from accelerate import PartialState
 
-        from library.lumina import loading
-        from library.memory.attention import Workload, choose_attention
-        from library.memory.host_memory import keep_freed_memory
+            from library.lumina import loading
+            from library.memory.attention import Workload, choose_attention
+            from library.memory.host_memory import keep_freed_memory
 
         self._pictures = pictures
         self._offload = models.offload
@@ -256,8 +259,10 @@ class Painter:
         self._merged = models.merge_lora_weights
         self.networks = [] if self._merged else [self._attach(*split_lora(text)) for text in models.lora_weights]
         if not self._offload:
-            for model in (self.encoder.model, self.dit, self.autoencoder.model):
-                model.to(self.device)
+            with self._enough_memory("the three models"):
+                self.encoder.place(self.device)
+                for model in (self.dit, self.autoencoder.model):
+                    model.to(self.device)
 
     def _quantising(self, kind: Quantisation | None) -> BlockFinish | None:
         """Returns what quantises a block as soon as it is read."""
@@ -354,7 +359,7 @@ class Painter:
             cfg_trunc_ratio=prompt.cfg_trunc_ratio,
             renorm_cfg=prompt.renorm_cfg,
         )
-        with torch.no_grad():
+        with torch.no_grad(), self._enough_memory(f"a picture of {prompt.width}x{prompt.height}"):
             positive, negative = self._encode(prompt)
             self._place(self.dit)
             size_px = (prompt.width, prompt.height)
@@ -369,8 +374,29 @@ class Painter:
         logger.info("Saved %s (seed %d)", path, seed)
         return path
 
+    @contextlib.contextmanager
+    def _enough_memory(self, what: str) -> Iterator[None]:
+        """Says what to do where the block finds the device's memory too small.
+
+        Raises:
+            DrawingError: it is.
+        """
+        import torch
+
+        try:
+            yield
+        except torch.OutOfMemoryError as error:
+            remedy = (
+                "give a smaller picture with --image_width and --image_height"
+                if self._offload
+                else "--offload keeps only the model that computes there"
+            )
+            raise DrawingError(f"the memory of {self.device} is too small for {what}; {remedy}") from error
+
     def _encode(self, prompt: Prompt) -> tuple[Tensor, Tensor]:
-        self._place(self.encoder.model)
+        import torch
+
+        self.encoder.place(self.device)
         num_tokens = self.encoder.tokenizer.count(self.encoder.template.text(prompt.prompt))
         if num_tokens > self._pictures.gemma2_max_token_length:
             logger.warning(
@@ -381,7 +407,9 @@ class Painter:
             )
         (positive,) = self.encoder.encode([prompt.prompt])
         (negative,) = self.encoder.encode([prompt.negative_prompt], self._pictures.negative_template)
-        self._put_away(self.encoder.model)
+        if self._offload:
+            self.encoder.place(torch.device("cpu"))
+            self._free()
         return positive, negative
 
     def _place(self, model: torch.nn.Module) -> None:
@@ -390,11 +418,14 @@ class Painter:
 
     def _put_away(self, model: torch.nn.Module) -> None:
         if self._offload:
-            import torch
-
             model.to("cpu")
-            if self.device.type == "cuda":
-                torch.cuda.empty_cache()
+            self._free()
+
+    def _free(self) -> None:
+        import torch
+
+        if self.device.type == "cuda":
+            torch.cuda.empty_cache()
 
     def _free_path(self, seed: int) -> Path:
         name = f"image_{time.strftime('%Y%m%d%H%M%S')}_{seed}"

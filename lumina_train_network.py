@@ -118,14 +118,14 @@ class LuminaNetworkTrainer(NetworkTrainer):
     def load_autoencoder(self, dtype: torch.dtype) -> Autoencoder:
         from library.lumina.loading import load_autoencoder
 
-        return load_autoencoder(self.files.ae, dtype, self.processes.is_main)
+        return load_autoencoder(self.files.ae, dtype, self.processes.is_main, self.config.memory.vae_tiling)
 
     def latent_fingerprint(self) -> str:
         from library.lumina.loading import autoencoder_fingerprint
 
         if not self.config.data.cache_latents_to_disk:
             return "this run"
-        return autoencoder_fingerprint(self.files.ae, self.autoencoder_dtype)
+        return autoencoder_fingerprint(self.files.ae, self.autoencoder_dtype, self.config.memory.vae_tiling)
 
     def load_model(self, dtype: torch.dtype, reading: Reading) -> nn.Module:
         from library.lumina.loading import load_next_dit
@@ -263,8 +263,7 @@ class LuminaNetworkTrainer(NetworkTrainer):
             return batch.latents.to(self.device, torch.float32)
         if batch.pixels is None:
             raise RuntimeError("a batch holds neither latents nor pixels")
-        with torch.no_grad():
-            return self.ready_autoencoder().encode(batch.pixels.to(self.device)).float()
+        return self.encode_pictures(batch.pixels).float()
 
     def _input_noise(self, noise: Tensor, keys: Sequence[int]) -> Tensor:
         from library import keyed_random

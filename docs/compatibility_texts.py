@@ -70,7 +70,7 @@ BETTER_FLAGS: dict[str, str] = {
     # caches
     "cache_latents": "the most likely latents are kept, not one random draw of them",
     "cache_latents_to_disk": _FOUND,
-    "vae_batch_size": "pictures are read by several threads, whatever the batch",
+    "vae_batch_size": "without it as many as have the pixels of one of 1024 x 1024; pictures are read ahead by threads",
     "cache_text_encoder_outputs": "freezes Gemma2 instead of training it on captions that are not used",
     "cache_text_encoder_outputs_to_disk": _FOUND + "; only real tokens are kept, in 16 bits",
     "max_data_loader_n_workers": _WORKERS,

@@ -14,6 +14,7 @@ import os
 import re
 import shutil
 import tempfile
+import threading
 from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -26,6 +27,7 @@ if TYPE_CHECKING:
 _CHUNK_BYTES = 8 * 2**20
 _LONGEST_IN_TEMPORARY_BYTES = 220  # with what comes behind it a name stays within the 255 bytes of file systems
 _PARTIAL, _REMOVED = ".partial", ".removed"
+_UMASK = threading.Lock()
 
 
 @contextlib.contextmanager
@@ -48,8 +50,9 @@ def replacing(path: Path) -> Iterator[Path]:
 
 
 def _umask() -> int:
-    current = os.umask(0)
-    os.umask(current)
+    with _UMASK:  # it can only be read by changing it, and is the whole program's
+        current = os.umask(0)
+        os.umask(current)
     return current
 
 

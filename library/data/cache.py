@@ -3,6 +3,9 @@
 Nothing here knows a model: encoders come in as callables with a fingerprint, a text that differs whenever the encoder
 would give other numbers. Work is split over processes; ``gather`` exchanges a list with all of them and is also what
 they wait for each other with. Every process asks for the same things in the same order.
+
+The encoder is never waited for and waits for nothing but pictures: threads read ahead of it, and another one fetches what
+it gave from the device, one transfer a batch, tests and writes it.
 """
 
 from __future__ import annotations
@@ -20,9 +23,10 @@ from library.data.items import Item
 from library.data.prefetch import prefetch
 from library.data.sharing import ALONE, Sharing
 from library.data.stores import Digest, DiskStore, MemoryStore, Store, digest_of
+from library.data.write_behind import WriteBehind
 from library.errors import DatasetError
 
-__all__ = ["ALONE", "EncodeCaptions", "EncodePixels", "LatentCache", "Sharing", "TextCache"]
+__all__ = ["ALONE", "EncodeCaptions", "EncodePixels", "LatentCache", "LengthOf", "Sharing", "TextCache"]
 
 # Part of every digest: raise it when entries are made differently.
 _VERSION = 1
@@ -30,8 +34,13 @@ _VERSION = 1
 # Entries that each process sends at a time: a whole cache at once would need its size twice.
 _EXCHANGED_AT_ONCE = 64
 
+# Pixels that are encoded at a time where the user does not say how many pictures: those of one picture of usual size, so
+# that a batch never needs more memory than such a picture. More do not make a GPU faster.
+_PIXELS_AT_ONCE = 1024 * 1024
+
 EncodePixels = Callable[[torch.Tensor], torch.Tensor]
 EncodeCaptions = Callable[[list[str]], Sequence[torch.Tensor]]
+LengthOf = Callable[[str], int]
 Job = tuple[int, tuple[bool, ...]]
 Unreadable = dict[int, str]
 
@@ -73,7 +82,7 @@ class LatentCache:
         items: Sequence[Item],
         encode: EncodePixels,
         fingerprint: str,
-        batch_size: int,
+        batch_size: int | None,
         sharing: Sharing,
     ) -> Unreadable:
         """Encodes what is missing and returns the pictures that could not be read, with the reason.
@@ -82,7 +91,8 @@ class LatentCache:
             items: all pictures, the same on every process.
             encode: pixels (B, 3, H, W) float32 in [-1, 1] on the CPU -> latents (B, C, h, w) on any device.
             fingerprint: of the encoder.
-            batch_size: pictures of one bucket that are encoded at a time.
+            batch_size: pictures of one bucket that are encoded at a time; ``None``: as many as together have the
+                pixels of one of 1024 x 1024.
             sharing: who shares the work.
 
         Raises:
@@ -93,11 +103,11 @@ class LatentCache:
         if self._disk and self._places and jobs:
             for image_dir in {by_index[index].subset.image_dir for index, _ in jobs}:
                 self._disk.check_writable(self._places.folder(image_dir))
-        chunks = _chunks_of_one_bucket(jobs, by_index, batch_size)
+        chunks = _chunks_of_one_bucket(jobs, by_index, batch_size, _even_share(jobs, sharing))
         mine = sharing.share(chunks)
         made: list[Digest] = []
         failed: Unreadable = {}
-        with sharing.bar(len(jobs), "Caching latents", "picture") as bar:
+        with sharing.bar(len(jobs), "Caching latents", "picture") as bar, WriteBehind() as writer:
             for chunk in prefetch(mine, lambda chunk: _decode(chunk, by_index), self._num_workers):
                 failed |= {index: result for index, _, result in chunk if isinstance(result, str)}
                 pixels = [
@@ -106,8 +116,11 @@ class LatentCache:
                     if not isinstance(result, str)
                     for flip in flips
                 ]
-                for start in range(0, len(pixels), batch_size):
-                    made += self._encode(pixels[start : start + batch_size], encode)
+                for start in range(0, len(pixels), len(chunk)):
+                    batch = pixels[start : start + len(chunk)]
+                    with torch.no_grad():
+                        latents = encode(torch.stack([tensor for _, _, tensor in batch]))
+                    writer.submit(self._keep, [(item, flip) for item, flip, _ in batch], latents, made)
                 bar.update(len(chunk))
         exchange(self._store, made, sharing)
         unreadable |= dict(sharing.union(failed.items()))
@@ -122,14 +135,11 @@ class LatentCache:
         """Returns the latent (C, h, w) bfloat16 of a picture; ``fill`` or ``missing`` came before."""
         return self._store.get(self._digest(item, flip))
 
-    def _encode(self, pixels: list[tuple[Item, bool, torch.Tensor]], encode: EncodePixels) -> list[Digest]:
-        with torch.no_grad():
-            latents = encode(torch.stack([tensor for _, _, tensor in pixels]))
-        # One transfer and one test for the whole batch.
+    def _keep(self, batch: list[tuple[Item, bool]], latents: torch.Tensor, made: list[Digest]) -> None:
+        """Keeps the latents (B, C, h, w) of a batch and adds their names to ``made``."""
         latents = latents.detach().cpu()
         finite = torch.isfinite(latents).flatten(1).all(dim=1).tolist()
-        made = []
-        for (item, flip, _), latent, good in zip(pixels, latents, finite, strict=True):
+        for (item, flip), latent, good in zip(batch, latents, finite, strict=True):
             if not good:
                 raise DatasetError(
                     f"Encoding {item.path} gave numbers that are not finite; run the autoencoder in float32 "
@@ -138,7 +148,6 @@ class LatentCache:
             digest = self._digest(item, flip)
             self._store.put(digest, latent, self._places.folder(item.subset.image_dir) if self._places else None)
             made.append(digest)
-        return made
 
     def _digest(self, item: Item, flip: bool) -> Digest:
         if self._places is None:
@@ -194,6 +203,7 @@ class TextCache:
         batch_size: int,
         sharing: Sharing,
         what: str = "text features",
+        length_of: LengthOf = len,
     ) -> None:
         """Encodes the captions that are missing.
 
@@ -204,6 +214,7 @@ class TextCache:
             batch_size: captions that are encoded at a time.
             sharing: who shares the work.
             what: is encoded, for the progress bar.
+            length_of: grows with what a caption takes; those of like length are encoded together.
 
         Raises:
             DatasetError: the cache folder cannot be written to, or a feature is not finite.
@@ -213,23 +224,32 @@ class TextCache:
             for folder in {captions.get(caption) for caption in missing}:
                 self._disk.check_writable(folder)
         # Of like length, so that little is padded; the longest first, so that too little memory shows at once.
-        ordered = sorted(missing, key=lambda caption: (-len(caption), caption))
-        mine = sharing.share([ordered[start : start + batch_size] for start in range(0, len(ordered), batch_size)])
-        made = []
-        with sharing.bar(len(missing), f"Caching {what}", "caption") as bar:
+        ordered = sorted(missing, key=lambda caption: (-length_of(caption), caption))
+        size = min(batch_size, _even_share(ordered, sharing))
+        mine = sharing.share([ordered[start : start + size] for start in range(0, len(ordered), size)])
+        made: list[Digest] = []
+        with sharing.bar(len(missing), f"Caching {what}", "caption") as bar, WriteBehind() as writer:
             for chunk in mine:
                 with torch.no_grad():
                     features = encode(chunk)
-                for caption, feature in zip(chunk, features, strict=True):
-                    if not bool(torch.isfinite(feature).all()):
-                        raise DatasetError(f"Encoding the caption {caption!r} gave numbers that are not finite.")
-                    digest = self._digest(caption)
-                    self._store.put(digest, feature, captions.get(caption))
-                    made.append(digest)
+                writer.submit(self._keep, [(caption, captions.get(caption)) for caption in chunk], features, made)
                 bar.update(len(chunk))
         exchange(self._store, made, sharing)
         if any(self._digest(caption) not in self._store for caption in missing):
             raise not_shared()
+
+    def _keep(self, batch: list[tuple[str, Path | None]], features: Sequence[torch.Tensor], made: list[Digest]) -> None:
+        """Keeps the features (L_i, D) of captions in their folders and adds their names to ``made``."""
+        lengths = [len(feature) for feature in features]
+        joined = torch.cat([feature.detach() for feature in features]).cpu()
+        finite = torch.isfinite(joined).all(dim=1)
+        parts = zip(batch, joined.split(lengths), finite.split(lengths), strict=True)
+        for (caption, folder), feature, good in parts:
+            if not bool(good.all()):
+                raise DatasetError(f"Encoding the caption {caption!r} gave numbers that are not finite.")
+            digest = self._digest(caption)
+            self._store.put(digest, feature, folder)
+            made.append(digest)
 
     def get(self, caption: str) -> torch.Tensor:
         """Returns the features (L, D) bfloat16 of a caption; ``fill`` or ``missing`` came before."""
@@ -239,12 +259,20 @@ class TextCache:
         return digest_of("text", _VERSION, caption, self._fingerprint)
 
 
+def _even_share(work: Sequence, sharing: Sharing) -> int:
+    """Returns the largest batch that leaves no process without work; 1 at least."""
+    return max(1, -(-len(work) // sharing.count))
+
+
 def _flips(subset: SubsetConfig) -> tuple[bool, ...]:
     return (False, True) if subset.flip_aug else (False,)
 
 
-def _chunks_of_one_bucket(jobs: list[Job], by_index: Mapping[int, Item], size: int) -> list[list[Job]]:
-    """Returns the jobs in lists of up to ``size`` pictures of one bucket; large ones first: memory shows at once."""
+def _chunks_of_one_bucket(
+    jobs: list[Job], by_index: Mapping[int, Item], size: int | None, limit: int
+) -> list[list[Job]]:
+    """Returns the jobs in lists of pictures of one bucket, up to ``size`` and ``limit``; large ones first: memory shows at
+    once."""
 
     def order(job: Job) -> tuple[int, tuple[int, int], int]:
         width, height = by_index[job[0]].bucket_px
@@ -252,8 +280,10 @@ def _chunks_of_one_bucket(jobs: list[Job], by_index: Mapping[int, Item], size: i
 
     chunks: list[list[Job]] = []
     for job in sorted(jobs, key=order):
-        fits = chunks and len(chunks[-1]) < size
-        if fits and by_index[chunks[-1][0][0]].bucket_px == by_index[job[0]].bucket_px:
+        width, height = by_index[job[0]].bucket_px
+        most = min(limit, size or max(1, _PIXELS_AT_ONCE // (width * height)))
+        fits = chunks and len(chunks[-1]) < most
+        if fits and by_index[chunks[-1][0][0]].bucket_px == (width, height):
             chunks[-1].append(job)
         else:
             chunks.append([job])

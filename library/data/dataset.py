@@ -13,7 +13,7 @@ from library import keyed_random
 from library.data import captions as caption_rules
 from library.data import regularisation
 from library.data.building import build_items, undecodable, warn_unreadable
-from library.data.cache import EncodeCaptions, EncodePixels, LatentCache, TextCache
+from library.data.cache import EncodeCaptions, EncodePixels, LatentCache, LengthOf, TextCache
 from library.data.cache_places import CachePlaces
 from library.data.caption_plan import CaptionPlan, Clock, draw_key
 from library.data.config import DatasetConfig, load_dataset_config
@@ -33,6 +33,9 @@ logger = logging.getLogger(__name__)
 
 # Decoded pictures that may wait for the trainer; without the limit large batches would fill the memory.
 _WAITING_PIXELS_BYTES = 512 * 2**20
+
+# Captions that are encoded at a time where the user does not say it and batches are small: they need little memory.
+_LEAST_CAPTIONS_AT_ONCE = 8
 
 
 class TrainingData:
@@ -300,6 +303,7 @@ class TrainingData:
         encode: EncodeCaptions,
         fingerprint: str,
         sharing: Sharing = ALONE,
+        length_of: LengthOf = len,
     ) -> None:
         """Encodes the captions that are missing. All processes call it.
 
@@ -308,6 +312,7 @@ class TrainingData:
             encode: texts -> one (L_i, D) tensor each.
             fingerprint: of the text encoder with its system prompt and token limit.
             sharing: with whom the work is shared.
+            length_of: grows with a caption's number of tokens; those of like length are encoded together.
 
         Raises:
             DatasetError: nothing can be written, or a feature is not finite.
@@ -315,14 +320,21 @@ class TrainingData:
         if self.text is None:
             return
         folders = dict(captions) if isinstance(captions, dict) else dict.fromkeys(captions)
-        self.text.fill(folders, encode, fingerprint, self._text_batch_size, sharing)
+        size = self._text_batch_size
+        self.text.fill(folders, encode, fingerprint, size, sharing, length_of=length_of)
 
     @property
     def _text_batch_size(self) -> int:
-        return self._settings.text_encoder_batch_size or max(config.batch_size for config in self.datasets)
+        given = self._settings.text_encoder_batch_size
+        return given or max(_LEAST_CAPTIONS_AT_ONCE, *(config.batch_size for config in self.datasets))
 
     def fill_captions(
-        self, epochs: Iterable[int], encode: EncodeCaptions, fingerprint: str, sharing: Sharing = ALONE
+        self,
+        epochs: Iterable[int],
+        encode: EncodeCaptions,
+        fingerprint: str,
+        sharing: Sharing = ALONE,
+        length_of: LengthOf = len,
     ) -> None:
         """Encodes every caption that these epochs use and that has no entry yet. All processes call it.
 
@@ -333,13 +345,15 @@ class TrainingData:
             encode: texts -> one (L_i, D) tensor each.
             fingerprint: of the text encoder with its system prompt and token limit.
             sharing: with whom the work is shared.
+            length_of: as for :meth:`fill_text`.
 
         Raises:
             DatasetError: nothing can be written, or a feature is not finite.
         """
         if self.text is not None:
             self.text.look_again(fingerprint)
-            self.fill_text(self.text.without_known(self._listed(epochs)), encode, fingerprint, sharing)
+            missing = self.text.without_known(self._listed(epochs))
+            self.fill_text(missing, encode, fingerprint, sharing, length_of)
 
     def extra_text(
         self,

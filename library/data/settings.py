@@ -99,12 +99,16 @@ class DataSettings:
     )
     cache_latents: bool = flag(False, "encode every picture once, before training, and keep the result in memory")
     cache_latents_to_disk: bool = flag(False, "as --cache_latents, kept on disk for the next run")
-    vae_batch_size: int = flag(1, "pictures that are encoded at a time")
+    vae_batch_size: int | None = flag(
+        None, "pictures that are encoded at a time (default: as many as have the pixels of one of 1024 x 1024 together)"
+    )
     cache_text_encoder_outputs: bool = flag(False, "encode every caption once, before training, and keep it in memory")
     cache_text_encoder_outputs_to_disk: bool = flag(
         False, "as --cache_text_encoder_outputs, kept on disk for the next run"
     )
-    text_encoder_batch_size: int | None = flag(None, "captions that are encoded at a time (default: the batch size)")
+    text_encoder_batch_size: int | None = flag(
+        None, "captions that are encoded at a time (default: the batch size, 8 at least)"
+    )
     cache_dir: Path | None = flag(
         None, "folder for everything cached on disk (default: a folder lumina_cache beside the pictures)"
     )

@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING, Any, Generic, TypeVar
 
 from tqdm import tqdm
 
+from library.console import process_rank
 from library.errors import ModelFileError, some
 from library.file_hashes import remembered
 from library.lumina.checkpoint_files import Checkpoint, TensorEntry
@@ -75,7 +76,9 @@ class ComponentFile(Generic[ConfigT]):
         def compute() -> str:
             digest = hashlib.blake2b(digest_size=16)
             total = sum(entry.end - entry.start for _, entry in entries)
-            bar = tqdm(total=total, desc=f"Hashing {self.path.name}", unit="B", unit_scale=True, delay=2, leave=False)
+            hidden = process_rank() > 0  # the others hash it too, and see the same
+            what = f"Hashing {self.path.name}"
+            bar = tqdm(total=total, desc=what, unit="B", unit_scale=True, delay=2, leave=False, disable=hidden)
             with _OpenFiles() as files, bar:
                 for name, entry in entries:
                     digest.update(f"{name} {entry.dtype} {list(self.sources[name].shape)}".encode())

@@ -117,9 +117,9 @@ def gemma2_fingerprint(files: ModelFiles, dtype: torch.dtype, max_token_length: 
     return _hash(files.gemma2.fingerprint, dtype, tokenizer.fingerprint, max_token_length, system_prompt)
 
 
-def autoencoder_fingerprint(file: ComponentFile[AutoencoderConfig], dtype: torch.dtype) -> str:
+def autoencoder_fingerprint(file: ComponentFile[AutoencoderConfig], dtype: torch.dtype, tiled: bool = False) -> str:
     """Returns a hash of all that latents depend on besides their picture; the model is not loaded for it."""
-    return _hash(file.fingerprint, dtype)
+    return _hash(file.fingerprint, dtype, *(["tiles"] if tiled else []))
 
 
 def _hash(*parts: object) -> str:
@@ -363,10 +363,10 @@ def load_gemma2(
 
 
 def load_autoencoder(
-    file: ComponentFile[AutoencoderConfig], dtype: torch.dtype, show_progress: bool = True
+    file: ComponentFile[AutoencoderConfig], dtype: torch.dtype, show_progress: bool = True, tiled: bool = False
 ) -> Autoencoder:
-    """Returns the autoencoder: frozen, in evaluation mode, on the CPU; ``dtype`` of all weights."""
+    """Returns the autoencoder: frozen, in evaluation mode, on the CPU; ``dtype`` of all weights, ``tiled`` see there."""
     from library.lumina.autoencoder import Autoencoder, build_autoencoder
 
     model = build_autoencoder(file.config, file.tensors(dtype, show_progress))
-    return Autoencoder(model, file.config)
+    return Autoencoder(model, file.config, tiled)

@@ -73,6 +73,11 @@ class MemorySettings:
         False, "keep the LoRA and its gradients in bf16 too (float32 otherwise, which trains better)"
     )
     no_half_vae: bool = flag(False, "run the autoencoder in float32")
+    vae_tiling: bool = flag(
+        False,
+        "encode and decode pictures of more than 1280 x 1280 pixels in overlapping tiles: bounded memory, but latents"
+        " that differ a little",
+    )
     gradient_checkpointing: bool = flag(
         False, "keep only each block's input and compute the rest again in backward: far less memory, slower"
     )

@@ -24,7 +24,10 @@ class TextEncoder(Protocol):
 
     @property
     def model(self) -> nn.Module:
-        """The module that is moved between devices and trained on."""
+        """The module that is trained on."""
+
+    def place(self, device: torch.device) -> None:
+        """Moves to a device what is to compute there."""
 
     def encode(self, captions: Sequence[str], template: Any = None) -> list[Tensor]:
         """Returns (L_i, D) features of each text's real tokens; as captions, or by the family's ``template`` of others."""

@@ -16,6 +16,7 @@ from typing import TYPE_CHECKING, Any
 
 from library.errors import DatasetError, SettingsError
 from library.files import check_writable
+from library.importing import uncollected_imports
 from library.memory.host_memory import keep_freed_memory
 from library.prompts import Prompt, read_prompt_file
 from library.training.arguments import TrainConfig, all_specs
@@ -44,6 +45,9 @@ if TYPE_CHECKING:
     from library.training.lora_writer import LoraWriter
 
 logger = logging.getLogger(__name__)
+
+_SPARE_BYTES = 2**30
+"""Device memory that must never have been needed if the autoencoder is to stay there between previews."""
 
 
 class NetworkTrainer(ModelFamily):
@@ -110,18 +114,19 @@ class NetworkTrainer(ModelFamily):
 
     def start(self) -> None:
         """Starts torch, the processes and the trackers, and looks the optimizer up."""
-        import torch
-
-        from library.keyed_random import key
-        from library.memory.attention import choose_attention
-        from library.training import optimizers
-        from library.training.hub import HubUploads
-        from library.training.processes import Processes, start_accelerator
-        from library.training.trackers import Trackers, logged_settings
-
         config = self.config
-        optimizers.rehearse(config.optimizer)
-        self.accelerator = start_accelerator(config.memory.mixed_precision, config.schedule.ddp_timeout, config.log)
+        with uncollected_imports():
+            import torch
+
+            from library.keyed_random import key
+            from library.memory.attention import choose_attention
+            from library.training import optimizers
+            from library.training.hub import HubUploads
+            from library.training.processes import Processes, start_accelerator
+            from library.training.trackers import Trackers, logged_settings
+
+            optimizers.rehearse(config.optimizer)
+            self.accelerator = start_accelerator(config.memory.mixed_precision, config.schedule.ddp_timeout, config.log)
         self.processes = Processes(self.accelerator)
         self.device = self.accelerator.device
         if config.quantisation.fp8_fast:
@@ -198,13 +203,32 @@ class NetworkTrainer(ModelFamily):
         """Encodes the pictures that have no cache entry yet, if they are to be cached, and lets the autoencoder go."""
         if not self.config.data.cache_latents:
             return
-
-        def encode(pixels: Tensor) -> Tensor:
-            return self.ready_autoencoder().encode(pixels.to(self.device))
-
-        self.data.fill_latents(encode, self.latent_fingerprint(), self.sharing())
+        self.data.fill_latents(self.encode_pictures, self.latent_fingerprint(), self.sharing())
         self.autoencoder = None
         self._free()
+
+    def encode_pictures(self, pixels: Tensor) -> Tensor:
+        """Returns the latents of pixels (B,3,H,W), which may be on the CPU.
+
+        Raises:
+            SettingsError: the device's memory is too small for one picture.
+        """
+        import torch
+
+        try:
+            return self.ready_autoencoder().encode(pixels)
+        except torch.OutOfMemoryError as error:
+            remedies = ["a smaller --resolution needs less memory"]
+            if self.autoencoder_dtype == torch.float32:
+                remedies.insert(0, "bf16 (--mixed_precision bf16 without --no_half_vae) needs half of it")
+            if not self.config.memory.vae_tiling:
+                remedies.insert(0, "--vae_tiling encodes large pictures in tiles")
+            if not self.config.data.cache_latents:
+                remedies.insert(0, "--cache_latents encodes before the large model is there")
+            height, width = pixels.shape[-2:]
+            raise SettingsError(
+                f"the device's memory is too small to encode a picture of {width}x{height} pixels: {', '.join(remedies)}"
+            ) from error
 
     def sharing(self) -> Sharing:
         """Returns how processes share the work of filling a cache."""
@@ -242,7 +266,13 @@ class NetworkTrainer(ModelFamily):
             return self.ready_text_encoder().encode(captions)
 
         warn_of_many_captions(self.data, self.plan.num_epochs, self.text_cache_bytes)
-        self.data.fill_captions(range(1, self.plan.num_epochs + 1), encode, self.text_fingerprint(), self.sharing())
+        self.data.fill_captions(
+            range(1, self.plan.num_epochs + 1),
+            encode,
+            self.text_fingerprint(),
+            self.sharing(),
+            length_of=lambda caption: self.text_cache_bytes([caption]),
+        )
         self.encode_prompts()
         self.text_encoder = None
         self._free()
@@ -250,7 +280,7 @@ class NetworkTrainer(ModelFamily):
     def ready_text_encoder(self) -> TextEncoder:
         """Returns the text encoder on the device, read when it is first needed."""
         encoder = self._read_text_encoder()
-        self._to_device(encoder.model)
+        encoder.place(self.device)
         return encoder
 
     def _read_text_encoder(self) -> TextEncoder:
@@ -509,9 +539,18 @@ class NetworkTrainer(ModelFamily):
             return self.draw(prompts, seeds)
 
     def _put_autoencoder_away(self) -> None:
-        """Frees the memory that previews needed, where training does not need the autoencoder."""
-        if self.config.data.cache_latents and self.autoencoder is not None:
+        """Takes the autoencoder off the device after previews, unless training needs it or there is memory to spare.
+
+        There is where some of the memory was never needed so far. Before the first step nobody knows what training needs.
+        """
+        from library.memory.room import never_needed_bytes
+
+        if not self.config.data.cache_latents or self.autoencoder is None:
+            return
+        on_device = next(self.autoencoder.model.parameters()).device.type != "cpu"
+        if on_device and (self.loop.step == 0 or never_needed_bytes(self.device) < _SPARE_BYTES):
             self.autoencoder.model.to("cpu")
+            self._free()
 
     def _lora_writer(self) -> LoraWriter:
         from library.training.lora_writer import LoraWriter
@@ -532,7 +571,8 @@ class NetworkTrainer(ModelFamily):
             resolution_px=self.data.datasets[0].resolution,
             model_files={**self.model_metadata(), **self.base_weights.metadata()},
         )
-        hashes = FileHashes(self.hashed_files()) if self.processes.is_main else None
+        wanted = self.processes.is_main and not config.output.no_metadata
+        hashes = FileHashes(self.hashed_files()) if wanted else None
         return LoraWriter(config, self.network, self.weights, RunMetadata(config, facts, hashes))
 
     def finish(self) -> None:

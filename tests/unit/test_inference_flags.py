@@ -1,12 +1,15 @@
-"""Limits of the inference program's flags: the same as those of prompt lines."""
+"""Limits of the inference program's flags, the same as those of prompt lines, and of the device's memory."""
 
 from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
 
 import pytest
+import torch
 
-from library.errors import SettingsError
+from library.errors import DrawingError, SettingsError
 from library.prompts import PromptError, parse_line
-from lumina_minimal_inference import PictureFlags, split_lora
+from lumina_minimal_inference import Painter, PictureFlags, split_lora
 
 
 @pytest.mark.parametrize(
@@ -24,3 +27,13 @@ def test_home_folders_of_lora_files() -> None:
     assert split_lora("~/a.safetensors;0.5") == (Path.home() / "a.safetensors", 0.5)
     with pytest.raises(SettingsError, match="--lora_weights: '~no_such_user_here"):
         split_lora("~no_such_user_here/a.safetensors")
+
+
+@pytest.mark.parametrize(("offload", "remedy"), [(False, "--offload keeps only"), (True, "--image_width")])
+def test_too_little_memory_names_what_helps(offload: bool, remedy: str) -> None:
+    painter: Any = SimpleNamespace(_offload=offload, device=torch.device("cuda"))
+    with (
+        pytest.raises(DrawingError, match=f"the memory of cuda is too small for a picture of 64x96; .*{remedy}"),
+        Painter._enough_memory(painter, "a picture of 64x96"),
+    ):
+        raise torch.OutOfMemoryError("CUDA out of memory")

@@ -1,5 +1,7 @@
+import errno
 import json
 import os
+import threading
 from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
@@ -9,7 +11,8 @@ import torch
 from data_helpers import FakeAutoencoder, FakeProcesses, FakeTextEncoder, build, make_pictures, noise_image
 from safetensors.torch import load_file, save_file
 
-from library.data import images
+from library import files
+from library.data import cache, images
 from library.data.cache import Sharing
 from library.data.dataset import TrainingData
 from library.errors import DatasetError
@@ -73,6 +76,102 @@ def test_pictures_of_one_bucket_are_encoded_together(tmp_path: Path) -> None:
     assert sorted(shape[0] for shape in encoder.batches) == [1, 1, 2, 2]
 
 
+def test_by_itself_a_batch_has_the_pixels_of_one_picture_of_usual_size(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(cache, "_PIXELS_AT_ONCE", 3 * 64 * 64)
+    sizes = {f"{n}.png": (64, 64) for n in range(7)} | {f"w{n}.png": (128, 64) for n in range(2)}
+    make_pictures(tmp_path, sizes | {"large.png": (128, 128)})
+    data = build(tmp_path, cache_latents=True, **{**BUCKETS, "resolution": (128, 128)}, bucket_no_upscale=True)
+    encoder = FakeAutoencoder()
+    data.fill_latents(encoder, "ae-1")
+    batches = [(count, height * width) for count, _, height, width in encoder.batches]
+    # A picture larger than that is encoded alone; the largest come first, so that too little memory shows at once.
+    assert batches == [(1, 128 * 128), (1, 128 * 64), (1, 128 * 64), (3, 64 * 64), (3, 64 * 64), (1, 64 * 64)]
+
+
+def test_by_themselves_captions_of_small_batches_are_encoded_eight_at_a_time(tmp_path: Path) -> None:
+    make_pictures(tmp_path, {f"{n}.png": (64, 64) for n in range(12)})
+    for batch_size, expected in ((1, [8, 4]), (10, [10, 2])):
+        data = build(tmp_path, cache_text_encoder_outputs=True, train_batch_size=batch_size)
+        encoder = FakeTextEncoder()
+        data.fill_text(data.caption_folders([1]), encoder, "te-1")
+        assert [len(batch) for batch in encoder.batches] == expected
+
+
+def test_the_encoder_does_not_wait_for_the_disk(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    make_pictures(tmp_path, SIZES)
+    encoded_more = threading.Event()
+    write = files.write_safetensors
+    late = []
+
+    def slow(path: Path, *rest: Any) -> None:
+        late.append(encoded_more.wait(20))  # until the encoder was asked for the next batch
+        write(path, *rest)
+
+    monkeypatch.setattr(files, "write_safetensors", slow)
+    for fill in ("latents", "text"):
+        encoded_more.clear()
+        data = build(tmp_path, vae_batch_size=1, text_encoder_batch_size=1, **BUCKETS, **DISK)
+        encoders = {"latents": FakeAutoencoder(), "text": FakeTextEncoder()}
+
+        def encode(given: Any, encoder: Any = encoders[fill]) -> Any:
+            if encoder.batches:
+                encoded_more.set()
+            return encoder(given)
+
+        if fill == "latents":
+            data.fill_latents(encode, "ae-1")
+        else:
+            data.fill_text(data.caption_folders([1]), encode, "te-1")
+        assert late == [True] * len(SIZES)
+        late.clear()
+
+
+def test_a_disk_that_fills_up_meanwhile_is_named_and_leaves_whole_entries(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    make_pictures(tmp_path, SIZES)
+    replacing = files.replacing
+    room = iter([True] * 2 + [False] * 100)
+
+    def write(path: Path, tensors: Any, metadata: Any) -> None:
+        with replacing(path) as temporary:
+            save_file(tensors, temporary, metadata)
+            if not next(room):
+                raise OSError(errno.ENOSPC, "No space left on device", str(path))
+
+    with monkeypatch.context() as patch:
+        patch.setattr(files, "write_safetensors", write)
+        data = build(tmp_path, vae_batch_size=1, **BUCKETS, **DISK)
+        with pytest.raises(DatasetError, match=r"lumina_cache cannot be written to \(No space left .* --cache_dir"):
+            data.fill_latents(FakeAutoencoder(), "ae-1")
+        with pytest.raises(DatasetError, match=r"No space left .* --cache_dir"):
+            data.fill_text(data.caption_folders([1]), FakeTextEncoder(), "te-1")
+    entries = list((tmp_path / "lumina_cache" / "latents").iterdir())
+    assert [path.suffix for path in entries] == [".safetensors"] * 2
+    assert not any(path.name.startswith(".") for path in entries)
+    assert _latents_made(tmp_path, **BUCKETS) == len(SIZES) - 2
+
+
+def test_ctrl_c_while_encoding_keeps_what_was_written_whole(tmp_path: Path) -> None:
+    make_pictures(tmp_path, SIZES)
+    encoder = FakeAutoencoder()
+
+    def stopped(pixels: torch.Tensor) -> torch.Tensor:
+        if encoder.encoded == 3:
+            raise KeyboardInterrupt
+        return encoder(pixels)
+
+    data = build(tmp_path, vae_batch_size=1, **BUCKETS, **DISK)
+    with pytest.raises(KeyboardInterrupt):
+        data.fill_latents(stopped, "ae-1")
+    entries = list((tmp_path / "lumina_cache" / "latents").iterdir())
+    assert all(path.suffix == ".safetensors" and not path.name.startswith(".") for path in entries)
+    assert len(entries) <= 3
+    assert _latents_made(tmp_path, **BUCKETS) == len(SIZES) - len(entries)
+
+
 def test_a_second_start_encodes_nothing(tmp_path: Path) -> None:
     make_pictures(tmp_path, SIZES)
     assert _latents_made(tmp_path) == 4
@@ -106,8 +205,6 @@ def test_a_new_mtime_alone_encodes_nothing_but_is_hashed(tmp_path: Path, monkeyp
 
 
 def _count_hashes(monkeypatch: pytest.MonkeyPatch) -> list[str]:
-    from library import files
-
     hashed: list[str] = []
     real = files.sha256_of_file
     monkeypatch.setattr(files, "sha256_of_file", lambda path: hashed.append(path.name) or real(path))
@@ -151,6 +248,15 @@ def test_texts_are_encoded_once_in_batches_of_like_length(tmp_path: Path) -> Non
     encoder = FakeTextEncoder()
     data.fill_text(data.caption_folders([1]), encoder, "te-1")
     assert encoder.batches == [["xxx", "xx"], ["x"]]
+
+
+def test_length_is_what_the_caller_says(tmp_path: Path) -> None:
+    make_pictures(tmp_path, {"a.png": (64, 64)})
+    data = build(tmp_path, cache_text_encoder_outputs=True, text_encoder_batch_size=2)
+    encoder = FakeTextEncoder()
+    captions = ["one", "a b c", "three", "four five"]
+    data.fill_text(captions, encoder, "te-1", length_of=lambda caption: len(caption.split()))
+    assert encoder.batches == [["a b c", "four five"], ["one", "three"]]
 
 
 def test_entries_are_bf16_safetensors_named_by_their_digest(tmp_path: Path) -> None:

@@ -108,3 +108,41 @@ def test_padding_marks_what_is_real() -> None:
     assert mask is not None
     assert mask.sum() == 5
     assert pad_features([torch.ones(8, 3)], multiple_of=4)[1] is None
+
+
+class _CopiedTo:
+    """Stands for copies to a device: nothing is moved, and what was asked for is kept."""
+
+    def __init__(self) -> None:
+        self.copied: list[tuple[torch.Size, torch.device]] = []
+
+    def __call__(self, tensor: torch.Tensor, device: torch.device) -> torch.Tensor:
+        self.copied.append((tensor.shape, device))
+        return tensor
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_embedding_apart_gives_the_same_bits_and_stays_where_it_is(
+    dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    models = tiny_models()
+    tensors = {name: models.gemma2[name].to(dtype) for name in models.gemma2_config.tensor_shapes()}
+    encoder = Gemma2Encoder(build_gemma2(models.gemma2_config, tensors), GemmaTokenizer(models.tokenizer, 40), "")
+    texts = ["a red disc", "ring"]
+    tokens = [encoder.tokenizer.encode(text) for text in texts]
+    longest = max(map(len, tokens))
+    ids = torch.tensor([row + [encoder.tokenizer.pad_id] * (longest - len(row)) for row in tokens])
+    expected = encoder.model(input_ids=ids, use_cache=False).last_hidden_state
+    copies = _CopiedTo()
+    monkeypatch.setattr("library.lumina.gemma2.copied_to", copies)
+    features = encoder.encode(texts)
+    for row, feature in enumerate(features):
+        assert torch.equal(feature, expected[row, : len(tokens[row])])
+    assert copies.copied == [(torch.Size([2, longest, 32]), torch.device("cpu"))]
+    # The meta device stands for another one: what computes goes there, the embedding does not.
+    encoder.place(torch.device("meta"))
+    assert encoder.device.type == "meta"
+    assert encoder.model.embed_tokens.weight.device.type == "cpu"
+    assert encoder.model.rotary_emb.inv_freq.device.type == "meta"
+    assert {tensor.device.type for block in encoder.blocks for tensor in block.parameters()} == {"meta"}
+    assert len(encoder.blocks) == models.gemma2_config.num_layers_used

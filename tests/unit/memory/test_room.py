@@ -1,0 +1,17 @@
+import pytest
+import torch
+
+from library.memory.room import never_needed_bytes
+
+
+def test_without_a_device_there_is_no_limit() -> None:
+    assert never_needed_bytes(torch.device("cpu")) == float("inf")
+
+
+def test_what_others_hold_and_what_was_once_needed_is_not_to_spare(monkeypatch: pytest.MonkeyPatch) -> None:
+    gib = 2**30
+    # Of 24 GiB others hold 2, torch holds 8 and once held 15.
+    monkeypatch.setattr(torch.cuda, "mem_get_info", lambda device: (14 * gib, 24 * gib))
+    monkeypatch.setattr(torch.cuda, "memory_reserved", lambda device: 8 * gib)
+    monkeypatch.setattr(torch.cuda, "max_memory_reserved", lambda device: 15 * gib)
+    assert never_needed_bytes(torch.device("cuda")) == 7 * gib
