@@ -26,6 +26,7 @@ from library.console import run_program
 from library.errors import NetworkError, SettingsError, UserError
 from library.files import check_writable, read_safetensors_header, write_with
 from library.lumina.prompt_template import PromptTemplate
+from library.memory.settings import MemorySettings, check_blocks_to_swap
 from library.prompts import MAX_SEED, MAX_SIZE_PX, MAX_STEPS, Prompt, PromptError, parse_line, parse_multiplier
 from library.settings import expanded, flag, from_given, specs_of
 
@@ -64,12 +65,18 @@ class ModelFlags:
     ae_dtype: Dtype = flag("bf16", "precision of the autoencoder")
     device: str | None = flag(None, "where to compute, such as cuda or cpu; the best one when left out")
     offload: bool = flag(False, "keep only the model that is computing on the device, the others in host memory")
+    blocks_to_swap: int | None = flag(
+        None,
+        "keep the weights of this many of the Next-DiT's blocks in host memory and copy them to the GPU ahead of use, as in"
+        " training",
+    )
     use_flash_attn: bool = flag(False, "no effect: torch's attention picks the fastest exact kernel itself")
     use_sage_attn: bool = flag(False, "no effect: torch's attention picks the fastest exact kernel itself")
 
     def __post_init__(self) -> None:
         if self.pretrained_model_name_or_path is None:
             raise SettingsError("--pretrained_model_name_or_path is missing; give the Lumina Image 2.0 file or folder")
+        check_blocks_to_swap(self.blocks_to_swap)
         if self.dtype in ("fp16", "float16"):
             raise SettingsError(f"--dtype {self.dtype}: this model overflows in fp16 and draws black; use bf16 or fp32")
         for text in self.lora_weights:
@@ -201,6 +208,7 @@ class Painter:
 
         from library.lumina import loading
         from library.memory.attention import sdpa_attention
+        from library.memory.prepare import prepare_blocks, streamed_blocks, warn_where_useless
 
         self._pictures = pictures
         self._offload = models.offload
@@ -216,6 +224,7 @@ class Painter:
                 ae_flag="--ae_path",
             )
         )
+        check_blocks_to_swap(models.blocks_to_swap, files.dit.config.num_layers)
         check_writable("--output_dir", pictures.output_dir)
         self._check_loras(models, files)
         logger.info("Reading the models")
@@ -226,9 +235,13 @@ class Painter:
         self.autoencoder = loading.load_autoencoder(files.ae, to_dtype(models.ae_dtype))
         self.networks = [self._add_lora(*split_lora(text), models.merge_lora_weights) for text in models.lora_weights]
         self._merged = models.merge_lora_weights
+        memory = MemorySettings(blocks_to_swap=models.blocks_to_swap)
+        warn_where_useless(memory, self.device)
+        self._streamed = streamed_blocks(list(self.dit.layers), models.blocks_to_swap, self.device)
+        self._stream = prepare_blocks(self.dit.layers, memory, self.device, streamed=self._streamed)
         if not self._offload:
             for model in (self.encoder.model, self.dit, self.autoencoder.model):
-                model.to(self.device)
+                self._move(model, self.device)
 
     def _check_loras(self, models: ModelFlags, files: ModelFiles) -> None:
         """Fits the LoRA files to models without weights: a wrong file must show before gigabytes are read."""
@@ -333,15 +346,22 @@ class Painter:
         self._put_away(self.encoder.model)
         return positive, negative
 
+    def _move(self, model: torch.nn.Module, device: torch.device) -> None:
+        from library.memory.prepare import place
+
+        place(model, device, besides=self._streamed)
+
     def _place(self, model: torch.nn.Module) -> None:
         if self._offload:
-            model.to(self.device)
+            self._move(model, self.device)
 
     def _put_away(self, model: torch.nn.Module) -> None:
         if self._offload:
             import torch
 
-            model.to("cpu")
+            self._move(model, torch.device("cpu"))
+            if model is self.dit and self._stream is not None:
+                self._stream.free()
             if self.device.type == "cuda":
                 torch.cuda.empty_cache()
 

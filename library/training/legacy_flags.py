@@ -67,8 +67,6 @@ REFUSED: tuple[FlagSpec, ...] = (
     ),
     _row("fp8_base", bool, False, "fp8 is not available yet"),
     _row("fp8_base_unet", bool, False, "fp8 is not available yet"),
-    _row("blocks_to_swap", int, None, "block swapping is not available yet; use --gradient_checkpointing"),
-    _row("cpu_offload_checkpointing", bool, False, "not available yet; use --gradient_checkpointing"),
     _row("deepspeed", bool, False, "not available yet; several GPUs work without it"),
     _row("zero_stage", int, 2, "DeepSpeed is not available yet"),
     _row("offload_optimizer_device", str, None, "DeepSpeed is not available yet", ("cpu", "nvme")),
