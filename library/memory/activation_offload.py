@@ -247,6 +247,5 @@ class _Pages:
 def _settle(transport: Transport, unsettled: deque[_InFlight], pages: _Pages) -> None:
     """Lets go of memory whose copies nobody waited for."""
     while unsettled:
-        in_flight = unsettled.popleft()
-        transport.wait(in_flight.token)
-        pages.give_back(in_flight.pages)
+        transport.wait(unsettled[0].token)  # before it is taken off: an interrupt must not let go of it
+        pages.give_back(unsettled.popleft().pages)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import copy
 from collections.abc import Callable, Sequence
+from typing import Any
 
 import pytest
 import torch
@@ -178,6 +179,73 @@ MODES = {
 @pytest.mark.parametrize("script", SCRIPTS)
 def test_results_are_the_same_bit_for_bit(script: Callable, chosen: list[int], mode: dict[str, bool]) -> None:
     Streamed(chosen, **mode).check(script)
+
+
+class StoppedTransport(LateTransport):
+    """Raises, as Ctrl+C would, before one of the calls, or behind it where it orders a copy."""
+
+    is_late = False
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.calls_left = -1
+
+    def _call(self) -> None:
+        self.calls_left -= 1
+        if self.calls_left == 0:
+            raise KeyboardInterrupt
+
+    def mark(self) -> Any:
+        self._call()
+        return super().mark()
+
+    def copy(self, *arguments: Any, **named: Any) -> Any:
+        if not self.is_late:
+            self._call()
+        order = super().copy(*arguments, **named)
+        if self.is_late:
+            self._call()
+        return order
+
+    def wait(self, token: Any) -> None:
+        self._call()
+        super().wait(token)
+
+
+@pytest.mark.parametrize(
+    ("mode", "is_late"),
+    # Training steps are not interrupted; previews, of which nothing is offloaded, are.
+    [*((mode, False) for mode in MODES), ("plain", True), ("recomputed", True)],
+)
+def test_the_next_pass_starts_clean_wherever_the_last_one_stopped(
+    monkeypatch: pytest.MonkeyPatch, mode: str, is_late: bool
+) -> None:
+    monkeypatch.setitem(globals(), "LateTransport", StoppedTransport)
+    monkeypatch.setattr(StoppedTransport, "is_late", is_late)
+    parts = Streamed(**MODES[mode])
+    x = torch.randn(3, 7, WIDTH, generator=torch.Generator().manual_seed(0))
+    expected = run(parts.plain, x).square().mean()
+    expected.backward()
+    stopped, was_stopped = 0, True
+    while was_stopped:  # at every call that a step makes, one after the other
+        stopped += 1
+        parts.transport.calls_left = stopped
+        was_stopped = False
+        try:
+            run(parts.blocks, x).square().mean().backward()
+        except KeyboardInterrupt:
+            was_stopped = True
+        parts.transport.calls_left = -1
+        for block in parts.blocks:
+            block.lora.grad = None
+        with parts.transport.watched():
+            loss = run(parts.blocks, x).square().mean()
+            loss.backward()
+        assert torch.equal(loss, expected), stopped
+        for ours, theirs in zip(parts.blocks, parts.plain, strict=True):
+            assert torch.equal(ours.lora.grad, theirs.lora.grad), stopped
+            ours.lora.grad = None
+    assert stopped > 20
 
 
 def broken(message: str) -> pytest.RaisesExc[AssertionError]:
