@@ -29,7 +29,13 @@ from library.errors import DrawingError, NetworkError, SettingsError, UserError
 from library.files import check_writable, read_safetensors_header, write_with
 from library.importing import uncollected_imports
 from library.lumina.prompt_template import PromptTemplate
-from library.memory.settings import AttentionSettings, Quantisation, QuantisationSettings
+from library.memory.settings import (
+    AttentionSettings,
+    MemorySettings,
+    Quantisation,
+    QuantisationSettings,
+    check_blocks_to_swap,
+)
 from library.prompts import MAX_SEED, MAX_SIZE_PX, MAX_STEPS, Prompt, PromptError, parse_line, parse_multiplier
 from library.settings import expanded, flag, from_given, specs_of
 
@@ -69,10 +75,16 @@ class ModelFlags:
     ae_dtype: Dtype = flag("bf16", "precision of the autoencoder")
     device: str | None = flag(None, "where to compute, such as cuda or cpu; the best one when left out")
     offload: bool = flag(False, "keep only the model that is computing on the device, the others in host memory")
+    blocks_to_swap: int | None = flag(
+        None,
+        "keep the weights of this many of the Next-DiT's blocks in host memory and copy them to the GPU ahead of use, as in"
+        " training",
+    )
 
     def __post_init__(self) -> None:
         if self.pretrained_model_name_or_path is None:
             raise SettingsError("--pretrained_model_name_or_path is missing; give the Lumina Image 2.0 file or folder")
+        check_blocks_to_swap(self.blocks_to_swap)
         if self.dtype in ("fp16", "float16"):
             raise SettingsError(f"--dtype {self.dtype}: this model overflows in fp16 and draws black; use bf16 or fp32")
         for text in self.lora_weights:
@@ -212,6 +224,7 @@ class Painter:
             from library.lumina import loading
             from library.memory.attention import Workload, choose_attention
             from library.memory.host_memory import keep_freed_memory
+            from library.memory.prepare import prepare_blocks, streamed_blocks, warn_where_useless
 
         self._pictures = pictures
         self._offload = models.offload
@@ -233,6 +246,7 @@ class Painter:
                 ae_flag="--ae_path",
             )
         )
+        check_blocks_to_swap(models.blocks_to_swap, files.dit.config.num_layers)
         check_writable("--output_dir", pictures.output_dir)
         encoder_change, dit_change = self._check_loras(models, files)
         sizes, dtype = files.dit.config, to_dtype(models.dtype)
@@ -246,31 +260,35 @@ class Painter:
             pictures.gemma2_max_token_length,
             pictures.caption_template,
             change=encoder_change,
-            finish=self._quantising(quantisation.text_encoder),
+            finish=self._quantising(quantisation.text_encoder, self._offload),
         )
         self.dit = loading.load_next_dit(
             files.dit,
             to_dtype(models.dtype),
             attention=chosen.function,
             change=dit_change,
-            finish=self._quantising(quantisation.transformer),
+            finish=self._quantising(quantisation.transformer, self._offload or bool(models.blocks_to_swap)),
         )
         self.autoencoder = loading.load_autoencoder(files.ae, to_dtype(models.ae_dtype))
         self._merged = models.merge_lora_weights
         self.networks = [] if self._merged else [self._attach(*split_lora(text)) for text in models.lora_weights]
+        memory = MemorySettings(blocks_to_swap=models.blocks_to_swap)
+        warn_where_useless(memory, self.device)
+        self._streamed = streamed_blocks(list(self.dit.layers), models.blocks_to_swap, self.device)
+        self._stream = prepare_blocks(self.dit.layers, memory, self.device, streamed=self._streamed)
         if not self._offload:
             with self._enough_memory("the three models"):
                 self.encoder.place(self.device)
                 for model in (self.dit, self.autoencoder.model):
-                    model.to(self.device)
+                    self._move(model, self.device)
 
-    def _quantising(self, kind: Quantisation | None) -> BlockFinish | None:
-        """Returns what quantises a block as soon as it is read."""
+    def _quantising(self, kind: Quantisation | None, to_host: bool) -> BlockFinish | None:
+        """Returns what quantises a block as soon as it is read, and leaves it on the device or in host memory."""
         if kind is None:
             return None
         from library.memory.quantised import quantise_block
 
-        return partial(quantise_block, kind=kind, device=self.device, place="cpu" if self._offload else self.device)
+        return partial(quantise_block, kind=kind, device=self.device, place="cpu" if to_host else self.device)
 
     def _check_loras(
         self, models: ModelFlags, files: ModelFiles
@@ -412,13 +430,22 @@ class Painter:
             self._free()
         return positive, negative
 
+    def _move(self, model: torch.nn.Module, device: torch.device) -> None:
+        from library.memory.prepare import place
+
+        place(model, device, besides=self._streamed)
+
     def _place(self, model: torch.nn.Module) -> None:
         if self._offload:
-            model.to(self.device)
+            self._move(model, self.device)
 
     def _put_away(self, model: torch.nn.Module) -> None:
+        import torch
+
         if self._offload:
-            model.to("cpu")
+            self._move(model, torch.device("cpu"))
+            if model is self.dit and self._stream is not None:
+                self._stream.free()
             self._free()
 
     def _free(self) -> None:

@@ -20,6 +20,7 @@ from typing import TYPE_CHECKING
 from library.console import run_program, set_up_logging
 from library.errors import SettingsError
 from library.lumina.prompt_template import PromptTemplate
+from library.memory.settings import check_blocks_to_swap
 from library.prompts import Prompt
 from library.training.arguments import parse_arguments
 from library.training.hooks import Losses, Reading
@@ -57,6 +58,7 @@ class LuminaNetworkTrainer(NetworkTrainer):
                 weighted_captions=settings.weighted_captions,
             )
         )
+        check_blocks_to_swap(self.config.memory.blocks_to_swap, self.files.dit.config.num_layers)
         # A tokenizer that is missing must show now, not when the captions' turn comes.
         self.tokenizer = self.files.load_tokenizer(settings.gemma2_max_token_length)
         self._explain_settings()
@@ -149,6 +151,9 @@ class LuminaNetworkTrainer(NetworkTrainer):
 
         with torch.device("meta"):
             return NextDiT(self.files.dit.config).requires_grad_(False)
+
+    def streamable_blocks(self) -> Sequence[nn.Module]:
+        return list(self.dit.layers)
 
     def blocks(self) -> Iterable[nn.Module]:
         yield from (*self.dit.noise_refiner, *self.dit.context_refiner, *self.dit.layers)

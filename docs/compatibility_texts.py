@@ -107,6 +107,10 @@ BETTER_FLAGS: dict[str, str] = {
     "fp8_base_unet": "as --fp8_base, without Gemma2",
     "no_half_vae": "the cache knows the precision that it was made with",
     "gradient_checkpointing": "covers every block, and does not make Gemma2's embedding trainable",
+    "blocks_to_swap": "all 26 blocks instead of at most 24; weights are never copied back; works with difference output"
+    " preservation and with --cpu_offload_checkpointing",
+    "cpu_offload_checkpointing": "really offloads, where there the flag is stored and never used; also without"
+    " --gradient_checkpointing and together with --blocks_to_swap",
     # optimizer
     "optimizer_type": _EARLY + "; a package that is missing is named with its install line",
     "learning_rate": "a run in which every rate is 0 is refused; a loss that is no number ends the run",

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from typing import Literal
 
 from library.errors import SettingsError
-from library.settings import flag
+from library.settings import flag, require
 
 AttentionMode = Literal["auto", "sdpa", "cudnn", "flash", "varlen", "flex", "sage"]
 # Flags of sd-scripts that say the same as --attn_mode.
@@ -81,6 +81,16 @@ class MemorySettings:
     gradient_checkpointing: bool = flag(
         False, "keep only each block's input and compute the rest again in backward: far less memory, slower"
     )
+    blocks_to_swap: int | None = flag(
+        None,
+        "keep the frozen weights of this many transformer blocks in host memory and copy them to the GPU ahead of use; up to"
+        " all of them (26 in the released model); room for two stays on the GPU",
+    )
+    cpu_offload_checkpointing: bool = flag(
+        False,
+        "keep what blocks save for the backward pass in host memory: each block's input with --gradient_checkpointing,"
+        " everything large without",
+    )
 
     def __post_init__(self) -> None:
         if self.mixed_precision == "fp16":
@@ -90,6 +100,7 @@ class MemorySettings:
             )
         if self.full_bf16 and self.mixed_precision != "bf16":
             raise SettingsError("--full_bf16 needs --mixed_precision bf16; add it, or leave --full_bf16 out")
+        check_blocks_to_swap(self.blocks_to_swap)
 
 
 @dataclass(frozen=True)
@@ -133,3 +144,19 @@ class QuantisationSettings:
     def text_encoder(self) -> Quantisation | None:
         """How Gemma2's large matrices are quantised; as in sd-scripts, --fp8_base_unet leaves them alone."""
         return "fp8" if self.fp8_base and not self.fp8_base_unet else None
+
+
+def check_blocks_to_swap(blocks_to_swap: int | None, num_blocks: int | None = None) -> None:
+    """Checks ``--blocks_to_swap``, against a model where its number of blocks is known.
+
+    Raises:
+        SettingsError: it is negative, or the model has fewer blocks.
+    """
+    if blocks_to_swap is None:
+        return
+    require(blocks_to_swap >= 0, f"--blocks_to_swap: {blocks_to_swap} is no number of blocks; give 0 or more")
+    require(
+        num_blocks is None or blocks_to_swap <= num_blocks,
+        f"--blocks_to_swap: {blocks_to_swap} is more than the {num_blocks} blocks of this model; give {num_blocks} to keep"
+        " all their weights in host memory, or fewer",
+    )

@@ -125,6 +125,10 @@ class ModelFamily(abc.ABC):
         """Returns the blocks whose insides gradient checkpointing computes again in backward."""
 
     @abc.abstractmethod
+    def streamable_blocks(self) -> Sequence[nn.Module]:
+        """Returns the blocks of the large model that ``--blocks_to_swap`` counts, in the order of a forward pass."""
+
+    @abc.abstractmethod
     def losses_of(self, batch: Batch) -> Losses:
         """Returns each sample's loss at a noise level that is drawn for it, with gradients."""
 

@@ -70,8 +70,6 @@ REFUSED: tuple[FlagSpec, ...] = (
         "such a class is written against sd-scripts' own dataset module, which is not part of this program; describe the"
         " pictures with --dataset_config (folders, .json or .jsonl metadata, masks)",
     ),
-    _row("blocks_to_swap", int, None, "block swapping is not available yet; use --gradient_checkpointing"),
-    _row("cpu_offload_checkpointing", bool, False, "not available yet; use --gradient_checkpointing"),
     _row("offload_param_device", str, None, _OFFLOAD, ("cpu", "nvme")),
     _row("offload_param_nvme_path", str, None, _OFFLOAD),
 )

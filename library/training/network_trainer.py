@@ -120,6 +120,7 @@ class NetworkTrainer(ModelFamily):
 
             from library.keyed_random import key
             from library.memory.attention import choose_attention
+            from library.memory.prepare import warn_where_useless
             from library.training import optimizers
             from library.training.hub import HubUploads
             from library.training.processes import Processes, start_accelerator
@@ -149,6 +150,7 @@ class NetworkTrainer(ModelFamily):
         where = torch.cuda.get_device_name() if self.device.type == "cuda" else self.device.type
         count = self.processes.count
         logger.info("Device: %s, %d process%s; seed %d", where, count, "es" if count > 1 else "", seed)
+        warn_where_useless(config.memory, self.device)
         threads, cores = torch.get_num_threads(), os.cpu_count() or 1
         if self.device.type == "cpu":
             keep_freed_memory()
@@ -285,17 +287,20 @@ class NetworkTrainer(ModelFamily):
 
     def _read_text_encoder(self) -> TextEncoder:
         if self.text_encoder is None:
-            reading = self._reading(self.base_weights.text_encoder_change(), self.config.quantisation.text_encoder)
+            kind = self.config.quantisation.text_encoder
+            reading = self._reading(self.base_weights.text_encoder_change(), kind, self.device)
             self.text_encoder = self.load_text_encoder(self.weight_dtype, reading)
         return self.text_encoder
 
-    def _reading(self, change: Callable[[str, Tensor], Tensor], kind: Quantisation | None) -> Reading:
-        """Returns what is done with weights as they are read: merge into a tensor, quantise and place its block."""
+    def _reading(
+        self, change: Callable[[str, Tensor], Tensor], kind: Quantisation | None, home: torch.device
+    ) -> Reading:
+        """Returns what is done with weights as they are read: merge into a tensor, quantise its block and leave it there."""
         if kind is None:
             return Reading(change)
         from library.memory.quantised import quantise_block
 
-        return Reading(change, partial(quantise_block, kind=kind, device=self.device))
+        return Reading(change, partial(quantise_block, kind=kind, device=self.device, place=home))
 
     def ready_autoencoder(self) -> PictureEncoder:
         """Returns the autoencoder on the device, read when it is first needed."""
@@ -306,16 +311,27 @@ class NetworkTrainer(ModelFamily):
 
     def load_models(self) -> None:
         """Reads the models that training needs; what was cached is not needed any more."""
+        import torch
+
+        from library.memory.prepare import place
+
         caches_text = self.config.data.cache_text_encoder_outputs
-        reading = self._reading(self.base_weights.transformer_change(), self.config.quantisation.transformer)
+        # Streamed blocks never go to the device as a whole; which ones they are shows when the model is there.
+        home = torch.device("cpu") if self.config.memory.blocks_to_swap else self.device
+        reading = self._reading(self.base_weights.transformer_change(), self.config.quantisation.transformer, home)
         model = self.load_model(self.weight_dtype, reading)
         text_encoder = None if caches_text else self._read_text_encoder().model
         self.base_weights.merge_into_models(model, text_encoder, self.weight_dtype)
-        self.model = model.to(self.device)
+        self.model = place(model, self.device, besides=self._streamed_blocks())
         if not caches_text:
             self.ready_text_encoder()
         if not self.config.data.cache_latents:
             self.ready_autoencoder()
+
+    def _streamed_blocks(self) -> list[nn.Module]:
+        from library.memory.prepare import streamed_blocks
+
+        return streamed_blocks(self.streamable_blocks(), self.config.memory.blocks_to_swap, self.device)
 
     def _to_device(self, model: nn.Module) -> None:
         if next(model.parameters()).device != self.device:
@@ -337,10 +353,10 @@ class NetworkTrainer(ModelFamily):
                 self.networks.make(encoders, self.empty_model())
 
     def build_network(self) -> None:
-        """Makes the network, attaches it, and sets recomputation up behind it."""
+        """Makes the network, attaches it, and sets up behind it what saves memory."""
         import torch
 
-        from library.memory.recompute import recompute_in_backward
+        from library.memory.prepare import prepare_blocks
 
         trained_encoders = [self.ready_text_encoder().model] if self.config.trains_text_encoder else []
         self.network = self.networks.make(trained_encoders, self.model)
@@ -349,9 +365,14 @@ class NetworkTrainer(ModelFamily):
         if self.config.network.network_weights is not None:
             logger.info("Training goes on from %s", self.config.network.network_weights)
         self.network.to(self.device, torch.bfloat16 if self.config.memory.full_bf16 else torch.float32)
-        if self.config.memory.gradient_checkpointing:
-            keyed = hasattr(self.network, "set_dropout_keys")
-            recompute_in_backward(self.blocks(), preserve_rng_state=not keyed)
+        prepare_blocks(
+            self.blocks(),
+            self.config.memory,
+            self.device,
+            streamed=self._streamed_blocks(),
+            resident=self.network.parameters(),
+            preserve_rng_state=not hasattr(self.network, "set_dropout_keys"),
+        )
 
     def build_optimizer(self) -> None:
         """Makes parameter groups, optimizer and schedule."""

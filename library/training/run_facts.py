@@ -43,6 +43,8 @@ _NEUTRAL = {
     "network_weights",  # the state's weights take their place
     "dim_from_weights",
     "gradient_checkpointing",
+    "blocks_to_swap",
+    "cpu_offload_checkpointing",
     "use_8bit_adam",
     "use_lion_optimizer",
     "optimizer_type",  # compared as the class

@@ -94,6 +94,7 @@ def test_flags_that_change_the_picture(draw: Callable) -> None:
     ):
         assert not numpy.array_equal(draw(flag), base), flag
     assert numpy.array_equal(draw("--offload"), base)
+    assert numpy.array_equal(draw("--blocks_to_swap=2"), base)
     assert numpy.array_equal(draw(), base)
 
 
@@ -132,6 +133,8 @@ def test_interactive(job: Job, lora: Path, tmp_path: Path) -> None:
         (["--device=gpu"], "--device: 'gpu'"),
         (["--gemma2=x"], "--gemma2"),
         (["--ae_path=nowhere"], "--ae_path"),
+        (["--blocks_to_swap=27"], "--blocks_to_swap: 27 is more than the 2 blocks"),
+        (["--blocks_to_swap=-1"], "--blocks_to_swap: -1 is no number"),
     ],
 )
 def test_wrong_flags(job: Job, flags: list[str], says: str) -> None:

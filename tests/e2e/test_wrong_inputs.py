@@ -38,6 +38,7 @@ def replaced(flags: list[str], **values: object) -> list[str]:
         ({"gemma2": "{models}/quickstart_dit.safetensors"}, ["--gemma2", "not Gemma"]),
         ({"gemma2": None}, ["--gemma2 is missing"]),
         ({"ae": None}, ["--ae is missing"]),
+        ({"blocks_to_swap": "3"}, ["--blocks_to_swap: 3 is more than the 2 blocks"]),
         ({"ae": "{folder}/broken.safetensors"}, ["--ae", "broken.safetensors"]),
         ({"ae": "{folder}/truncated.safetensors"}, ["--ae", "truncated.safetensors", "download"]),
         ({"pretrained_model_name_or_path": "{folder}/sdxl.safetensors"}, ["SDXL"]),

@@ -159,7 +159,7 @@ def test_text_encoder_is_trained_unless_said_otherwise() -> None:
         (["--ip_noise_gamma=-1"], "outside 0 to 10"),
         (["--seed=-1"], "--seed"),
         (["--learning_rate=0"], "nothing would be learned"),
-        (["--blocks_to_swap=4"], "block swapping is not available yet"),
+        (["--blocks_to_swap=-1"], "--blocks_to_swap: -1 is no number of blocks"),
         (["--attn_mode=flsh"], "--attn_mode: 'flsh' is none of auto, sdpa, cudnn, flash"),
         (["--fp8_base", "--nf4_base"], "leave one of them out"),
         (["--fp8_fast"], "add --fp8_base"),

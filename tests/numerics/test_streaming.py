@@ -1,0 +1,187 @@
+"""Block streaming and activation offload train and draw bit for bit what a run without them does."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import pytest
+import torch
+from lora_helpers import cases, fill, velocity
+from torch import Tensor, nn
+from transport_helpers import LateTransport
+
+from library.lumina.next_dit import NextDiT, NextDiTConfig
+from library.memory import activation_offload, prepare
+from library.memory.settings import MemorySettings
+from networks import lora_lumina
+
+CPU = torch.device("cpu")
+CONFIG = NextDiTConfig(
+    dim=48,
+    num_layers=4,
+    num_noise_refiners=1,
+    num_context_refiners=1,
+    num_heads=2,
+    num_kv_heads=1,
+    head_dim=24,
+    ffn_dim=96,
+    time_dim=48,
+    cap_dim=32,
+)
+NETWORK_ARGS = {"rank_dropout": "0.2", "split_qkv": "true"}
+
+
+@pytest.fixture
+def transport(monkeypatch: pytest.MonkeyPatch) -> Iterator[LateTransport]:
+    """A stand-in for a device, which everything here takes for CUDA."""
+    made = LateTransport()
+    monkeypatch.setattr(prepare, "CudaTransport", lambda device: made)
+    monkeypatch.setattr(prepare, "can_stream", lambda device: True)
+    monkeypatch.setattr(activation_offload.ActivationOffload.__init__, "__defaults__", ((), 1024, 4096))
+    yield made
+    made.finish()
+
+
+class Run:
+    """A model and its LoRA, trained for a few steps."""
+
+    def __init__(
+        self,
+        settings: MemorySettings,
+        change: Callable[[nn.Module], Any] = lambda model: None,
+        dtype: torch.dtype = torch.float32,
+        compiled: bool = False,
+    ) -> None:
+        torch.manual_seed(0)
+        self.model = NextDiT(CONFIG).to(dtype).requires_grad_(False)
+        change(self.model)
+        streamed = prepare.streamed_blocks(list(self.model.layers), settings.blocks_to_swap, CPU)
+        self.network = lora_lumina.create_network(1.0, 4, 2.0, None, [], self.model, **NETWORK_ARGS)
+        self.network.apply_to([], self.model, False, True)
+        fill(self.network)
+        self.network.train()
+        if compiled:
+            for block in self.model.layers:
+                block.forward = torch.compile(block.forward, backend="aot_eager", fullgraph=True)
+        blocks = [*self.model.noise_refiner, *self.model.context_refiner, *self.model.layers]
+        self.stream = prepare.prepare_blocks(
+            blocks, settings, CPU, streamed=streamed, resident=self.network.parameters()
+        )
+        self.optimizer = torch.optim.AdamW(self.network.parameters(), lr=1e-2)
+
+    def train(self) -> dict[str, Tensor]:
+        """Returns losses, gradients, and what a pass without gradients gives, of two steps."""
+        found = {}
+        recorded = cases()
+        for step in range(2):
+            keys = torch.arange(step, step + recorded["ragged.latents"].shape[0])
+            self.network.set_dropout_keys(keys)
+            self.network.set_multiplier(0.0)
+            with torch.no_grad():  # difference output preservation: the model without the network first
+                base = velocity(self.model, recorded)
+            self.network.set_multiplier(1.0)
+            for part in range(2):  # gradient accumulation
+                loss = (velocity(self.model, recorded) - base * (1 + part)).square().mean() + base.abs().mean()
+                loss.backward()
+                found[f"loss {step} {part}"] = loss.detach()
+            for name, parameter in self.network.named_parameters():
+                assert parameter.grad is not None
+                found[f"gradient {step} {name}"] = parameter.grad.clone()
+            self.optimizer.step()
+            self.optimizer.zero_grad()
+            with torch.no_grad():
+                found[f"preview {step}"] = velocity(self.model, recorded)
+        return found
+
+
+def assert_same(found: dict[str, Tensor], expected: dict[str, Tensor]) -> None:
+    assert found.keys() == expected.keys()
+    for name, value in expected.items():
+        assert value.isfinite().all()
+        assert torch.equal(found[name], value), name
+
+
+def quantised(model: nn.Module) -> None:
+    """Gives the large matrices of the blocks fp8 weights with scales, as a stand-in for any quantised module."""
+    for block in model.layers:
+        for parent in (block.attention, block.feed_forward):
+            for name, linear in list(parent.named_children()):
+                if isinstance(linear, nn.Linear):
+                    setattr(parent, name, ScaledLinear(linear))
+
+
+class ScaledLinear(nn.Module):
+    """A Linear with fp8 weights, which keeps nothing for the backward pass but them."""
+
+    def __init__(self, linear: nn.Linear) -> None:
+        super().__init__()
+        self.in_features, self.out_features = linear.in_features, linear.out_features
+        scale = linear.weight.abs().amax(dim=1, keepdim=True) / 448
+        self.weight = nn.Parameter((linear.weight / scale).to(torch.float8_e4m3fn), requires_grad=False)
+        self.register_buffer("scale", scale)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return ScaledMatmul.apply(x, self.weight, self.scale)
+
+
+class ScaledMatmul(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, weight: Tensor, scale: Tensor) -> Tensor:
+        ctx.save_for_backward(weight, scale)
+        return x @ (weight.to(x.dtype) * scale).t()
+
+    @staticmethod
+    def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor, None, None]:
+        weight, scale = ctx.saved_tensors
+        return gradient @ (weight.to(gradient.dtype) * scale), None, None
+
+
+OPTIONS = {
+    "streaming": {"blocks_to_swap": 3},
+    "offload": {"cpu_offload_checkpointing": True},
+    "checkpointing, streaming": {"gradient_checkpointing": True, "blocks_to_swap": 4},
+    "checkpointing, offload": {"gradient_checkpointing": True, "cpu_offload_checkpointing": True},
+    "streaming, offload": {"blocks_to_swap": 4, "cpu_offload_checkpointing": True},
+    "all": {"gradient_checkpointing": True, "blocks_to_swap": 3, "cpu_offload_checkpointing": True},
+}
+
+
+@pytest.mark.parametrize(
+    ("weights", "name"),
+    [
+        *(("float32", name) for name in OPTIONS),
+        *(("bf16", name) for name in ("streaming", "all")),
+        *(("fp8", name) for name in ("streaming, offload", "all")),
+    ],
+)
+def test_training_is_the_same(transport: LateTransport, weights: str, name: str) -> None:
+    options = OPTIONS[name]
+    change = quantised if weights == "fp8" else lambda model: None
+    dtype = torch.bfloat16 if weights == "bf16" else torch.float32
+    checkpointing = options.get("gradient_checkpointing", False)
+    expected = Run(MemorySettings(gradient_checkpointing=checkpointing), change, dtype).train()
+    run = Run(MemorySettings(**options), change, dtype)
+    with transport.watched():
+        found = run.train()
+    assert_same(found, expected)
+
+
+@pytest.mark.parametrize("name", ["streaming, offload", "all"])
+def test_compiled_blocks(transport: LateTransport, name: str) -> None:
+    """Whatever a compiled block saves comes through the same handler. The stand-in's clock does not see into compiled
+    code; its NaNs do."""
+    options = OPTIONS[name]
+    checkpointing = options.get("gradient_checkpointing", False)
+
+    def gradients(settings: MemorySettings) -> dict[str, Tensor]:
+        torch.compiler.reset()
+        run = Run(settings, compiled=True)
+        run.network.set_dropout_keys(torch.arange(cases()["ragged.latents"].shape[0]))
+        losses = [velocity(run.model, cases()).square().mean() for _ in range(2)]
+        for loss in losses:
+            loss.backward()
+        found = {name: value.grad for name, value in run.network.named_parameters() if value.grad is not None}
+        return {**found, "loss": losses[1].detach()}
+
+    assert_same(gradients(MemorySettings(**options)), gradients(MemorySettings(gradient_checkpointing=checkpointing)))
