@@ -63,6 +63,12 @@ def number_of(*parts: object) -> int:
     return int.from_bytes(hashlib.blake2b(text.encode(), digest_size=8).digest(), "little") >> 1
 
 
+def _may_be_needed(base: Tensor) -> bool:
+    """Whether somebody besides the LoRA may hold a Linear's output: behind a view, or as an observer of operations, such
+    as selective checkpointing, which keeps results for backward."""
+    return base._is_view() or torch._C._len_torch_dispatch_stack() > 0
+
+
 class _AddUp(torch.autograd.Function):
     """base + hidden up', written over ``base``: one matrix product that adds, without a tensor of that size between.
 
@@ -218,7 +224,7 @@ class LoRAModule(nn.Module):
     def _add_up(self, base: Tensor, hidden: Tensor) -> Tensor:
         """Returns ``base`` + up(hidden)."""
         weight: Tensor = self.lora_up.weight  # type: ignore[assignment]
-        if torch.compiler.is_compiling() or base._is_view():  # what a view shows may be needed elsewhere
+        if torch.compiler.is_compiling() or _may_be_needed(base):
             return base + F.linear(hidden, weight.to(hidden.dtype))
         return _AddUp.apply(base, hidden, weight.to(hidden.dtype))
 

@@ -145,8 +145,9 @@ class _SwiGLU(torch.autograd.Function):
     def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor, Tensor]:
         gate, value = ctx.saved_tensors
         (gradient,) = gradients
-        of_gate = torch.ops.aten.silu_backward(gradient * value, gate)
-        return of_gate, F.silu(gate).mul_(gradient)
+        product = gradient * value
+        of_gate = torch.ops.aten.silu_backward(product, gate)
+        return of_gate, torch.ops.aten.silu.out(gate, out=product).mul_(gradient)  # these are the widest tensors of all
 
 
 def _rotated_real(x: Tensor, rope: Tensor) -> Tensor:

@@ -12,6 +12,8 @@ logger = logging.getLogger(__name__)
 _TRIM_THRESHOLD, _TOP_PAD, _MMAP_THRESHOLD = -1, -2, -3
 _KEPT = 2**31 - 1
 _GROWN_BY = 64 * 2**20
+# Larger blocks are still mapped one by one: among them the kept memory would fall to pieces that nothing large fits into.
+_MAPPED_FROM = 32 * 2**20
 
 
 def keep_freed_memory() -> bool:
@@ -30,7 +32,7 @@ def keep_freed_memory() -> bool:
         mallopt = ctypes.CDLL(None).mallopt
     except (OSError, AttributeError):  # musl has none
         return False
-    settings = ((_MMAP_THRESHOLD, _KEPT), (_TRIM_THRESHOLD, _KEPT), (_TOP_PAD, _GROWN_BY))
+    settings = ((_MMAP_THRESHOLD, _MAPPED_FROM), (_TRIM_THRESHOLD, _KEPT), (_TOP_PAD, _GROWN_BY))
     results = [mallopt(name, value) for name, value in settings]
     taken = all(result == 1 for result in results)
     logger.debug("freed memory is %s", "kept" if taken else "given back to the system")

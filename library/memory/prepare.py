@@ -3,9 +3,13 @@
 Before: weights are read, merged into, quantised and placed (:func:`place`), and LoRA is attached. Then, each around the
 one before it:
 
-1. *stream*: the block's weights are made present (``block_stream.py``);
-2. *recompute*: gradient checkpointing. It stands outside streaming, so that computing again goes through it too;
-3. *saved tensors*: handles for streamed weights, and activations to the host (``saved_tensors.py``).
+1. *compile* (``compilation.py``);
+2. *stream*: the block's weights are made present (``block_stream.py``);
+3. *recompute*: gradient checkpointing. It stands outside streaming, so that computing again goes through it too;
+4. *saved tensors*: handles for streamed weights, and activations to the host (``saved_tensors.py``).
+
+Selective recomputation of compiled blocks is the exception: it goes by single operations, which only the compiler sees, so
+it stands inside what is compiled. The compiled backward pass then takes the weights as saved tensors.
 """
 
 from __future__ import annotations
@@ -19,6 +23,7 @@ from torch import Tensor, nn
 
 from library.memory.activation_offload import ActivationOffload
 from library.memory.block_stream import NUM_SLOTS, BlockStream
+from library.memory.compilation import compile_blocks
 from library.memory.recompute import recompute_in_backward
 from library.memory.saved_tensors import SavedTensors
 from library.memory.settings import MemorySettings
@@ -88,7 +93,7 @@ def prepare_blocks(
     resident: Iterable[Tensor] = (),
     preserve_rng_state: bool = False,
 ) -> BlockStream | None:
-    """Applies streaming, recomputation and activation offload to blocks that LoRA is attached to.
+    """Applies compilation, streaming, recomputation and activation offload to blocks that LoRA is attached to.
 
     Args:
         blocks: all blocks that are trained through.
@@ -106,6 +111,11 @@ def prepare_blocks(
         SettingsError: there is not enough host memory.
     """
     blocks = list(blocks)
+    selects_inside = settings.gradient_checkpointing_level == "selective" and settings.torch_compile
+    if settings.gradient_checkpointing and selects_inside:
+        recompute_in_backward(blocks, preserve_rng_state, "selective")
+    if settings.torch_compile:
+        compile_blocks(blocks, settings.dynamo_backend)
     offloads = settings.cpu_offload_checkpointing and can_stream(device)
     transport = CudaTransport(device) if streamed or offloads else None
     stream = BlockStream(streamed, device, transport) if streamed else None
@@ -123,8 +133,8 @@ def prepare_blocks(
             stream.num_host_bytes // _MIB,
             stream.num_ring_bytes // _MIB,
         )
-    if settings.gradient_checkpointing:
-        recompute_in_backward(blocks, preserve_rng_state)
+    if settings.gradient_checkpointing and not selects_inside:
+        recompute_in_backward(blocks, preserve_rng_state, settings.gradient_checkpointing_level)
     offload = None
     if offloads and transport is not None:
         weights = [tensor for block in blocks for tensor in (*block.parameters(), *block.buffers())]

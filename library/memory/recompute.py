@@ -1,4 +1,11 @@
-"""Gradient checkpointing, applied from outside to the blocks of a model."""
+"""Gradient checkpointing, applied from outside to the blocks of a model.
+
+*Full* keeps a block's inputs alone and computes everything again in backward.
+
+*Selective* keeps what is dear to compute and small to keep: the result of attention, and of each matrix product that
+makes its rows no more than twice as wide. What it computes again is cheap (norms, rotations, gates) or large (the wide
+products of the feed-forward layer). In a block of Lumina that is 5.7 of 31 widths a token, for 55 % of the products.
+"""
 
 from __future__ import annotations
 
@@ -8,11 +15,28 @@ from typing import Any
 
 import torch
 from torch import nn
-from torch.utils.checkpoint import checkpoint
+from torch.utils.checkpoint import CheckpointPolicy, checkpoint, create_selective_checkpoint_contexts
+
+from library.memory.settings import CheckpointingLevel
+
+_WIDENING = 2  # a product whose rows become wider than this many times its input's is not kept
+_SMALL = 8  # nor is one kept whose rows become narrower than this part
+_aten = torch.ops.aten
+_PRODUCTS = {_aten.mm.default, _aten._scaled_mm.default}
+_ATTENTION = {
+    _aten._scaled_dot_product_flash_attention.default,
+    _aten._scaled_dot_product_flash_attention_for_cpu.default,
+    _aten._scaled_dot_product_efficient_attention.default,
+    _aten._scaled_dot_product_cudnn_attention.default,
+    _aten._scaled_dot_product_fused_attention_overrideable.default,
+}
+_ATTENTION_NAMESPACES = ("lumina", "flash_attn", "flash_attn_3", "torch_attn")  # of kernels that are not torch's SDPA
 
 
-def recompute_in_backward(blocks: Iterable[nn.Module], preserve_rng_state: bool) -> None:
-    """Makes each block keep only its inputs in forward, and compute the rest again in backward.
+def recompute_in_backward(
+    blocks: Iterable[nn.Module], preserve_rng_state: bool, level: CheckpointingLevel = "full"
+) -> None:
+    """Makes each block keep little in forward, and compute the rest again in backward.
 
     Wraps the blocks' ``forward``, so it comes after LoRA has been attached to what is inside them.
 
@@ -20,16 +44,39 @@ def recompute_in_backward(blocks: Iterable[nn.Module], preserve_rng_state: bool)
         blocks: modules that are run once a forward pass.
         preserve_rng_state: set it where something in a block draws from torch's global generators; costs a copy of
             their states per block.
+        level: what is kept.
     """
     for block in blocks:
-        block.forward = _recomputed(block.forward, preserve_rng_state)
+        block.forward = _recomputed(block.forward, preserve_rng_state, level)
 
 
-def _recomputed(forward: Any, preserve_rng_state: bool) -> Any:
+def _recomputed(forward: Any, preserve_rng_state: bool, level: CheckpointingLevel) -> Any:
+    further: dict[str, Any] = {"context_fn": selective_contexts} if level == "selective" else {}
+
     @functools.wraps(forward)
     def recomputed(*args: Any, **kwargs: Any) -> Any:
         if not torch.is_grad_enabled():
             return forward(*args, **kwargs)
-        return checkpoint(forward, *args, use_reentrant=False, preserve_rng_state=preserve_rng_state, **kwargs)
+        return checkpoint(
+            forward, *args, use_reentrant=False, preserve_rng_state=preserve_rng_state, **further, **kwargs
+        )
 
     return recomputed
+
+
+def selective_contexts() -> tuple[Any, Any]:
+    """Returns the contexts of a block's forward pass and of its recomputation, for ``checkpoint``'s ``context_fn``."""
+    return create_selective_checkpoint_contexts(_policy)
+
+
+def _policy(ctx: Any, operation: Any, *args: Any, **kwargs: Any) -> CheckpointPolicy:
+    if operation in _PRODUCTS:
+        kept = _is_narrow(args[0].shape[1], args[1].shape[1])
+    else:
+        kept = operation in _ATTENTION or getattr(operation, "namespace", "") in _ATTENTION_NAMESPACES
+    return CheckpointPolicy.MUST_SAVE if kept else CheckpointPolicy.PREFER_RECOMPUTE
+
+
+def _is_narrow(width_in: int, width_out: int) -> bool:
+    # A LoRA's way down is left out: it is small, and cheap to compute again.
+    return width_in // _SMALL < width_out <= _WIDENING * width_in

@@ -60,6 +60,7 @@ class AttentionSettings:
 
 
 Quantisation = Literal["fp8", "fp8_fast", "nf4"]
+CheckpointingLevel = Literal["full", "selective"]
 
 
 @dataclass(frozen=True)
@@ -73,6 +74,10 @@ class MemorySettings:
         False, "keep the LoRA and its gradients in bf16 too (float32 otherwise, which trains better)"
     )
     no_half_vae: bool = flag(False, "run the autoencoder in float32")
+    torch_compile: bool = flag(
+        False, "compile the blocks: faster steps and less memory, after a minute or more for each picture size"
+    )
+    dynamo_backend: str = flag("inductor", "compiler of --torch_compile, as torch names it")
     vae_tiling: bool = flag(
         False,
         "encode and decode pictures of more than 1280 x 1280 pixels in overlapping tiles: bounded memory, but latents"
@@ -80,6 +85,11 @@ class MemorySettings:
     )
     gradient_checkpointing: bool = flag(
         False, "keep only each block's input and compute the rest again in backward: far less memory, slower"
+    )
+    gradient_checkpointing_level: CheckpointingLevel = flag(
+        "full",
+        "full keeps each block's input alone; selective keeps attention's results and narrow products too: faster, and more"
+        " memory",
     )
     blocks_to_swap: int | None = flag(
         None,

@@ -57,8 +57,6 @@ IGNORED: tuple[FlagSpec, ...] = (
     _row("debiased_estimation_loss", bool, False, _DDPM),
     _row("fused_backward_pass", bool, False, "meant for training whole models"),
     _row("sample_sampler", str, "ddim", "the model has one sampler, Euler over the flow"),
-    _row("torch_compile", bool, False, "this version runs uncompiled; the result is the same"),
-    _row("dynamo_backend", str, "inductor", "this version runs uncompiled; the result is the same"),
 )
 
 REFUSED: tuple[FlagSpec, ...] = (

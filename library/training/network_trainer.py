@@ -130,6 +130,10 @@ class NetworkTrainer(ModelFamily):
             self.accelerator = start_accelerator(config.memory.mixed_precision, config.schedule.ddp_timeout, config.log)
         self.processes = Processes(self.accelerator)
         self.device = self.accelerator.device
+        if config.memory.torch_compile:
+            from library.memory.compilation import check_backend
+
+            check_backend(config.memory.dynamo_backend)
         if config.quantisation.fp8_fast:
             from library.memory.fp8 import require_fp8_products
 

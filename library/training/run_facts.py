@@ -43,6 +43,9 @@ _NEUTRAL = {
     "network_weights",  # the state's weights take their place
     "dim_from_weights",
     "gradient_checkpointing",
+    "gradient_checkpointing_level",
+    "torch_compile",
+    "dynamo_backend",
     "blocks_to_swap",
     "cpu_offload_checkpointing",
     "use_8bit_adam",

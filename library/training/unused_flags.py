@@ -225,6 +225,12 @@ CONDITIONS: tuple[tuple[tuple[str, ...], str, Callable[[TrainConfig], bool]], ..
         "there is no tracker; add --logging_dir or --log_with",
         lambda c: c.log.logging_dir is not None or c.log.log_with is not None,
     ),
+    (("dynamo_backend",), "nothing is compiled without --torch_compile", lambda c: c.memory.torch_compile),
+    (
+        ("gradient_checkpointing_level",),
+        "nothing is computed again without --gradient_checkpointing",
+        lambda c: c.memory.gradient_checkpointing,
+    ),
     (("lr_scheduler",), "--lr_scheduler_type goes before it", lambda c: not c.optimizer.lr_scheduler_type),
     (("no_half_vae",), "--mixed_precision no computes in float32 anyway", lambda c: c.memory.mixed_precision != "no"),
     (("max_train_steps",), "--max_train_epochs goes before it", lambda c: c.schedule.max_train_epochs is None),

@@ -7,7 +7,7 @@ import pytest
 from library.memory import host_memory
 
 ROOT = Path(__file__).resolve().parents[3]
-_SIZE = 2**24 * 4  # bytes of the tensor: 64 MiB
+_SIZE = 2**22 * 4  # bytes of the tensor: 16 MiB
 _RESIDENT = """
 import torch
 from pathlib import Path
@@ -17,8 +17,8 @@ if {kept}:
 def resident():
     return int(Path("/proc/self/statm").read_text().split()[1]) * 4096
 before = resident()
-tensor = torch.full((2**24,), 1.0)
-assert resident() - before > 2**25
+tensor = torch.full((2**22,), 1.0)
+assert resident() - before > 2**23
 del tensor
 print(resident() - before)
 """
