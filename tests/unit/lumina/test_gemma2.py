@@ -73,6 +73,34 @@ def test_the_system_prompt_is_left_out_for_empty_captions_and_can_be_replaced(en
     assert encoder.encode([]) == []
 
 
+def test_a_batch_that_does_not_fit_is_halved(encoder: Gemma2Encoder, monkeypatch: pytest.MonkeyPatch) -> None:
+    sizes: list[int] = []
+    forward = encoder.model.forward
+
+    def small_device(inputs_embeds: torch.Tensor, **options: bool) -> object:
+        sizes.append(len(inputs_embeds))
+        if sizes[-1] > largest:
+            raise torch.OutOfMemoryError("CUDA out of memory")
+        return forward(inputs_embeds=inputs_embeds, **options)
+
+    expected = encoder.encode(CAPTIONS)
+    monkeypatch.setattr(encoder.model, "forward", small_device)
+    largest = 2
+    with torch.no_grad():
+        found = encoder.encode(CAPTIONS)
+    assert sizes == [4, 2, 2]
+    for feature, other in zip(found, expected, strict=True):
+        # Float32; matrix products of another shape sum in another order.
+        torch.testing.assert_close(feature, other, atol=1e-4, rtol=1e-4)
+    largest = 0
+    with torch.no_grad(), pytest.raises(torch.OutOfMemoryError):
+        encoder.encode(CAPTIONS)
+    assert sizes[3:] == [4, 2, 1]
+    largest = 2
+    with pytest.raises(torch.OutOfMemoryError):  # with gradients, halves would need as much together
+        encoder.encode(CAPTIONS)
+
+
 def test_nothing_is_trainable_until_the_caller_says_so(encoder: Gemma2Encoder) -> None:
     assert not encoder.encode(["a cat"])[0].requires_grad
     weight = encoder.model.layers[0].self_attn.q_proj.weight.requires_grad_()
