@@ -12,7 +12,7 @@ Shapes: B captions, L tokens of the longest, L_i real tokens of caption i, D wid
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -135,12 +135,18 @@ class Gemma2Encoder:
         """The decoder layers, in order: what is alike and takes most of the memory."""
         return list(self.model.layers)
 
-    def place(self, device: torch.device) -> None:
-        """Moves everything but the embedding to a device."""
+    def place(self, device: torch.device, besides: Collection[nn.Module] = ()) -> None:
+        """Has the model compute on a device: moves everything there but the embedding.
+
+        Args:
+            device: where to.
+            besides: those of :attr:`blocks` that stay where they are, because their weights are streamed.
+        """
         if device == self._device:
             return
-        for part in self.model.children():
-            if part is not self.model.embed_tokens:
+        stays = {id(self.model.embed_tokens), *map(id, besides)}
+        for part in (*self.blocks, *(part for part in self.model.children() if part is not self.model.layers)):
+            if id(part) not in stays:
                 part.to(device)
         self._device = device
 

@@ -174,3 +174,14 @@ def test_embedding_apart_gives_the_same_bits_and_stays_where_it_is(
     assert encoder.model.rotary_emb.inv_freq.device.type == "meta"
     assert {tensor.device.type for block in encoder.blocks for tensor in block.parameters()} == {"meta"}
     assert len(encoder.blocks) == models.gemma2_config.num_layers_used
+
+
+def test_streamed_layers_stay_where_they_are() -> None:
+    models = tiny_models()
+    tensors = {name: models.gemma2[name] for name in models.gemma2_config.tensor_shapes()}
+    encoder = Gemma2Encoder(build_gemma2(models.gemma2_config, tensors), GemmaTokenizer(models.tokenizer, 40), "")
+    encoder.place(torch.device("meta"), besides=encoder.blocks[1:])
+    devices = [{tensor.device.type for tensor in block.parameters()} for block in encoder.blocks]
+    assert devices == [{"meta"}, {"cpu"}, {"cpu"}]
+    assert encoder.device.type == encoder.model.rotary_emb.inv_freq.device.type == "meta"
+    assert encoder.model.embed_tokens.weight.device.type == "cpu"
