@@ -45,6 +45,7 @@ if TYPE_CHECKING:
 
     from library.lumina.filling import BlockFinish, TensorChange
     from library.lumina.loading import ModelFiles
+    from library.memory.block_stream import BlockStream
 
 logger = logging.getLogger(__name__)
 
@@ -77,8 +78,8 @@ class ModelFlags:
     offload: bool = flag(False, "keep only the model that is computing on the device, the others in host memory")
     blocks_to_swap: int | None = flag(
         None,
-        "keep the weights of this many of the Next-DiT's blocks in host memory and copy them to the GPU ahead of use, as in"
-        " training",
+        "keep the weights of this many of the Next-DiT's blocks, and of Gemma2's layers, in host memory and copy them to the"
+        " GPU ahead of use, as in training",
     )
 
     def __post_init__(self) -> None:
@@ -224,7 +225,13 @@ class Painter:
             from library.lumina import loading
             from library.memory.attention import Workload, choose_attention
             from library.memory.host_memory import keep_freed_memory
-            from library.memory.prepare import prepare_blocks, streamed_blocks, warn_where_useless
+            from library.memory.prepare import (
+                can_stream,
+                prepare_blocks,
+                stream_weights,
+                streamed_blocks,
+                warn_where_useless,
+            )
 
         self._pictures = pictures
         self._offload = models.offload
@@ -253,6 +260,7 @@ class Painter:
         heads = (sizes.num_heads, sizes.num_kv_heads, sizes.head_dim)
         work = Workload(self.device, dtype, *heads, training=False)
         chosen = choose_attention(attention, work, "--dtype bf16")
+        to_host = self._offload or bool(models.blocks_to_swap)
         logger.info("Reading the models")
         self.encoder = loading.load_gemma2(
             files,
@@ -260,14 +268,14 @@ class Painter:
             pictures.gemma2_max_token_length,
             pictures.caption_template,
             change=encoder_change,
-            finish=self._quantising(quantisation.text_encoder, self._offload),
+            finish=self._quantising(quantisation.text_encoder, to_host),
         )
         self.dit = loading.load_next_dit(
             files.dit,
             to_dtype(models.dtype),
             attention=chosen.function,
             change=dit_change,
-            finish=self._quantising(quantisation.transformer, self._offload or bool(models.blocks_to_swap)),
+            finish=self._quantising(quantisation.transformer, to_host),
         )
         self.autoencoder = loading.load_autoencoder(files.ae, to_dtype(models.ae_dtype))
         self._merged = models.merge_lora_weights
@@ -276,9 +284,12 @@ class Painter:
         warn_where_useless(memory, self.device)
         self._streamed = streamed_blocks(list(self.dit.layers), models.blocks_to_swap, self.device)
         self._stream = prepare_blocks(self.dit.layers, memory, self.device, streamed=self._streamed)
+        self._text_stream: BlockStream | None = None
+        if models.blocks_to_swap and can_stream(self.device):
+            self._text_stream = stream_weights(self.encoder.blocks, self.device, "layers of Gemma2")
         if not self._offload:
             with self._enough_memory("the three models"):
-                self.encoder.place(self.device)
+                self._place_encoder(self.device)
                 for model in (self.dit, self.autoencoder.model):
                     self._move(model, self.device)
 
@@ -414,7 +425,7 @@ class Painter:
     def _encode(self, prompt: Prompt) -> tuple[Tensor, Tensor]:
         import torch
 
-        self.encoder.place(self.device)
+        self._place_encoder(self.device)
         num_tokens = self.encoder.tokenizer.count(self.encoder.template.text(prompt.prompt))
         if num_tokens > self._pictures.gemma2_max_token_length:
             logger.warning(
@@ -426,9 +437,14 @@ class Painter:
         (positive,) = self.encoder.encode([prompt.prompt])
         (negative,) = self.encoder.encode([prompt.negative_prompt], self._pictures.negative_template)
         if self._offload:
-            self.encoder.place(torch.device("cpu"))
+            self._place_encoder(torch.device("cpu"))
+            if self._text_stream is not None:
+                self._text_stream.free()
             self._free()
         return positive, negative
+
+    def _place_encoder(self, device: torch.device) -> None:
+        self.encoder.place(device, besides=() if self._text_stream is None else self.encoder.blocks)
 
     def _move(self, model: torch.nn.Module, device: torch.device) -> None:
         from library.memory.prepare import place

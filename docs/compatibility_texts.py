@@ -108,7 +108,7 @@ BETTER_FLAGS: dict[str, str] = {
     "no_half_vae": "the cache knows the precision that it was made with",
     "gradient_checkpointing": "covers every block, and does not make Gemma2's embedding trainable",
     "blocks_to_swap": "all 26 blocks instead of at most 24; weights are never copied back; works with difference output"
-    " preservation and with --cpu_offload_checkpointing",
+    " preservation and with --cpu_offload_checkpointing; Gemma2's layers are streamed too while captions are encoded",
     "cpu_offload_checkpointing": "really offloads, where there the flag is stored and never used; also without"
     " --gradient_checkpointing and together with --blocks_to_swap",
     # optimizer

@@ -12,7 +12,7 @@ Shapes: B captions, L tokens of the longest, L_i real tokens of caption i, D wid
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -135,12 +135,18 @@ class Gemma2Encoder:
         """The decoder layers, in order: what is alike and takes most of the memory."""
         return list(self.model.layers)
 
-    def place(self, device: torch.device) -> None:
-        """Moves everything but the embedding to a device."""
+    def place(self, device: torch.device, besides: Collection[nn.Module] = ()) -> None:
+        """Has the model compute on a device: moves everything there but the embedding.
+
+        Args:
+            device: where to.
+            besides: those of :attr:`blocks` that stay where they are, because their weights are streamed.
+        """
         if device == self._device:
             return
-        for part in self.model.children():
-            if part is not self.model.embed_tokens:
+        stays = {id(self.model.embed_tokens), *map(id, besides)}
+        for part in (*self.blocks, *(part for part in self.model.children() if part is not self.model.layers)):
+            if id(part) not in stays:
                 part.to(device)
         self._device = device
 
@@ -152,16 +158,30 @@ class Gemma2Encoder:
     def encode(self, captions: Sequence[str], template: PromptTemplate | None = None) -> list[Tensor]:
         """Returns one feature tensor (L_i,D) for each caption, on the model's device, in its dtype.
 
-        All captions are one batch, so captions of like length cost least. Gradients flow to what the caller made
-        trainable, unless the caller turned them off.
+        All captions are one batch, so captions of like length cost least; where one does not fit into the device's memory,
+        and no gradients are taken, it is halved. Gradients flow to what the caller made trainable, unless the caller turned
+        them off.
 
         Args:
             captions: texts without the system prompt.
             template: instead of the encoder's own, for negative prompts.
+
+        Raises:
+            torch.OutOfMemoryError: a caption alone does not fit, or a batch with gradients.
         """
         if not captions:
             return []
         template = self.template if template is None else template
+        try:
+            return self._encode(captions, template)
+        except torch.OutOfMemoryError:
+            if len(captions) == 1 or torch.is_grad_enabled():
+                raise
+        # Out of the handler: an exception that is being handled holds the tensors of its frames.
+        half = len(captions) // 2
+        return self.encode(captions[:half], template) + self.encode(captions[half:], template)
+
+    def _encode(self, captions: Sequence[str], template: PromptTemplate) -> list[Tensor]:
         texts = [template.text(caption) for caption in captions]
         tokens = [self.tokenizer.encode(text) for text in texts]
         weights = [self.tokenizer.weights(text) for text in texts]

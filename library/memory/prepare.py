@@ -54,6 +54,37 @@ def streamed_blocks(blocks: Sequence[nn.Module], blocks_to_swap: int | None, dev
     return spread(blocks, blocks_to_swap) if blocks_to_swap and can_stream(device) else []
 
 
+def stream_weights(blocks: Sequence[nn.Module], device: torch.device, whose: str) -> BlockStream:
+    """Streams the weights of blocks that nothing is trained through; whatever changes the blocks came before.
+
+    Args:
+        blocks: in the order of a forward pass, with their weights in host memory.
+        device: where they compute; see :func:`can_stream`.
+        whose: blocks these are, for the log.
+
+    Returns:
+        The stream. Its memory is given back when it and the blocks are let go; the device's at once by its ``free``.
+
+    Raises:
+        SettingsError: there is not enough host memory.
+    """
+    return _attached_stream(blocks, device, CudaTransport(device), f"{len(blocks)} {whose}")
+
+
+def _attached_stream(
+    blocks: Sequence[nn.Module], device: torch.device, transport: CudaTransport | None, whose: str
+) -> BlockStream:
+    stream = BlockStream(blocks, device, transport)
+    stream.attach()
+    logger.info(
+        "The weights of %s are streamed: %d MiB of host memory, %d MiB of device memory",
+        whose,
+        stream.num_host_bytes // _MIB,
+        stream.num_ring_bytes // _MIB,
+    )
+    return stream
+
+
 def warn_where_useless(settings: MemorySettings, device: torch.device) -> None:
     """Warns where streaming or offload are asked for and change nothing."""
     asked = [
@@ -118,20 +149,12 @@ def prepare_blocks(
         compile_blocks(blocks, settings.dynamo_backend)
     offloads = settings.cpu_offload_checkpointing and can_stream(device)
     transport = CudaTransport(device) if streamed or offloads else None
-    stream = BlockStream(streamed, device, transport) if streamed else None
-    if stream is not None:
-        stream.attach()
-        if len(streamed) <= NUM_SLOTS:
-            logger.warning(
-                "--blocks_to_swap %d saves no device memory, because %d blocks have to have room there; give more",
-                len(streamed),
-                NUM_SLOTS,
-            )
-        logger.info(
-            "The weights of %d blocks are streamed: %d MiB of host memory, %d MiB of device memory",
+    stream = _attached_stream(streamed, device, transport, f"{len(streamed)} blocks") if streamed else None
+    if 0 < len(streamed) <= NUM_SLOTS:
+        logger.warning(
+            "--blocks_to_swap %d saves no device memory, because %d blocks have to have room there; give more",
             len(streamed),
-            stream.num_host_bytes // _MIB,
-            stream.num_ring_bytes // _MIB,
+            NUM_SLOTS,
         )
     if settings.gradient_checkpointing and not selects_inside:
         recompute_in_backward(blocks, preserve_rng_state, settings.gradient_checkpointing_level)

@@ -94,7 +94,7 @@ class MemorySettings:
     blocks_to_swap: int | None = flag(
         None,
         "keep the frozen weights of this many transformer blocks in host memory and copy them to the GPU ahead of use; up to"
-        " all of them (26 in the released model); room for two stays on the GPU",
+        " all of them (26 in the released model); room for two stays on the GPU. Gemma2's layers too, unless it is trained",
     )
     cpu_offload_checkpointing: bool = flag(
         False,

@@ -130,7 +130,10 @@ class CudaTransport:
         torch.cuda.current_stream(self.device).wait_event(token)
 
 
-_LESS = "close other programs, give fewer --blocks_to_swap, or leave --cpu_offload_checkpointing out"
+_LESS = (
+    "close other programs, give fewer --blocks_to_swap (with 0, Gemma2's layers stay on the GPU too), or leave"
+    " --cpu_offload_checkpointing out"
+)
 
 
 def _unpin(device: torch.device, buffers: list[Tensor]) -> None:

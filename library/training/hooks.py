@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import abc
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Collection, Iterable, Sequence
 from typing import TYPE_CHECKING, Any, NamedTuple, Protocol
 
 from library.prompts import Prompt
@@ -26,8 +26,12 @@ class TextEncoder(Protocol):
     def model(self) -> nn.Module:
         """The module that is trained on."""
 
-    def place(self, device: torch.device) -> None:
-        """Moves to a device what is to compute there."""
+    @property
+    def blocks(self) -> Sequence[nn.Module]:
+        """The layers that hold most of the weights, in the order of a forward pass."""
+
+    def place(self, device: torch.device, besides: Collection[nn.Module] = ()) -> None:
+        """Moves to a device what is to compute there, but for those of its blocks whose weights are streamed."""
 
     def encode(self, captions: Sequence[str], template: Any = None) -> list[Tensor]:
         """Returns (L_i, D) features of each text's real tokens; as captions, or by the family's ``template`` of others."""

@@ -41,6 +41,7 @@ if TYPE_CHECKING:
     from library.data.cache import Sharing
     from library.data.dataset import TrainingData
     from library.memory.attention import Workload
+    from library.memory.block_stream import BlockStream
     from library.memory.settings import Quantisation
     from library.training.lora_writer import LoraWriter
 
@@ -58,6 +59,7 @@ class NetworkTrainer(ModelFamily):
         self.prompts: list[Prompt] = []
         self.seed = 0
         self.text_encoder: TextEncoder | None = None
+        self.text_stream: BlockStream | None = None
         self.autoencoder: PictureEncoder | None = None
         self.model: nn.Module | None = None
         self.network: Any = None
@@ -280,19 +282,40 @@ class NetworkTrainer(ModelFamily):
             length_of=lambda caption: self.text_cache_bytes([caption]),
         )
         self.encode_prompts()
-        self.text_encoder = None
+        if self.text_stream is not None:
+            self.text_stream.free()
+        self.text_encoder = self.text_stream = None
         self._free()
 
     def ready_text_encoder(self) -> TextEncoder:
         """Returns the text encoder on the device, read when it is first needed."""
+        from library.memory.prepare import stream_weights
+
         encoder = self._read_text_encoder()
-        encoder.place(self.device)
+        if not self._streams_text_encoder:
+            encoder.place(self.device)
+            return encoder
+        if self.text_stream is None:
+            self.text_stream = stream_weights(encoder.blocks, self.device, "layers of Gemma2")
+        encoder.place(self.device, besides=encoder.blocks)
         return encoder
 
+    @property
+    def _streams_text_encoder(self) -> bool:
+        """Whether the text encoder's layers are streamed: all or none, so that it needs less memory than the model that is
+        trained, whatever that one's precision is and however many of its blocks are streamed."""
+        from library.memory.prepare import can_stream
+
+        asked = bool(self.config.memory.blocks_to_swap)
+        return asked and not self.config.trains_text_encoder and can_stream(self.device)
+
     def _read_text_encoder(self) -> TextEncoder:
+        import torch
+
         if self.text_encoder is None:
             kind = self.config.quantisation.text_encoder
-            reading = self._reading(self.base_weights.text_encoder_change(), kind, self.device)
+            home = torch.device("cpu") if self._streams_text_encoder else self.device
+            reading = self._reading(self.base_weights.text_encoder_change(), kind, home)
             self.text_encoder = self.load_text_encoder(self.weight_dtype, reading)
         return self.text_encoder
 

@@ -1,17 +1,23 @@
 """Encoding on CUDA: what stays on the CPU, what is computed in place, and how much memory it takes."""
 
+import dataclasses
+import gc
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 from data_helpers import build, make_pictures
+from e2e_helpers import NUM_PICTURES, make_job, python
 from models_helpers import tiny_models
+from safetensors.torch import load_file
 
 from library.data import images
 from library.lumina.autoencoder import Autoencoder, build_autoencoder
 from library.lumina.configs import AutoencoderConfig
-from library.lumina.gemma2 import Gemma2Encoder, GemmaTokenizer, build_gemma2
+from library.lumina.gemma2 import LARGE_MATRICES, Gemma2Encoder, GemmaTokenizer, build_gemma2
+from library.memory.prepare import stream_weights
+from library.memory.quantised import quantise_block
 
 pytestmark = [
     pytest.mark.gpu,
@@ -40,6 +46,81 @@ def test_the_embedding_stays_on_the_cpu_and_changes_no_bit(dtype: torch.dtype) -
         assert torch.equal(apart, together)
     encoder.place(torch.device("cpu"))
     assert encoder.encode(CAPTIONS)[0].device.type == "cpu"
+
+
+def medium_gemma2() -> Gemma2Encoder:
+    """Returns an encoder of 8 layers of 30 MiB each in bfloat16, always with the same random weights."""
+    models = tiny_models()
+    config = dataclasses.replace(
+        models.gemma2_config, hidden_size=1024, intermediate_size=4096, num_hidden_layers=9, num_attention_heads=8,
+        num_key_value_heads=4, head_dim=128,
+    )  # fmt: skip
+    generator = torch.Generator().manual_seed(0)
+    tensors = {
+        name: (torch.randn(shape, generator=generator) * 0.02).bfloat16()
+        for name, shape in config.tensor_shapes().items()
+    }
+    return Gemma2Encoder(build_gemma2(config, tensors), GemmaTokenizer(models.tokenizer, 40), "")
+
+
+def features_of(encoder: Gemma2Encoder) -> list[torch.Tensor]:
+    """Returns the features of several batches, on the CPU."""
+    with torch.no_grad():
+        return [feature.cpu() for batch in (CAPTIONS, CAPTIONS[:1], CAPTIONS[1:]) for feature in encoder.encode(batch)]
+
+
+@pytest.mark.parametrize("kind", ["bf16", "fp8"])
+def test_streamed_layers_give_the_same_bits_in_less_memory(kind: str) -> None:
+    plain, encoder = medium_gemma2(), medium_gemma2()
+    if kind == "fp8":
+        for layer, other in zip(plain.blocks, encoder.blocks, strict=True):
+            quantise_block(layer, LARGE_MATRICES, "fp8", CUDA)
+            quantise_block(other, LARGE_MATRICES, "fp8", CUDA, place="cpu")
+        del layer, other
+    plain.place(CUDA)
+    expected = features_of(plain)
+    torch.cuda.synchronize()
+    before = torch.cuda.memory_allocated()
+    torch.cuda.reset_peak_memory_stats()
+    stream = stream_weights(encoder.blocks, CUDA, "layers")
+    encoder.place(CUDA, besides=encoder.blocks)
+    assert encoder.model.embed_tokens.weight.device.type == "cpu"
+    found = features_of(encoder)
+    for ours, theirs in zip(found, expected, strict=True):
+        assert theirs.isfinite().all()
+        assert torch.equal(ours, theirs)
+    # Two of 8 layers. As much again is left for activations and for a matrix that fp8 makes whole for its product.
+    assert stream.num_ring_bytes * 4 == stream.num_host_bytes
+    assert torch.cuda.max_memory_allocated() - before < 2 * stream.num_ring_bytes
+    stream.free()
+    assert torch.cuda.memory_allocated() - before < 2**20  # the rotary frequencies
+    host = [block.buffer for block in stream._hosts]
+    assert all(buffer.is_pinned() for buffer in host)
+    del encoder, stream
+    gc.collect()
+    assert not any(buffer.is_pinned() for buffer in host)
+
+
+def test_caching_in_the_training_program(tmp_path: Path) -> None:
+    job = make_job(tmp_path / "job")
+    entries = []
+    for name, more in {
+        "plain": [],
+        "streamed": ["--blocks_to_swap=2"],
+        "fp8": ["--blocks_to_swap=2", "--fp8_base"],
+    }.items():
+        cache = tmp_path / name / "cache"
+        flags = job.train_flags(tmp_path / name, "--mixed_precision=bf16", "--max_train_epochs=1", *more)
+        done = python("lumina_train_network.py", *flags, "--cache_text_encoder_outputs_to_disk", f"--cache_dir={cache}")
+        assert done.returncode == 0, done.stderr
+        assert ("The weights of 3 layers of Gemma2 are streamed" in done.stderr) == bool(more)
+        entries.append({path.name: load_file(path) for path in cache.rglob("*.safetensors")})
+    plain, streamed, fp8 = entries
+    assert plain.keys() == streamed.keys()  # streaming changes no bit, so it makes no other entries
+    assert len(plain) == len(fp8) == NUM_PICTURES
+    assert not plain.keys() & fp8.keys()
+    for name, tensors in plain.items():
+        assert all(torch.equal(streamed[name][key], tensor) for key, tensor in tensors.items())
 
 
 def full_size(dtype: torch.dtype) -> Autoencoder:

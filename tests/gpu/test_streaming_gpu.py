@@ -220,6 +220,7 @@ def test_the_inference_program(job: Job, tmp_path: Path) -> None:
     for name, more in {"plain": [], "streamed": streaming, "offloaded": [*streaming, "--offload"]}.items():
         done = python("lumina_minimal_inference.py", *job.inference_flags, f"--output_dir={tmp_path / name}", *more)
         assert done.returncode == 0, done.stderr
+        assert ("The weights of 3 layers of Gemma2 are streamed" in done.stderr) == bool(more)
         (path,) = (tmp_path / name).iterdir()
         pictures.append(numpy.asarray(Image.open(path)))
     assert numpy.array_equal(pictures[0], pictures[1])

@@ -73,6 +73,34 @@ def test_the_system_prompt_is_left_out_for_empty_captions_and_can_be_replaced(en
     assert encoder.encode([]) == []
 
 
+def test_a_batch_that_does_not_fit_is_halved(encoder: Gemma2Encoder, monkeypatch: pytest.MonkeyPatch) -> None:
+    sizes: list[int] = []
+    forward = encoder.model.forward
+
+    def small_device(inputs_embeds: torch.Tensor, **options: bool) -> object:
+        sizes.append(len(inputs_embeds))
+        if sizes[-1] > largest:
+            raise torch.OutOfMemoryError("CUDA out of memory")
+        return forward(inputs_embeds=inputs_embeds, **options)
+
+    expected = encoder.encode(CAPTIONS)
+    monkeypatch.setattr(encoder.model, "forward", small_device)
+    largest = 2
+    with torch.no_grad():
+        found = encoder.encode(CAPTIONS)
+    assert sizes == [4, 2, 2]
+    for feature, other in zip(found, expected, strict=True):
+        # Float32; matrix products of another shape sum in another order.
+        torch.testing.assert_close(feature, other, atol=1e-4, rtol=1e-4)
+    largest = 0
+    with torch.no_grad(), pytest.raises(torch.OutOfMemoryError):
+        encoder.encode(CAPTIONS)
+    assert sizes[3:] == [4, 2, 1]
+    largest = 2
+    with pytest.raises(torch.OutOfMemoryError):  # with gradients, halves would need as much together
+        encoder.encode(CAPTIONS)
+
+
 def test_nothing_is_trainable_until_the_caller_says_so(encoder: Gemma2Encoder) -> None:
     assert not encoder.encode(["a cat"])[0].requires_grad
     weight = encoder.model.layers[0].self_attn.q_proj.weight.requires_grad_()
@@ -146,3 +174,14 @@ def test_embedding_apart_gives_the_same_bits_and_stays_where_it_is(
     assert encoder.model.rotary_emb.inv_freq.device.type == "meta"
     assert {tensor.device.type for block in encoder.blocks for tensor in block.parameters()} == {"meta"}
     assert len(encoder.blocks) == models.gemma2_config.num_layers_used
+
+
+def test_streamed_layers_stay_where_they_are() -> None:
+    models = tiny_models()
+    tensors = {name: models.gemma2[name] for name in models.gemma2_config.tensor_shapes()}
+    encoder = Gemma2Encoder(build_gemma2(models.gemma2_config, tensors), GemmaTokenizer(models.tokenizer, 40), "")
+    encoder.place(torch.device("meta"), besides=encoder.blocks[1:])
+    devices = [{tensor.device.type for tensor in block.parameters()} for block in encoder.blocks]
+    assert devices == [{"meta"}, {"cpu"}, {"cpu"}]
+    assert encoder.device.type == encoder.model.rotary_emb.inv_freq.device.type == "meta"
+    assert encoder.model.embed_tokens.weight.device.type == "cpu"
