@@ -1,0 +1,46 @@
+"""``--torch_compile`` and the levels of gradient checkpointing, from the command line."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+from e2e_helpers import Job, difference
+
+from library.errors import SettingsError
+
+CACHED = ["--cache_latents", "--cache_text_encoder_outputs", "--train_batch_size=2"]
+
+
+def test_compiled_and_recomputed_runs_give_the_same_lora(job: Job, tmp_path: Path, train: Callable) -> None:
+    selective = ["--gradient_checkpointing", "--gradient_checkpointing_level=selective"]
+    compiled = ["--torch_compile", "--dynamo_backend=aot_eager"]
+    train(job.train_flags(tmp_path / "plain", *CACHED))
+    for name, flags in (("selective", selective), ("compiled", compiled), ("both", [*selective, *compiled])):
+        train(job.train_flags(tmp_path / name, *CACHED, *flags))
+        # Float32 rounded elsewhere; Adam divides gradients by their own size, which shows it where they are smallest.
+        assert difference(tmp_path / "plain" / "my.safetensors", tmp_path / name / "my.safetensors") < 5e-3
+
+
+def test_a_compiler_that_torch_does_not_know_ends_before_anything_is_read(
+    job: Job, tmp_path: Path, train: Callable
+) -> None:
+    with pytest.raises(SettingsError, match="--dynamo_backend: 'inducktor' is none of this torch's: "):
+        train(job.train_flags(tmp_path / "out", "--torch_compile", "--dynamo_backend=inducktor"))
+    assert not (tmp_path / "out").exists()
+
+
+def test_a_compiler_that_cannot_run_is_said_with_what_it_needs(
+    job: Job, tmp_path: Path, train: Callable, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    import torch
+
+    def broken(*_: object, **__: object) -> object:
+        raise RuntimeError("No working C++ compiler found")
+
+    monkeypatch.setattr(torch, "compile", broken)
+    with pytest.raises(
+        SettingsError, match=r"cannot be used here \(No working C\+\+ compiler found\); on a GPU it needs"
+    ):
+        train(job.train_flags(tmp_path / "out", "--torch_compile"))
