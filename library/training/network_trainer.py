@@ -143,7 +143,7 @@ class NetworkTrainer(ModelFamily):
         # Our own draws are keyed; this is for network modules that draw from torch's global generators.
         torch.manual_seed(key("torch", seed))
         # Tried before anything is read or encoded: what is missing must show now.
-        self.attention = choose_attention(config.attention, self._attention_work(), "--mixed_precision bf16").function
+        self.attention = choose_attention(config.attention, self._attention_work(), "--mixed_precision bf16")
         self.trackers = Trackers(self.accelerator, config.log, logged_settings(config))
         uploads = self.processes.is_main and not config.data.debug_dataset
         self.uploads = HubUploads(config.hub) if uploads else None
@@ -430,6 +430,7 @@ class NetworkTrainer(ModelFamily):
             self.data,
             self.optimizer,
             self.device.type,
+            self.attention.description,
         )
         self.start_position = self.resuming.restore(
             self.network, self.updater, self.plan, self.facts, self.settings_in_effect
