@@ -379,13 +379,11 @@ class Painter:
         )
         with torch.no_grad(), self._enough_memory(f"a picture of {prompt.width}x{prompt.height}"):
             positive, negative = self._encode(prompt)
-            self._place(self.dit)
             size_px = (prompt.width, prompt.height)
-            latents = draw_latents(self.dit, [positive], [negative], size_px, [seed], options, self.device)
-            self._put_away(self.dit)
-            self._place(self.autoencoder.model)
-            picture = to_picture(self.autoencoder.decode, latents)
-            self._put_away(self.autoencoder.model)
+            with self._on_device(self.dit):
+                latents = draw_latents(self.dit, [positive], [negative], size_px, [seed], options, self.device)
+            with self._on_device(self.autoencoder.model):
+                picture = to_picture(self.autoencoder.decode, latents)
         path = self._free_path(seed)
         logger.info("Prompt: %s", prompt.prompt or "(none)")
         write_with(path, lambda temporary: picture.save(temporary))
@@ -405,7 +403,8 @@ class Painter:
             yield
         except torch.OutOfMemoryError as error:
             remedy = (
-                "give a smaller picture with --image_width and --image_height"
+                "--blocks_to_swap keeps the Next-DiT's weights in host memory, --fp8_base halves them, and a smaller"
+                " --image_width and --image_height need less"
                 if self._offload
                 else "--offload keeps only the model that computes there"
             )
@@ -414,7 +413,6 @@ class Painter:
     def _encode(self, prompt: Prompt) -> tuple[Tensor, Tensor]:
         import torch
 
-        self.encoder.place(self.device)
         num_tokens = self.encoder.tokenizer.count(self.encoder.template.text(prompt.prompt))
         if num_tokens > self._pictures.gemma2_max_token_length:
             logger.warning(
@@ -423,11 +421,14 @@ class Painter:
                 num_tokens,
                 self._pictures.gemma2_max_token_length,
             )
-        (positive,) = self.encoder.encode([prompt.prompt])
-        (negative,) = self.encoder.encode([prompt.negative_prompt], self._pictures.negative_template)
-        if self._offload:
-            self.encoder.place(torch.device("cpu"))
-            self._free()
+        try:
+            self.encoder.place(self.device)
+            (positive,) = self.encoder.encode([prompt.prompt])
+            (negative,) = self.encoder.encode([prompt.negative_prompt], self._pictures.negative_template)
+        finally:
+            if self._offload:
+                self.encoder.place(torch.device("cpu"))
+                self._free()
         return positive, negative
 
     def _move(self, model: torch.nn.Module, device: torch.device) -> None:
@@ -435,14 +436,18 @@ class Painter:
 
         place(model, device, besides=self._streamed)
 
-    def _place(self, model: torch.nn.Module) -> None:
-        if self._offload:
-            self._move(model, self.device)
-
-    def _put_away(self, model: torch.nn.Module) -> None:
+    @contextlib.contextmanager
+    def _on_device(self, model: torch.nn.Module) -> Iterator[None]:
+        """Has a model on the device while the block computes with it, and with ``--offload`` no longer, whatever happens."""
         import torch
 
-        if self._offload:
+        if not self._offload:
+            yield
+            return
+        try:
+            self._move(model, self.device)
+            yield
+        finally:
             self._move(model, torch.device("cpu"))
             if model is self.dit and self._stream is not None:
                 self._stream.free()
@@ -493,7 +498,9 @@ def interact(painter: Painter, first: Prompt) -> None:
             logger.error("%s", error)
             continue
         except (RuntimeError, OSError) as error:  # too large a picture, a full disk: the next prompt may do
-            logger.error("This prompt could not be drawn: %s", str(error).splitlines()[0])
+            logger.error(
+                "This prompt could not be drawn: %s", next(iter(str(error).splitlines()), type(error).__name__)
+            )
             continue
         current = dataclasses.replace(prompt, seed=None, negative_prompt=first.negative_prompt)
 
