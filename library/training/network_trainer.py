@@ -25,6 +25,7 @@ from library.training.config_file import warn_of_gui_keys
 from library.training.hooks import ModelFamily, PictureEncoder, Reading, TextEncoder
 from library.training.network_building import NetworkBuilder, rank_and_alpha
 from library.training.optimizer_names import require_package
+from library.training.out_of_memory import raise_where_memory_was_short
 from library.training.output_preservation import check_can_be_switched_off, warn_where_nothing_is_learned
 from library.training.report import RunPlan, log_plan
 from library.training.resuming import Resuming
@@ -90,8 +91,9 @@ class NetworkTrainer(ModelFamily):
             self.report_plan()
             self.restore_state()
             self.run_epochs()
-        except BaseException:
+        except BaseException as error:
             self.trackers.flush()  # what has been reported so far must not be lost
+            raise_where_memory_was_short(error, self.config)
             raise
         self.finish()
 
