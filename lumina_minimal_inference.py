@@ -254,30 +254,30 @@ class Painter:
         work = Workload(self.device, dtype, *heads, training=False)
         chosen = choose_attention(attention, work, "--dtype bf16")
         logger.info("Reading the models")
-        self.encoder = loading.load_gemma2(
-            files,
-            to_dtype(models.gemma2_dtype),
-            pictures.gemma2_max_token_length,
-            pictures.caption_template,
-            change=encoder_change,
-            finish=self._quantising(quantisation.text_encoder, self._offload),
-        )
-        self.dit = loading.load_next_dit(
-            files.dit,
-            to_dtype(models.dtype),
-            attention=chosen.function,
-            change=dit_change,
-            finish=self._quantising(quantisation.transformer, self._offload or bool(models.blocks_to_swap)),
-        )
-        self.autoencoder = loading.load_autoencoder(files.ae, to_dtype(models.ae_dtype))
-        self._merged = models.merge_lora_weights
-        self.networks = [] if self._merged else [self._attach(*split_lora(text)) for text in models.lora_weights]
-        memory = MemorySettings(blocks_to_swap=models.blocks_to_swap)
-        warn_where_useless(memory, self.device)
-        self._streamed = streamed_blocks(list(self.dit.layers), models.blocks_to_swap, self.device)
-        self._stream = prepare_blocks(self.dit.layers, memory, self.device, streamed=self._streamed)
-        if not self._offload:
-            with self._enough_memory("the three models"):
+        with self._enough_memory("the three models"):  # quantised blocks go to the device while they are read
+            self.encoder = loading.load_gemma2(
+                files,
+                to_dtype(models.gemma2_dtype),
+                pictures.gemma2_max_token_length,
+                pictures.caption_template,
+                change=encoder_change,
+                finish=self._quantising(quantisation.text_encoder, self._offload),
+            )
+            self.dit = loading.load_next_dit(
+                files.dit,
+                to_dtype(models.dtype),
+                attention=chosen.function,
+                change=dit_change,
+                finish=self._quantising(quantisation.transformer, self._offload or bool(models.blocks_to_swap)),
+            )
+            self.autoencoder = loading.load_autoencoder(files.ae, to_dtype(models.ae_dtype))
+            self._merged = models.merge_lora_weights
+            self.networks = [] if self._merged else [self._attach(*split_lora(text)) for text in models.lora_weights]
+            memory = MemorySettings(blocks_to_swap=models.blocks_to_swap)
+            warn_where_useless(memory, self.device)
+            self._streamed = streamed_blocks(list(self.dit.layers), models.blocks_to_swap, self.device)
+            self._stream = prepare_blocks(self.dit.layers, memory, self.device, streamed=self._streamed)
+            if not self._offload:
                 self.encoder.place(self.device)
                 for model in (self.dit, self.autoencoder.model):
                     self._move(model, self.device)
