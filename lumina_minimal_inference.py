@@ -262,33 +262,33 @@ class Painter:
         chosen = choose_attention(attention, work, "--dtype bf16")
         to_host = self._offload or bool(models.blocks_to_swap)
         logger.info("Reading the models")
-        self.encoder = loading.load_gemma2(
-            files,
-            to_dtype(models.gemma2_dtype),
-            pictures.gemma2_max_token_length,
-            pictures.caption_template,
-            change=encoder_change,
-            finish=self._quantising(quantisation.text_encoder, to_host),
-        )
-        self.dit = loading.load_next_dit(
-            files.dit,
-            to_dtype(models.dtype),
-            attention=chosen.function,
-            change=dit_change,
-            finish=self._quantising(quantisation.transformer, to_host),
-        )
-        self.autoencoder = loading.load_autoencoder(files.ae, to_dtype(models.ae_dtype))
-        self._merged = models.merge_lora_weights
-        self.networks = [] if self._merged else [self._attach(*split_lora(text)) for text in models.lora_weights]
-        memory = MemorySettings(blocks_to_swap=models.blocks_to_swap)
-        warn_where_useless(memory, self.device)
-        self._streamed = streamed_blocks(list(self.dit.layers), models.blocks_to_swap, self.device)
-        self._stream = prepare_blocks(self.dit.layers, memory, self.device, streamed=self._streamed)
-        self._text_stream: BlockStream | None = None
-        if models.blocks_to_swap and can_stream(self.device):
-            self._text_stream = stream_weights(self.encoder.blocks, self.device, "layers of Gemma2")
-        if not self._offload:
-            with self._enough_memory("the three models"):
+        with self._enough_memory("the three models"):  # quantised blocks go to the device while they are read
+            self.encoder = loading.load_gemma2(
+                files,
+                to_dtype(models.gemma2_dtype),
+                pictures.gemma2_max_token_length,
+                pictures.caption_template,
+                change=encoder_change,
+                finish=self._quantising(quantisation.text_encoder, to_host),
+            )
+            self.dit = loading.load_next_dit(
+                files.dit,
+                to_dtype(models.dtype),
+                attention=chosen.function,
+                change=dit_change,
+                finish=self._quantising(quantisation.transformer, to_host),
+            )
+            self.autoencoder = loading.load_autoencoder(files.ae, to_dtype(models.ae_dtype))
+            self._merged = models.merge_lora_weights
+            self.networks = [] if self._merged else [self._attach(*split_lora(text)) for text in models.lora_weights]
+            memory = MemorySettings(blocks_to_swap=models.blocks_to_swap)
+            warn_where_useless(memory, self.device)
+            self._streamed = streamed_blocks(list(self.dit.layers), models.blocks_to_swap, self.device)
+            self._stream = prepare_blocks(self.dit.layers, memory, self.device, streamed=self._streamed)
+            self._text_stream: BlockStream | None = None
+            if models.blocks_to_swap and can_stream(self.device):
+                self._text_stream = stream_weights(self.encoder.blocks, self.device, "layers of Gemma2")
+            if not self._offload:
                 self._place_encoder(self.device)
                 for model in (self.dit, self.autoencoder.model):
                     self._move(model, self.device)
@@ -390,13 +390,11 @@ class Painter:
         )
         with torch.no_grad(), self._enough_memory(f"a picture of {prompt.width}x{prompt.height}"):
             positive, negative = self._encode(prompt)
-            self._place(self.dit)
             size_px = (prompt.width, prompt.height)
-            latents = draw_latents(self.dit, [positive], [negative], size_px, [seed], options, self.device)
-            self._put_away(self.dit)
-            self._place(self.autoencoder.model)
-            picture = to_picture(self.autoencoder.decode, latents)
-            self._put_away(self.autoencoder.model)
+            with self._on_device(self.dit):
+                latents = draw_latents(self.dit, [positive], [negative], size_px, [seed], options, self.device)
+            with self._on_device(self.autoencoder.model):
+                picture = to_picture(self.autoencoder.decode, latents)
         path = self._free_path(seed)
         logger.info("Prompt: %s", prompt.prompt or "(none)")
         write_with(path, lambda temporary: picture.save(temporary))
@@ -416,7 +414,8 @@ class Painter:
             yield
         except torch.OutOfMemoryError as error:
             remedy = (
-                "give a smaller picture with --image_width and --image_height"
+                "--blocks_to_swap keeps the Next-DiT's weights in host memory, --fp8_base halves them, and a smaller"
+                " --image_width and --image_height need less"
                 if self._offload
                 else "--offload keeps only the model that computes there"
             )
@@ -425,7 +424,6 @@ class Painter:
     def _encode(self, prompt: Prompt) -> tuple[Tensor, Tensor]:
         import torch
 
-        self._place_encoder(self.device)
         num_tokens = self.encoder.tokenizer.count(self.encoder.template.text(prompt.prompt))
         if num_tokens > self._pictures.gemma2_max_token_length:
             logger.warning(
@@ -434,13 +432,16 @@ class Painter:
                 num_tokens,
                 self._pictures.gemma2_max_token_length,
             )
-        (positive,) = self.encoder.encode([prompt.prompt])
-        (negative,) = self.encoder.encode([prompt.negative_prompt], self._pictures.negative_template)
-        if self._offload:
-            self._place_encoder(torch.device("cpu"))
-            if self._text_stream is not None:
-                self._text_stream.free()
-            self._free()
+        try:
+            self._place_encoder(self.device)
+            (positive,) = self.encoder.encode([prompt.prompt])
+            (negative,) = self.encoder.encode([prompt.negative_prompt], self._pictures.negative_template)
+        finally:
+            if self._offload:
+                self._place_encoder(torch.device("cpu"))
+                if self._text_stream is not None:
+                    self._text_stream.free()
+                self._free()
         return positive, negative
 
     def _place_encoder(self, device: torch.device) -> None:
@@ -451,14 +452,18 @@ class Painter:
 
         place(model, device, besides=self._streamed)
 
-    def _place(self, model: torch.nn.Module) -> None:
-        if self._offload:
-            self._move(model, self.device)
-
-    def _put_away(self, model: torch.nn.Module) -> None:
+    @contextlib.contextmanager
+    def _on_device(self, model: torch.nn.Module) -> Iterator[None]:
+        """Has a model on the device while the block computes with it, and with ``--offload`` no longer, whatever happens."""
         import torch
 
-        if self._offload:
+        if not self._offload:
+            yield
+            return
+        try:
+            self._move(model, self.device)
+            yield
+        finally:
             self._move(model, torch.device("cpu"))
             if model is self.dit and self._stream is not None:
                 self._stream.free()
@@ -509,7 +514,9 @@ def interact(painter: Painter, first: Prompt) -> None:
             logger.error("%s", error)
             continue
         except (RuntimeError, OSError) as error:  # too large a picture, a full disk: the next prompt may do
-            logger.error("This prompt could not be drawn: %s", str(error).splitlines()[0])
+            logger.error(
+                "This prompt could not be drawn: %s", next(iter(str(error).splitlines()), type(error).__name__)
+            )
             continue
         current = dataclasses.replace(prompt, seed=None, negative_prompt=first.negative_prompt)
 

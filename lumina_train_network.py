@@ -132,7 +132,7 @@ class LuminaNetworkTrainer(NetworkTrainer):
     def load_model(self, dtype: torch.dtype, reading: Reading) -> nn.Module:
         from library.lumina.loading import load_next_dit
 
-        self.dit = load_next_dit(self.files.dit, dtype, self.attention, self.processes.is_main, *reading)
+        self.dit = load_next_dit(self.files.dit, dtype, self.attention.function, self.processes.is_main, *reading)
         return self.dit
 
     def attention_heads(self) -> tuple[int, int, int]:

@@ -2,8 +2,8 @@
 
 Written out as single operations, these steps make autograd keep each of their results: more than the matrix products
 need. Here each step is one function with a gradient of its own, which keeps only its inputs (they are kept anyway) and a
-factor a row, and computes the rest again. All of it is float32 arithmetic with one rounding at the end, whatever the
-inputs are.
+factor a row, and computes the rest again. Norms and rotation are float32 arithmetic with one rounding at the end, whatever
+the inputs are; SwiGLU rounds twice in bf16, once behind silu, as the reference program does.
 
 Under ``torch.compile`` the same formulas are left to the compiler, which fuses further and chooses itself what to keep.
 

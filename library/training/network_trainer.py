@@ -1,4 +1,4 @@
-"""A training run as a sequence of named steps; what depends on the model is in the hooks of :class:`ModelFamily`.
+"""A training run as a sequence of named steps; what depends on the model is in the hooks of a model family.
 
 ``NetworkTrainer.train`` is the table of contents. The order keeps memory small: pictures are encoded and the autoencoder
 is let go, captions are encoded and the text encoder is let go, and only then is the large model read. Modules that import
@@ -7,11 +7,9 @@ torch are imported where they are used, so that an entry script can check its co
 
 from __future__ import annotations
 
-import gc
 import logging
 import os
-from collections.abc import Callable, Mapping, Sequence
-from functools import partial
+from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
 from library.errors import DatasetError, SettingsError
@@ -20,11 +18,11 @@ from library.importing import uncollected_imports
 from library.memory.host_memory import keep_freed_memory
 from library.prompts import Prompt, read_prompt_file
 from library.training.arguments import TrainConfig, all_specs
-from library.training.base_weights import BaseWeights
 from library.training.config_file import warn_of_gui_keys
-from library.training.hooks import ModelFamily, PictureEncoder, Reading, TextEncoder
+from library.training.frozen_models import FrozenModels
 from library.training.network_building import NetworkBuilder, rank_and_alpha
 from library.training.optimizer_names import require_package
+from library.training.out_of_memory import raise_where_memory_was_short
 from library.training.output_preservation import check_can_be_switched_off, warn_where_nothing_is_learned
 from library.training.report import RunPlan, log_plan
 from library.training.resuming import Resuming
@@ -34,36 +32,25 @@ from library.training.unused_flags import warn_of_ignored, warn_of_unused
 if TYPE_CHECKING:
     from pathlib import Path
 
-    import torch
     from PIL.Image import Image
-    from torch import Tensor, nn
+    from torch import Tensor
 
     from library.data.cache import Sharing
     from library.data.dataset import TrainingData
     from library.memory.attention import Workload
-    from library.memory.block_stream import BlockStream
-    from library.memory.settings import Quantisation
     from library.training.lora_writer import LoraWriter
 
 logger = logging.getLogger(__name__)
 
-_SPARE_BYTES = 2**30
-"""Device memory that must never have been needed if the autoencoder is to stay there between previews."""
 
-
-class NetworkTrainer(ModelFamily):
+class NetworkTrainer(FrozenModels):
     """Trains a network (LoRA) on a frozen model."""
 
     def __init__(self, config: TrainConfig) -> None:
-        self.config = config
+        super().__init__(config)
         self.prompts: list[Prompt] = []
         self.seed = 0
-        self.text_encoder: TextEncoder | None = None
-        self.text_stream: BlockStream | None = None
-        self.autoencoder: PictureEncoder | None = None
-        self.model: nn.Module | None = None
         self.network: Any = None
-        self.base_weights = BaseWeights(config.network, self.empty_text_encoder, self.empty_model)
         self.networks = NetworkBuilder(config)
         self.resuming = Resuming(config)
 
@@ -92,8 +79,9 @@ class NetworkTrainer(ModelFamily):
             self.report_plan()
             self.restore_state()
             self.run_epochs()
-        except BaseException:
+        except BaseException as error:
             self.trackers.flush()  # what has been reported so far must not be lost
+            raise_where_memory_was_short(error, self.config)
             raise
         self.finish()
 
@@ -149,7 +137,7 @@ class NetworkTrainer(ModelFamily):
         # Our own draws are keyed; this is for network modules that draw from torch's global generators.
         torch.manual_seed(key("torch", seed))
         # Tried before anything is read or encoded: what is missing must show now.
-        self.attention = choose_attention(config.attention, self._attention_work(), "--mixed_precision bf16").function
+        self.attention = choose_attention(config.attention, self._attention_work(), "--mixed_precision bf16")
         self.trackers = Trackers(self.accelerator, config.log, logged_settings(config))
         uploads = self.processes.is_main and not config.data.debug_dataset
         self.uploads = HubUploads(config.hub) if uploads else None
@@ -215,29 +203,6 @@ class NetworkTrainer(ModelFamily):
         self.autoencoder = None
         self._free()
 
-    def encode_pictures(self, pixels: Tensor) -> Tensor:
-        """Returns the latents of pixels (B,3,H,W), which may be on the CPU.
-
-        Raises:
-            SettingsError: the device's memory is too small for one picture.
-        """
-        import torch
-
-        try:
-            return self.ready_autoencoder().encode(pixels)
-        except torch.OutOfMemoryError as error:
-            remedies = ["a smaller --resolution needs less memory"]
-            if self.autoencoder_dtype == torch.float32:
-                remedies.insert(0, "bf16 (--mixed_precision bf16 without --no_half_vae) needs half of it")
-            if not self.config.memory.vae_tiling:
-                remedies.insert(0, "--vae_tiling encodes large pictures in tiles")
-            if not self.config.data.cache_latents:
-                remedies.insert(0, "--cache_latents encodes before the large model is there")
-            height, width = pixels.shape[-2:]
-            raise SettingsError(
-                f"the device's memory is too small to encode a picture of {width}x{height} pixels: {', '.join(remedies)}"
-            ) from error
-
     def sharing(self) -> Sharing:
         """Returns how processes share the work of filling a cache."""
         from library.data.cache import Sharing
@@ -246,13 +211,6 @@ class NetworkTrainer(ModelFamily):
         return Sharing(
             processes.rank, processes.count, processes.gather, processes.is_main, new_tally=processes.new_tally
         )
-
-    @property
-    def autoencoder_dtype(self) -> torch.dtype:
-        """The autoencoder's precision."""
-        import torch
-
-        return torch.float32 if self.config.memory.no_half_vae else self.weight_dtype
 
     def plan_steps(self) -> None:
         """Counts batches, steps and epochs; pictures that could not be read are out by now."""
@@ -286,90 +244,6 @@ class NetworkTrainer(ModelFamily):
             self.text_stream.free()
         self.text_encoder = self.text_stream = None
         self._free()
-
-    def ready_text_encoder(self) -> TextEncoder:
-        """Returns the text encoder on the device, read when it is first needed."""
-        from library.memory.prepare import stream_weights
-
-        encoder = self._read_text_encoder()
-        if not self._streams_text_encoder:
-            encoder.place(self.device)
-            return encoder
-        if self.text_stream is None:
-            self.text_stream = stream_weights(encoder.blocks, self.device, "layers of Gemma2")
-        encoder.place(self.device, besides=encoder.blocks)
-        return encoder
-
-    @property
-    def _streams_text_encoder(self) -> bool:
-        """Whether the text encoder's layers are streamed: all or none, so that it needs less memory than the model that is
-        trained, whatever that one's precision is and however many of its blocks are streamed."""
-        from library.memory.prepare import can_stream
-
-        asked = bool(self.config.memory.blocks_to_swap)
-        return asked and not self.config.trains_text_encoder and can_stream(self.device)
-
-    def _read_text_encoder(self) -> TextEncoder:
-        import torch
-
-        if self.text_encoder is None:
-            kind = self.config.quantisation.text_encoder
-            home = torch.device("cpu") if self._streams_text_encoder else self.device
-            reading = self._reading(self.base_weights.text_encoder_change(), kind, home)
-            self.text_encoder = self.load_text_encoder(self.weight_dtype, reading)
-        return self.text_encoder
-
-    def _reading(
-        self, change: Callable[[str, Tensor], Tensor], kind: Quantisation | None, home: torch.device
-    ) -> Reading:
-        """Returns what is done with weights as they are read: merge into a tensor, quantise its block and leave it there."""
-        if kind is None:
-            return Reading(change)
-        from library.memory.quantised import quantise_block
-
-        return Reading(change, partial(quantise_block, kind=kind, device=self.device, place=home))
-
-    def ready_autoencoder(self) -> PictureEncoder:
-        """Returns the autoencoder on the device, read when it is first needed."""
-        if self.autoencoder is None:
-            self.autoencoder = self.load_autoencoder(self.autoencoder_dtype)
-        self._to_device(self.autoencoder.model)
-        return self.autoencoder
-
-    def load_models(self) -> None:
-        """Reads the models that training needs; what was cached is not needed any more."""
-        import torch
-
-        from library.memory.prepare import place
-
-        caches_text = self.config.data.cache_text_encoder_outputs
-        # Streamed blocks never go to the device as a whole; which ones they are shows when the model is there.
-        home = torch.device("cpu") if self.config.memory.blocks_to_swap else self.device
-        reading = self._reading(self.base_weights.transformer_change(), self.config.quantisation.transformer, home)
-        model = self.load_model(self.weight_dtype, reading)
-        text_encoder = None if caches_text else self._read_text_encoder().model
-        self.base_weights.merge_into_models(model, text_encoder, self.weight_dtype)
-        self.model = place(model, self.device, besides=self._streamed_blocks())
-        if not caches_text:
-            self.ready_text_encoder()
-        if not self.config.data.cache_latents:
-            self.ready_autoencoder()
-
-    def _streamed_blocks(self) -> list[nn.Module]:
-        from library.memory.prepare import streamed_blocks
-
-        return streamed_blocks(self.streamable_blocks(), self.config.memory.blocks_to_swap, self.device)
-
-    def _to_device(self, model: nn.Module) -> None:
-        if next(model.parameters()).device != self.device:
-            model.to(self.device)
-
-    def _free(self) -> None:
-        import torch
-
-        gc.collect()
-        if self.device.type == "cuda":
-            torch.cuda.empty_cache()
 
     def rehearse_network(self) -> None:
         """Makes network and base weights once on models without weights, where they could turn out wrong."""
@@ -457,6 +331,7 @@ class NetworkTrainer(ModelFamily):
             self.data,
             self.optimizer,
             self.device.type,
+            self.attention.description,
         )
         self.start_position = self.resuming.restore(
             self.network, self.updater, self.plan, self.facts, self.settings_in_effect
@@ -528,7 +403,7 @@ class NetworkTrainer(ModelFamily):
             )
         if self.loop.step == 0:
             self.previews.at_first()
-            self._put_autoencoder_away()
+            self._put_autoencoder_away(has_trained=self.loop.step > 0)
         elif self.resuming.continues_at(self.loop.step) and self.updater.awaits_validation(self.loop.step):
             # The run was interrupted between this step and a measurement that the learning rate goes by.
             self.trackers.log(self.validation.after_step(self.loop.step, self.progress.average), self.loop.step)
@@ -559,7 +434,7 @@ class NetworkTrainer(ModelFamily):
             self.saver.after_step(step, self._finished_epochs(step))
         self.trackers.log(self.validation.after_step(step, self.progress.average), step)
         self.previews.after_step(step)
-        self._put_autoencoder_away()
+        self._put_autoencoder_away(has_trained=self.loop.step > 0)
         if self.processes.is_main:
             self.saver.state_after_step(step)  # last, so that a continued run leaves nothing out
         if self.saver.is_step(step):
@@ -575,7 +450,7 @@ class NetworkTrainer(ModelFamily):
             self.saver.after_epoch(epoch, step)
         self.trackers.log(self.validation.after_epoch(epoch, step, self.progress.average), step)
         self.previews.after_epoch(epoch, step)
-        self._put_autoencoder_away()
+        self._put_autoencoder_away(has_trained=self.loop.step > 0)
         if self.processes.is_main:
             self.saver.state_after_epoch(epoch)  # last, so that a continued run leaves nothing out
         if self.saver.is_epoch(epoch):
@@ -585,20 +460,6 @@ class NetworkTrainer(ModelFamily):
     def _draw_in_use(self, prompts: Sequence[Prompt], seeds: Sequence[int]) -> list[Image]:
         with self.weights.in_use(averaged=self.config.draws_averaged):
             return self.draw(prompts, seeds)
-
-    def _put_autoencoder_away(self) -> None:
-        """Takes the autoencoder off the device after previews, unless training needs it or there is memory to spare.
-
-        There is where some of the memory was never needed so far. Before the first step nobody knows what training needs.
-        """
-        from library.memory.room import never_needed_bytes
-
-        if not self.config.data.cache_latents or self.autoencoder is None:
-            return
-        on_device = next(self.autoencoder.model.parameters()).device.type != "cpu"
-        if on_device and (self.loop.step == 0 or never_needed_bytes(self.device) < _SPARE_BYTES):
-            self.autoencoder.model.to("cpu")
-            self._free()
 
     def _lora_writer(self) -> LoraWriter:
         from library.training.lora_writer import LoraWriter

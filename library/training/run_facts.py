@@ -62,6 +62,7 @@ _FACT_NAMES = {
     "num_pictures": "number of pictures",
     "pictures": "pictures, captions or their settings",
     "device": "device",
+    "attention": "attention kernel",
 }
 
 
@@ -84,8 +85,12 @@ def run_facts(
     data: TrainingData,
     optimizer: Optimizer,
     device: str,
+    attention: str,
 ) -> dict[str, Any]:
-    """Returns what the order of a run's pictures and the length of its epochs follow from."""
+    """Returns what a run's course follows from besides its settings: its pictures and their order, and what computes.
+
+    ``--attn_mode auto`` takes another kernel on another machine, so the kernel is compared and not the flag.
+    """
     return {
         "seed": seed,
         **dataclasses.asdict(plan),
@@ -96,6 +101,7 @@ def run_facts(
         "pictures": data_fingerprint(data),
         "optimizer": f"{type(optimizer).__module__}.{type(optimizer).__qualname__}",
         "device": device,
+        "attention": attention,
     }
 
 
@@ -140,7 +146,7 @@ def changes(header: StateHeader, facts: Mapping[str, Any], settings: Mapping[str
     found = [
         Change(words, header.facts.get(name), facts[name])
         for name, words in _FACT_NAMES.items()
-        if header.facts.get(name) != facts[name]
+        if header.facts.get(name) != facts[name] and (name in header.facts or name != "attention")  # new in states
     ]
     if any(change.name == _FACT_NAMES["num_pictures"] for change in found):
         found = [change for change in found if change.name != _FACT_NAMES["pictures"]]

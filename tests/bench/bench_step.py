@@ -54,7 +54,8 @@ class RandomModelTrainer(LuminaNetworkTrainer):
         return sizes.num_heads, sizes.num_kv_heads, sizes.head_dim
 
     def load_model(self, dtype: torch.dtype, reading: Reading) -> nn.Module:
-        self.dit = presets.random_next_dit(presets.config(self.preset), dtype, self.attention, finish=reading.finish)
+        sizes, attention = presets.config(self.preset), self.attention.function
+        self.dit = presets.random_next_dit(sizes, dtype, attention, finish=reading.finish)
         return self.dit
 
 

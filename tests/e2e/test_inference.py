@@ -12,6 +12,7 @@ from PIL import Image
 
 import lumina_minimal_inference
 from configs.quickstart.make_models import write_all_in_one, write_folder
+from library.errors import DrawingError
 
 
 @pytest.fixture
@@ -143,3 +144,16 @@ def test_wrong_flags(job: Job, flags: list[str], says: str) -> None:
     with pytest.raises(UserError) as caught:
         lumina_minimal_inference.main([*job.inference_flags, *(flag.format(models=job.models) for flag in flags)])
     assert says in str(caught.value)
+
+
+def test_too_little_memory_for_quantised_blocks_is_told(
+    draw: Callable[..., numpy.ndarray], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """They go to the device while the model is read."""
+
+    def short(*_: object, **__: object) -> None:
+        raise torch.OutOfMemoryError("CUDA out of memory")
+
+    monkeypatch.setattr("library.memory.quantised.quantise_block", short)
+    with pytest.raises(DrawingError, match="too small for the three models; --offload"):
+        draw("--fp8_base")

@@ -308,6 +308,18 @@ class TestWhatHasChanged:
             "--network_dropout"
         ]
 
+    def test_another_attention_kernel_is_a_change_and_another_flag_for_it_is_none(
+        self, flags: list[str], folder: Path
+    ) -> None:
+        header = read_header(folder / "short" / "my-state")
+        facts, settings = dict(header.facts), dict(header.settings)
+        assert "scaled_dot_product_attention" in facts["attention"]
+        assert changes(header, facts, settings | {"attn_mode": "sdpa"}) == []
+        assert [one.name for one in changes(header, facts | {"attention": "another"}, settings)] == ["attention kernel"]
+        # States of before the kernel was written down tell nothing about it.
+        del header.facts["attention"]
+        assert changes(header, facts, settings) == []
+
     def test_other_optimizer_arguments_hold(
         self, flags: list[str], run: Train, folder: Path, monkeypatch: pytest.MonkeyPatch
     ) -> None:

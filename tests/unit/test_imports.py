@@ -22,6 +22,7 @@ LIGHT = [
     "library/memory/settings.py",
     "library/training/settings.py",
     "library/training/arguments.py",
+    "library/training/frozen_models.py",
     "library/training/network_trainer.py",
     "library/settings.py",
     "library/prompts.py",

@@ -9,7 +9,7 @@ import torch
 
 from library.errors import DrawingError, SettingsError
 from library.prompts import PromptError, parse_line
-from lumina_minimal_inference import Painter, PictureFlags, split_lora
+from lumina_minimal_inference import Painter, PictureFlags, interact, split_lora
 
 
 @pytest.mark.parametrize(
@@ -37,3 +37,33 @@ def test_too_little_memory_names_what_helps(offload: bool, remedy: str) -> None:
         Painter._enough_memory(painter, "a picture of 64x96"),
     ):
         raise torch.OutOfMemoryError("CUDA out of memory")
+
+
+@pytest.mark.parametrize("offload", [True, False])
+def test_a_model_leaves_the_device_also_where_it_fails_there(offload: bool) -> None:
+    """Or the next prompt that is typed would find the Next-DiT beside Gemma2, and no memory for both."""
+    moves: list[str] = []
+    painter: Any = SimpleNamespace(
+        _offload=offload,
+        _move=lambda model, device: moves.append(device.type),
+        _stream=SimpleNamespace(free=lambda: moves.append("ring freed")),
+        _free=lambda: moves.append("freed"),
+        dit=torch.nn.Identity(),
+        device=torch.device("cuda"),
+    )
+    with pytest.raises(torch.OutOfMemoryError), Painter._on_device(painter, painter.dit):
+        raise torch.OutOfMemoryError("CUDA out of memory")
+    assert moves == (["cuda", "cpu", "ring freed", "freed"] if offload else [])
+
+
+def test_an_error_without_words_does_not_end_the_interactive_program(
+    monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    def draw(prompt: object) -> None:
+        raise RuntimeError
+
+    lines = iter(["a disc", "exit"])
+    monkeypatch.setattr("builtins.input", lambda _: next(lines))
+    painter: Any = SimpleNamespace(draw=draw)
+    interact(painter, PictureFlags().to_prompt())
+    assert "This prompt could not be drawn: RuntimeError" in caplog.text

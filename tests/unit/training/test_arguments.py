@@ -36,6 +36,7 @@ OURS = {
     "caption_variants": "bounds how many captions a shuffled run encodes; sd-scripts does not shuffle cached captions",
     "ema_decay": "a moving average of the LoRA; sd-scripts has none",
     "fp8_fast": "products in fp8; sd-scripts only stores weights in it",
+    "gradient_checkpointing_level": "how much is computed again; sd-scripts computes everything again",
     "nf4_base": "4-bit weights; sd-scripts has none",
     "normalize_masked_loss": "sd-scripts always divides by the whole picture's area",
     "sample_weights": "previews of the raw LoRA or of its moving average",

@@ -10,7 +10,7 @@ from e2e_helpers import Job, make_job
 from trainer_helpers import made_trainer
 
 from library.errors import SettingsError
-from library.training.network_trainer import NetworkTrainer
+from library.training.frozen_models import FrozenModels
 
 
 class _Model:
@@ -43,12 +43,11 @@ def test_the_autoencoder_stays_only_where_memory_is_to_spare(
     trainer: Any = SimpleNamespace(
         config=SimpleNamespace(data=SimpleNamespace(cache_latents=cached)),
         autoencoder=SimpleNamespace(model=model),
-        loop=SimpleNamespace(step=step),
         device=torch.device("cuda"),
         _free=lambda: freed.append(True),
     )
     for _ in range(2):
-        NetworkTrainer._put_autoencoder_away(trainer)
+        FrozenModels._put_autoencoder_away(trainer, has_trained=step > 0)
         assert model.device == expected
     assert freed == [True] * (expected == "cpu")
 

@@ -1,0 +1,184 @@
+"""The frozen models of a run: read when they are first needed, kept where they compute, and let go of in between.
+
+This is policy that holds for every model family, between its hooks (:class:`ModelFamily`) and the steps of a run
+(:class:`~library.training.network_trainer.NetworkTrainer`). Modules that import torch are imported where they are used.
+"""
+
+from __future__ import annotations
+
+import gc
+from collections.abc import Callable
+from functools import partial
+from typing import TYPE_CHECKING
+
+from library.errors import SettingsError
+from library.training.arguments import TrainConfig
+from library.training.base_weights import BaseWeights
+from library.training.hooks import ModelFamily, PictureEncoder, Reading, TextEncoder
+
+if TYPE_CHECKING:
+    import torch
+    from torch import Tensor, nn
+
+    from library.memory.block_stream import BlockStream
+    from library.memory.settings import Quantisation
+
+_SPARE_BYTES = 2**30
+"""Device memory that must never have been needed if the autoencoder is to stay there between previews."""
+
+
+class FrozenModels(ModelFamily):
+    """A model family's three models on a run's device.
+
+    Attributes:
+        config: the run's settings.
+        device: where models compute; set before one is read.
+        weight_dtype: of the text encoder and the large model; set before one is read.
+        text_encoder: None while it is not read or let go.
+        text_stream: of the text encoder's layers, where they are streamed.
+        autoencoder: likewise.
+        model: the large one.
+        base_weights: what is merged into models as they are read.
+    """
+
+    device: torch.device
+    weight_dtype: torch.dtype
+
+    def __init__(self, config: TrainConfig) -> None:
+        self.config = config
+        self.text_encoder: TextEncoder | None = None
+        self.text_stream: BlockStream | None = None
+        self.autoencoder: PictureEncoder | None = None
+        self.model: nn.Module | None = None
+        self.base_weights = BaseWeights(config.network, self.empty_text_encoder, self.empty_model)
+
+    def load_models(self) -> None:
+        """Reads the models that training needs; what was cached is not needed any more."""
+        import torch
+
+        from library.memory.prepare import place
+
+        caches_text = self.config.data.cache_text_encoder_outputs
+        # Streamed blocks never go to the device as a whole; which ones they are shows when the model is there.
+        home = torch.device("cpu") if self.config.memory.blocks_to_swap else self.device
+        reading = self._reading(self.base_weights.transformer_change(), self.config.quantisation.transformer, home)
+        model = self.load_model(self.weight_dtype, reading)
+        text_encoder = None if caches_text else self._read_text_encoder().model
+        self.base_weights.merge_into_models(model, text_encoder, self.weight_dtype)
+        self.model = place(model, self.device, besides=self._streamed_blocks())
+        if not caches_text:
+            self.ready_text_encoder()
+        if not self.config.data.cache_latents:
+            self.ready_autoencoder()
+
+    def ready_text_encoder(self) -> TextEncoder:
+        """Returns the text encoder on the device, read when it is first needed."""
+        from library.memory.prepare import stream_weights
+
+        encoder = self._read_text_encoder()
+        if not self._streams_text_encoder:
+            encoder.place(self.device)
+            return encoder
+        if self.text_stream is None:
+            self.text_stream = stream_weights(encoder.blocks, self.device, "layers of Gemma2")
+        encoder.place(self.device, besides=encoder.blocks)
+        return encoder
+
+    @property
+    def _streams_text_encoder(self) -> bool:
+        """Whether the text encoder's layers are streamed: all or none, so that it needs less memory than the model that is
+        trained, whatever that one's precision is and however many of its blocks are streamed."""
+        from library.memory.prepare import can_stream
+
+        asked = bool(self.config.memory.blocks_to_swap)
+        return asked and not self.config.trains_text_encoder and can_stream(self.device)
+
+    def _read_text_encoder(self) -> TextEncoder:
+        import torch
+
+        if self.text_encoder is None:
+            kind = self.config.quantisation.text_encoder
+            home = torch.device("cpu") if self._streams_text_encoder else self.device
+            reading = self._reading(self.base_weights.text_encoder_change(), kind, home)
+            self.text_encoder = self.load_text_encoder(self.weight_dtype, reading)
+        return self.text_encoder
+
+    def _reading(
+        self, change: Callable[[str, Tensor], Tensor], kind: Quantisation | None, home: torch.device
+    ) -> Reading:
+        """Returns what is done with weights as they are read: merge into a tensor, quantise its block and leave it there."""
+        if kind is None:
+            return Reading(change)
+        from library.memory.quantised import quantise_block
+
+        return Reading(change, partial(quantise_block, kind=kind, device=self.device, place=home))
+
+    def ready_autoencoder(self) -> PictureEncoder:
+        """Returns the autoencoder on the device, read when it is first needed."""
+        if self.autoencoder is None:
+            self.autoencoder = self.load_autoencoder(self.autoencoder_dtype)
+        self._to_device(self.autoencoder.model)
+        return self.autoencoder
+
+    @property
+    def autoencoder_dtype(self) -> torch.dtype:
+        """The autoencoder's precision."""
+        import torch
+
+        return torch.float32 if self.config.memory.no_half_vae else self.weight_dtype
+
+    def encode_pictures(self, pixels: Tensor) -> Tensor:
+        """Returns the latents of pixels (B,3,H,W), which may be on the CPU.
+
+        Raises:
+            SettingsError: the device's memory is too small for one picture.
+        """
+        import torch
+
+        try:
+            return self.ready_autoencoder().encode(pixels)
+        except torch.OutOfMemoryError as error:
+            remedies = ["a smaller --resolution needs less memory"]
+            if self.autoencoder_dtype == torch.float32:
+                remedies.insert(0, "bf16 (--mixed_precision bf16 without --no_half_vae) needs half of it")
+            if not self.config.memory.vae_tiling:
+                remedies.insert(0, "--vae_tiling encodes large pictures in tiles")
+            if not self.config.data.cache_latents:
+                remedies.insert(0, "--cache_latents encodes before the large model is there")
+            height, width = pixels.shape[-2:]
+            raise SettingsError(
+                f"the device's memory is too small to encode a picture of {width}x{height} pixels: {', '.join(remedies)}"
+            ) from error
+
+    def _put_autoencoder_away(self, has_trained: bool) -> None:
+        """Takes the autoencoder off the device after previews, unless training needs it or there is memory to spare.
+
+        There is where some of the memory was never needed so far.
+
+        Args:
+            has_trained: whether there was a step; before the first one nobody knows what training needs.
+        """
+        from library.memory.room import never_needed_bytes
+
+        if not self.config.data.cache_latents or self.autoencoder is None:
+            return
+        on_device = next(self.autoencoder.model.parameters()).device.type != "cpu"
+        if on_device and (not has_trained or never_needed_bytes(self.device) < _SPARE_BYTES):
+            self.autoencoder.model.to("cpu")
+            self._free()
+
+    def _streamed_blocks(self) -> list[nn.Module]:
+        from library.memory.prepare import streamed_blocks
+
+        return streamed_blocks(self.streamable_blocks(), self.config.memory.blocks_to_swap, self.device)
+
+    def _to_device(self, model: nn.Module) -> None:
+        if next(model.parameters()).device != self.device:
+            model.to(self.device)
+
+    def _free(self) -> None:
+        import torch
+
+        gc.collect()
+        if self.device.type == "cuda":
+            torch.cuda.empty_cache()

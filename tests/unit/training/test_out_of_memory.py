@@ -1,0 +1,80 @@
+"""A run that finds the device's memory too small ends with advice, and with what it has learned."""
+
+import logging
+from pathlib import Path
+
+import pytest
+import torch
+from e2e_helpers import make_job
+from trainer_helpers import fresh_accelerate
+
+import lumina_train_network
+from library.errors import SettingsError
+from library.training.arguments import TrainConfig, parse_arguments
+from library.training.out_of_memory import raise_where_memory_was_short
+
+NEEDED = [
+    "--pretrained_model_name_or_path=a",
+    "--train_data_dir=b",
+    "--output_dir=c",
+    "--network_module=networks.lora_lumina",
+]
+ALL = [
+    "--mixed_precision=bf16",
+    "--cache_latents",
+    "--cache_text_encoder_outputs",
+    "--gradient_checkpointing",
+    "--fp8_base",
+    "--blocks_to_swap=26",
+    "--cpu_offload_checkpointing",
+]
+
+
+def config_of(*flags: str) -> TrainConfig:
+    config = parse_arguments([*NEEDED, *flags])
+    assert config is not None
+    return config
+
+
+def advice(*flags: str) -> str:
+    with pytest.raises(SettingsError, match="the device's memory is too small for this run") as raised:
+        raise_where_memory_was_short(torch.OutOfMemoryError("CUDA out of memory"), config_of(*flags))
+    return str(raised.value)
+
+
+def test_names_the_flags_that_are_not_used_yet() -> None:
+    plain = advice()
+    for flag in ALL[:-1]:
+        assert flag.partition("=")[0] in plain
+    assert "--cpu_offload_checkpointing" not in plain  # nearly always slower than checkpointing, so not without it
+    assert "--cpu_offload_checkpointing" in advice("--gradient_checkpointing")
+    full = advice(*ALL)
+    assert "--" not in full
+    assert "a smaller batch size or resolution" in full
+
+
+def test_other_errors_stay_what_they_are() -> None:
+    raise_where_memory_was_short(RuntimeError("a defect"), config_of())
+
+
+def test_a_run_saves_what_it_has_learned_and_ends_with_advice(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    calls = []
+    losses_of = lumina_train_network.LuminaNetworkTrainer.losses_of
+
+    def short_in_step_3(trainer: lumina_train_network.LuminaNetworkTrainer, batch: object) -> object:
+        calls.append(batch)
+        if len(calls) == 3:
+            raise torch.OutOfMemoryError("CUDA out of memory")
+        return losses_of(trainer, batch)  # type: ignore[arg-type]
+
+    monkeypatch.setattr(lumina_train_network.LuminaNetworkTrainer, "losses_of", short_in_step_3)
+    handlers = list(logging.getLogger().handlers)
+    fresh_accelerate()
+    try:
+        job = make_job(tmp_path / "job")
+        with pytest.raises(SettingsError, match="--gradient_checkpointing keeps far fewer activations"):
+            lumina_train_network.main(job.train_flags(tmp_path / "out", "--cache_latents"))
+    finally:
+        fresh_accelerate()
+        logging.getLogger().handlers[:] = handlers
+    assert list((tmp_path / "out").glob("my*.safetensors"))
