@@ -19,15 +19,19 @@ class NormalNumbers:
     def __init__(self, drawn: int = _DRAWN) -> None:
         """Draws ``drawn`` numbers, all that there are."""
         self._numbers = torch.randn(drawn, generator=torch.Generator().manual_seed(0))
+        self._rounded = {self._numbers.dtype: self._numbers}
         self._begin = 0
 
     def take(self, count: int, scale: float, dtype: torch.dtype) -> Tensor:
         """Returns (count,) numbers times ``scale`` in ``dtype``."""
         self._begin = (self._begin + _STEP) % len(self._numbers)
+        if dtype not in self._rounded:
+            self._rounded[dtype] = self._numbers.to(dtype)
+        numbers = self._rounded[dtype]
         taken = torch.empty(count, dtype=dtype)
         at, begin = 0, self._begin
         while at < count:
-            part = self._numbers[begin : begin + count - at]
+            part = numbers[begin : begin + count - at]
             torch.mul(part, scale, out=taken[at : at + len(part)])
             at, begin = at + len(part), 0
         return taken
