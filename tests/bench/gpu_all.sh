@@ -7,7 +7,8 @@
 # FOLDER (default: $OUT, else ./output/gpu) gets results.json (what every part printed), summary.md (targets and what was
 # reached) and log.txt (everything that was said). They are written anew after each part, so a run that is cut off leaves
 # what it has. Every part is a process of its own with a limit in seconds; one that fails does not stop the others. Parts
-# stand in the order of their importance, and none begins after BUDGET_S (default 480) seconds.
+# stand in the order of their importance, and none begins in the last 20 of BUDGET_S (default 480) seconds. ONLY="NAME NAME"
+# runs some parts alone, such as what an earlier run had no time for.
 #
 # Commit results.json as docs/benchmarks/gpu_<date>.json, and the table of summary.md in docs/benchmarks/README.md.
 #
@@ -51,6 +52,7 @@ summarise() {
 part() {
     local name=$1 limit=$2 began=$SECONDS status
     shift 2
+    case " ${ONLY:-$name} " in *" $name "*) ;; *) return 0 ;; esac
     if [ $((budget - SECONDS)) -lt 20 ]; then
         skip "$name" "no time was left of $budget s"
         return 1
@@ -66,7 +68,7 @@ part() {
     return $status
 }
 
-skip() {
+skip() { # NAME REASON
     echo "$2" >"$work/parts/$1.skipped"
     echo "== $1: left out, $2" | tee -a "$work/log.txt" >&2
     summarise
@@ -115,6 +117,8 @@ else
     skip memory "the package diffusers is missing"
 fi
 
+part sampling 60 "$python" tests/bench/bench_sampling.py "${drawing[@]}"
+
 fast=(--fp8_base --fp8_fast)
 if [ $quick -eq 1 ]; then fast=(--fp8_base); fi # a CPU has no fp8 products
 if [ $compiles -eq 1 ]; then fast+=(--torch_compile); same=(--torch_compile); else same=(); fi
@@ -134,7 +138,6 @@ else
     part tests 200 "$python" -m pytest tests/gpu -m gpu -rfEs --tb=short "${workers[@]}" "${ignored[@]}"
 fi
 
-part sampling 60 "$python" tests/bench/bench_sampling.py "${drawing[@]}"
 for kernel in cudnn flash; do
     if [ $quick -eq 1 ]; then
         skip "step_$kernel" "a CPU has no such kernel"
