@@ -193,32 +193,36 @@ class LuminaNetworkTrainer(NetworkTrainer):
 
     # ---- one training step ----
 
+    # Nothing here waits for the device, so that the host stays ahead of it: what goes there is copied from pinned memory.
+
     def losses_of(self, batch: Batch) -> Losses:
         import torch
 
         from library import keyed_random
         from library.lumina import flow
+        from library.lumina.placement import copied_to
         from library.training.output_preservation import indices_of
 
         settings, device = self.config.flow, self.device
         keys = [draw.key for draw in batch.draws]
         if hasattr(self.network, "set_dropout_keys"):
             dropout_keys = [keyed_random.key("dropout", key) for key in keys]
-            self.network.set_dropout_keys(torch.tensor(dropout_keys, dtype=torch.int64, device=device))
+            self.network.set_dropout_keys(copied_to(torch.tensor(dropout_keys, dtype=torch.int64), device))
         latents = self._latents(batch)  # (B,C,H,W) float32
         # Drawn on the CPU and keyed by sample: every device and every number of processes draws the same.
-        noise = keyed_random.normal("noise", keys, latents.shape[1:]).to(device)
+        noise = copied_to(keyed_random.normal("noise", keys, latents.shape[1:]), device)
         uniform = keyed_random.uniform("sigma, uniform", keys, ())
         normal = keyed_random.normal("sigma, normal", keys, ())
-        sigma = flow.sample_sigma(settings, uniform, normal, *latents.shape[-2:]).to(device)
+        sigma = copied_to(flow.sample_sigma(settings, uniform, normal, *latents.shape[-2:]), device)
         noisy = flow.add_noise(latents, self._input_noise(noise, keys), sigma)
         target = flow.target_of(settings, latents, noise)
         preserved = indices_of(batch.preserves_output)
         if preserved:
             # Before the forward pass that keeps its activations, so that the two are never in memory together.
-            base = self._base_velocity(batch, preserved, noisy[preserved], sigma[preserved])
-            wanted = flow.prediction_of(settings, base, noisy[preserved], sigma[preserved])
-            target = target.index_put((torch.tensor(preserved, device=device),), wanted)
+            indices = copied_to(torch.tensor(preserved), device)
+            base = self._base_velocity(batch, preserved, noisy[indices], sigma[indices])
+            wanted = flow.prediction_of(settings, base, noisy[indices], sigma[indices])
+            target = target.index_put((indices,), wanted)
         velocity = self._velocity(noisy, sigma, self._caption_features(batch))
         prediction = flow.prediction_of(settings, velocity, noisy, sigma)
         losses = flow.loss_between(settings, prediction, target, sigma)
@@ -230,11 +234,12 @@ class LuminaNetworkTrainer(NetworkTrainer):
 
         from library import keyed_random
         from library.lumina import flow
+        from library.lumina.placement import copied_to
 
         with torch.no_grad():
             latents = self._latents(batch)
             keys = [draw.key for draw in batch.draws]
-            noise = keyed_random.normal("validation noise", keys, latents.shape[1:]).to(self.device)
+            noise = copied_to(keyed_random.normal("validation noise", keys, latents.shape[1:]), self.device)
             features = self._caption_features(batch)
             columns = []
             for level in sigmas:
@@ -262,10 +267,10 @@ class LuminaNetworkTrainer(NetworkTrainer):
             return self._velocity(noisy, sigma, self._caption_features(batch, samples))
 
     def _latents(self, batch: Batch) -> Tensor:
-        import torch
+        from library.lumina.placement import copied_to
 
         if batch.latents is not None:
-            return batch.latents.to(self.device, torch.float32)
+            return copied_to(batch.latents, self.device).float()
         if batch.pixels is None:
             raise RuntimeError("a batch holds neither latents nor pixels")
         return self.encode_pictures(batch.pixels).float()
@@ -273,6 +278,7 @@ class LuminaNetworkTrainer(NetworkTrainer):
     def _input_noise(self, noise: Tensor, keys: Sequence[int]) -> Tensor:
         from library import keyed_random
         from library.lumina import flow
+        from library.lumina.placement import copied_to
 
         gamma = self.config.flow.ip_noise_gamma
         if not gamma:
@@ -281,15 +287,17 @@ class LuminaNetworkTrainer(NetworkTrainer):
         strength = keyed_random.uniform("input perturbation strength", keys, ()) * gamma
         if not self.config.flow.ip_noise_gamma_random_strength:
             strength = strength.new_full(strength.shape, gamma)
-        return flow.perturbed_noise(noise, extra.to(noise.device), strength.to(noise.device))
+        return flow.perturbed_noise(noise, copied_to(extra, noise.device), copied_to(strength, noise.device))
 
     def _caption_features(self, batch: Batch, samples: Sequence[int] | None = None) -> list[Tensor]:
         """Returns the features (L_i,D) of a batch's captions, or of some samples' captions."""
         import torch
 
+        from library.lumina.placement import copied_to
+
         samples = range(len(batch.draws)) if samples is None else samples
         if batch.text is not None:
-            return [batch.text[index].to(self.device, self.dit.dtype) for index in samples]
+            return [copied_to(batch.text[index], self.device).to(self.dit.dtype) for index in samples]
         # A caller that wants no gradients gets none, whatever is trained.
         with torch.set_grad_enabled(torch.is_grad_enabled() and self.config.trains_text_encoder):
             return self.ready_text_encoder().encode([batch.draws[index].caption for index in samples])

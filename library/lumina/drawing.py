@@ -12,6 +12,7 @@ from tqdm import tqdm
 from library.errors import DrawingError
 from library.lumina.gemma2 import pad_features
 from library.lumina.next_dit import NextDiT
+from library.lumina.placement import copied_to
 from library.lumina.sampler import Conditioning, SamplingOptions, initial_noise, sample
 
 if TYPE_CHECKING:
@@ -20,7 +21,7 @@ if TYPE_CHECKING:
 
 def conditioning(features: Sequence[Tensor], model: NextDiT, device: torch.device) -> Conditioning:
     """Returns captions' features (L_i,D) as a batch on the device and in the model's dtype."""
-    return Conditioning(*pad_features([feature.to(device, model.dtype) for feature in features]))
+    return Conditioning(*pad_features([copied_to(feature, device).to(model.dtype) for feature in features]))
 
 
 def draw_latents(

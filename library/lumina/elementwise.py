@@ -3,7 +3,21 @@
 Written out as single operations, these steps make autograd keep each of their results: more than the matrix products
 need. Here each step is one function with a gradient of its own, which keeps only its inputs (they are kept anyway) and a
 factor a row, and computes the rest again. Norms and rotation are float32 arithmetic with one rounding at the end, whatever
-the inputs are; SwiGLU rounds twice in bf16, once behind silu, as the reference program does.
+the inputs are (on GPUs in half precision a norm is rounded once more on its way); SwiGLU rounds twice in bf16, once behind
+silu, as the reference program does.
+
+On a GPU these steps take as long as they move bytes, and float32 intermediates move most. There, halves go through torch's
+fused norm and through operations that read halves, compute in float32 and write halves: torch converts in the registers
+of such a kernel, where on a CPU it would make the float32 copies after all. Bytes of traffic an element of the result:
+
+    ==================== ======= ========  =========================
+    step                 forward backward  with float32 intermediates
+    ==================== ======= ========  =========================
+    norm                       8       10  32 and 70
+    norm and residual         10       10  42 and 70
+    norm and rotation         22       44  40 and 78
+    SwiGLU                    10       22  (no float32 in either)
+    ==================== ======= ========  =========================
 
 Under ``torch.compile`` the same formulas are left to the compiler, which fuses further and chooses itself what to keep.
 
@@ -64,15 +78,26 @@ def rms_factor(x: Tensor, eps: float) -> Tensor:
     return torch.rsqrt(x.square().mean(dim=-1, keepdim=True) + eps)
 
 
+def _is_half_on_gpu(x: Tensor) -> bool:
+    """Whether what takes longest is to move float32 intermediates."""
+    return x.is_cuda and x.dtype in (torch.bfloat16, torch.float16)
+
+
 def _wide(x: Tensor) -> Tensor:
     """Returns ``x`` in the precision that is computed in: float32, or float64 where it has that."""
     return x.to(torch.promote_types(x.dtype, torch.float32))
 
 
-def _factor_of(wide: Tensor, eps: float) -> Tensor:
-    # One pass over the rows and no temporary of their size.
-    norm = torch.linalg.vector_norm(wide, dim=-1, keepdim=True)
-    return norm.square_().div_(wide.shape[-1]).add_(eps).rsqrt_()
+def _product(a: Tensor, b: Tensor, dtype: torch.dtype) -> Tensor:
+    """Returns a * b, contiguous and of the shape of ``a``, computed in the widest of all three dtypes."""
+    wide = torch.promote_types(torch.promote_types(a.dtype, b.dtype), dtype)
+    return torch.mul(a, b.to(wide), out=torch.empty(a.shape, dtype=dtype, device=a.device))
+
+
+def _factor_of(x: Tensor, eps: float) -> Tensor:
+    # One pass over the rows and no temporary of their size; on a GPU also where it has to be in another precision.
+    norm = torch.linalg.vector_norm(x, dim=-1, keepdim=True, dtype=torch.promote_types(x.dtype, torch.float32))
+    return norm.square_().div_(x.shape[-1]).add_(eps).rsqrt_()
 
 
 def _sum_to(gradient: Tensor, shape: torch.Size) -> Tensor:
@@ -95,6 +120,12 @@ def _norm_gradient(gradient: Tensor, normed: Tensor, factor: Tensor) -> Tensor:
 class _ScaledNorm(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, x: Tensor, factor: Tensor, eps: float, residual: Tensor | None) -> Tensor:
+        if _is_half_on_gpu(x):
+            normed, rms = torch.ops.aten._fused_rms_norm(x.contiguous(), [x.shape[-1]], None, eps)
+            ctx.save_for_backward(x, factor, rms)
+            if residual is None:
+                return torch.mul(normed, factor, out=normed)
+            return torch.addcmul(residual, normed, factor, out=normed)
         wide = _wide(x)
         rms = _factor_of(wide, eps)
         ctx.save_for_backward(x, factor, rms)
@@ -104,19 +135,36 @@ class _ScaledNorm(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor | None, ...]:
         x, factor, rms = ctx.saved_tensors
+        (gradient,) = gradients
         of_x, of_factor = None, None
-        wide = _wide(gradients[0])
+        of_residual = gradient if ctx.needs_input_grad[3] else None
+        if _is_half_on_gpu(x):
+            if ctx.needs_input_grad[1]:
+                of_factor = _sum_to((x * rms).mul_(gradient), factor.shape)
+            if ctx.needs_input_grad[0]:
+                of_normed = _product(gradient, factor, x.dtype)
+                of_x, _ = torch.ops.aten._fused_rms_norm_backward(
+                    of_normed, x.contiguous(), [x.shape[-1]], rms, None, [True, False]
+                )
+            return of_x, of_factor, None, of_residual
+        wide = _wide(gradient)
         normed = _wide(x) * rms
         if ctx.needs_input_grad[1]:
             of_factor = _sum_to(wide * normed, factor.shape)
         if ctx.needs_input_grad[0]:
             of_x = _norm_gradient(wide * factor, normed, rms).to(x.dtype)
-        return of_x, of_factor, None, gradients[0] if ctx.needs_input_grad[3] else None
+        return of_x, of_factor, None, of_residual
 
 
 class _NormaliseAndRotate(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, x: Tensor, weight: Tensor, rope: Tensor, eps: float) -> Tensor:
+        if _is_half_on_gpu(x):
+            rms = _factor_of(x, eps)
+            ctx.save_for_backward(x, weight, rope, rms)
+            # A row's factor commutes with its rotation, so it can wait for the operation that rounds.
+            turned = _rotate_(_product(x, weight, rms.dtype), rope)
+            return _product(turned, rms, x.dtype)
         wide = _wide(x)
         rms = _factor_of(wide, eps)
         ctx.save_for_backward(x, weight, rope, rms)
@@ -125,8 +173,18 @@ class _NormaliseAndRotate(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor | None, ...]:
         x, weight, rope, rms = ctx.saved_tensors
+        (gradient,) = gradients
         of_x, of_weight = None, None
-        turned_back = _rotated(_wide(gradients[0]), rope, back=True)
+        if _is_half_on_gpu(x):
+            turned_back = _rotate_(_product(gradient, rms, rms.dtype), rope, back=True)  # of x * weight
+            if ctx.needs_input_grad[1]:
+                of_weight = _sum_to(turned_back * x, weight.shape).to(weight.dtype)
+            if ctx.needs_input_grad[0]:
+                of_row = turned_back.mul_(weight)
+                along = (of_row * x).mean(dim=-1, keepdim=True).mul_(rms).mul_(rms)
+                of_x = torch.addcmul(of_row, x, along, value=-1, out=torch.empty_like(of_row, dtype=x.dtype))
+            return of_x, of_weight, None, None
+        turned_back = _rotated(_wide(gradient), rope, back=True)
         normed = _wide(x) * rms
         if ctx.needs_input_grad[1]:
             of_weight = _sum_to(turned_back * normed, weight.shape).to(weight.dtype)
@@ -158,7 +216,14 @@ def _rotated_real(x: Tensor, rope: Tensor) -> Tensor:
 
 
 def _rotated(x: Tensor, rope: Tensor, back: bool = False) -> Tensor:
-    """Returns each pair of ``x`` turned, or turned back: one product of complex numbers, in place where possible."""
+    """Returns each pair of ``x`` turned, or turned back: one product of complex numbers."""
     turn = torch.view_as_complex(rope.to(x.dtype))
     pairs = torch.view_as_complex(x.contiguous().unflatten(-1, (-1, 2)))
     return torch.view_as_real(pairs * (turn.conj() if back else turn)).flatten(-2)
+
+
+def _rotate_(x: Tensor, rope: Tensor, back: bool = False) -> Tensor:
+    """Turns each pair of ``x`` (float32, contiguous), or turns it back, in place."""
+    turn = torch.view_as_complex(rope)
+    torch.view_as_complex(x.unflatten(-1, (-1, 2))).mul_(turn.conj() if back else turn)
+    return x

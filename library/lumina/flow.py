@@ -14,6 +14,7 @@ import math
 import torch
 from torch import Tensor
 
+from library.lumina.placement import copied_to
 from library.lumina.settings import FlowSettings
 
 NUM_TIMESTEPS = 1000
@@ -150,7 +151,7 @@ def mean_of_samples(loss: Tensor, masks: Tensor | None = None, by_area: bool = F
     """
     if masks is None:
         return loss.mean(dim=(1, 2, 3))
-    masks = masks.to(loss.device, loss.dtype)
+    masks = copied_to(masks, loss.device).to(loss.dtype)
     means = (loss * masks.unsqueeze(1)).mean(dim=(1, 2, 3))
     if not by_area:
         return means

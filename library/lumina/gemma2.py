@@ -217,4 +217,4 @@ def pad_features(features: Sequence[Tensor], multiple_of: int = 1) -> tuple[Tens
         return batch, None
     index = torch.arange(longest)
     mask = index[None, :] < torch.tensor(lengths)[:, None]
-    return batch, mask.to(batch.device)
+    return batch, copied_to(mask, batch.device)

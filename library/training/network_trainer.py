@@ -79,6 +79,7 @@ class NetworkTrainer(FrozenModels):
             self.report_plan()
             self.restore_state()
             self.run_epochs()
+            self.report_memory()
         except BaseException as error:
             self.trackers.flush()  # what has been reported so far must not be lost
             raise_where_memory_was_short(error, self.config)
@@ -483,6 +484,14 @@ class NetworkTrainer(FrozenModels):
         wanted = self.processes.is_main and not config.output.no_metadata
         hashes = FileHashes(self.hashed_files()) if wanted else None
         return LoraWriter(config, self.network, self.weights, RunMetadata(config, facts, hashes))
+
+    def report_memory(self) -> None:
+        """Says how much memory the whole program took on a GPU, caching and previews included."""
+        import torch
+
+        if self.device.type == "cuda":
+            reserved, held = torch.cuda.max_memory_reserved(self.device), torch.cuda.max_memory_allocated(self.device)
+            logger.info("Peak GPU memory: %.2f GiB reserved, %.2f GiB in tensors", reserved / 2**30, held / 2**30)
 
     def finish(self) -> None:
         """Ends uploads, trackers and processes together."""

@@ -13,6 +13,7 @@ import torch
 
 from library.console import is_stopped, raise_if_stopped
 from library.data.dataset import Batch
+from library.lumina.placement import copied_to
 from library.training import sigma_bands
 from library.training.gradient_sums import GradientSums
 from library.training.hooks import Losses
@@ -59,13 +60,13 @@ class TrainStep:
             if alone:  # of several, none may leave the others waiting: the loop stops them together
                 raise_if_stopped()
             losses, sigma = self._losses_of(batch)
-            loss = (losses * batch.loss_weights.to(losses.device)).sum() / num_samples
+            loss = (losses * copied_to(batch.loss_weights, losses.device)).sum() / num_samples
             if number == len(mine):
                 self._gradients.last_backward_follows()
             loss.backward()
             sums[0] += loss.detach()
             sums[2:] += sigma_bands.sums(losses, sigma)
-        sums[1] = float(is_stopped())
+        sums[1].fill_(float(is_stopped()))  # an assignment would copy a number to the device and wait for that
         sums = self._gradients.finish(sums)
         gradient_norm = updater.clip()
         # One wait for the device, not two.

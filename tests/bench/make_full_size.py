@@ -22,6 +22,9 @@ import torch
 from tqdm import tqdm
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
+sys.path.insert(0, str(Path(__file__).resolve().parent))
+
+from fast_random import NormalNumbers
 
 from configs.quickstart.make_models import train_tokenizer
 from library.files import write_with
@@ -66,29 +69,29 @@ def write_random(
         }
     text = json.dumps(header).encode()
     text += b" " * (-(8 + len(text)) % _ALIGNMENT)
-    generator = torch.Generator().manual_seed(0)
+    numbers = NormalNumbers()
 
     def write(temporary: Path) -> None:
         with temporary.open("wb") as file:
             file.write(len(text).to_bytes(8, "little") + text)
             for name, shape in tqdm(shapes.items(), desc=path.name):
-                _write_tensor(file, name, shape, torch_dtype, norms_at, generator)
+                _write_tensor(file, name, shape, torch_dtype, norms_at, numbers)
             file.write(spiece)
 
     write_with(path, write)
 
 
 def _write_tensor(
-    file: BinaryIO, name: str, shape: Shape, dtype: torch.dtype, norms_at: float, generator: torch.Generator
+    file: BinaryIO, name: str, shape: Shape, dtype: torch.dtype, norms_at: float, numbers: NormalNumbers
 ) -> None:
     total = math.prod(shape)
     for start in range(0, total, _CHUNK):
         count = min(_CHUNK, total - start)
         if len(shape) > 1:
-            values = torch.randn(count, generator=generator) / math.sqrt(math.prod(shape[1:]))
+            values = numbers.take(count, 1 / math.sqrt(math.prod(shape[1:])), dtype)
         else:
-            values = torch.full((count,), 0.0 if name.endswith(".bias") else norms_at)
-        file.write(values.to(dtype).view(torch.uint8).numpy().tobytes())
+            values = torch.full((count,), 0.0 if name.endswith(".bias") else norms_at, dtype=dtype)
+        file.write(values.view(torch.uint8).numpy().data)
 
 
 def make(output_dir: Path, layers: int | None = None, shrink: int = 1) -> tuple[Path, Path, Path]:

@@ -28,8 +28,15 @@ def circumstances() -> dict[str, object]:
         "cores": os.cpu_count(),
         "avx512_bf16": "avx512_bf16" in flags,
         "python": platform.python_version(),
-        **{name: importlib.metadata.version(name) for name in packages},
+        **{name: _version(name) for name in packages},
     }
+
+
+def _version(package: str) -> str | None:
+    try:
+        return importlib.metadata.version(package)
+    except importlib.metadata.PackageNotFoundError:
+        return None
 
 
 def _cpu_line(name: str) -> str:

@@ -14,6 +14,8 @@ import torch
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 
+from fast_random import NormalNumbers
+
 from library.lumina.configs import NextDiTConfig
 from library.lumina.filling import BlockFinish, fill
 from library.lumina.next_dit import BLOCKS, LARGE_MATRICES, AttentionFn, NextDiT, plain_attention
@@ -59,11 +61,11 @@ def random_next_dit(
     """
     with torch.device("meta"):
         model = NextDiT(sizes, attention)
-    generator = torch.Generator().manual_seed(0)
+    numbers = NormalNumbers()
     tensors = {}
     for name, parameter in model.named_parameters():
         if parameter.dim() > 1:
-            values = torch.randn(parameter.shape, generator=generator) / math.sqrt(parameter.shape[1])
+            values = numbers.take(parameter.numel(), 1 / math.sqrt(parameter.shape[1]), dtype).view(parameter.shape)
         else:
             values = torch.zeros(parameter.shape) if name.endswith("bias") else torch.ones(parameter.shape)
         tensors[name] = values.to(dtype)

@@ -55,6 +55,7 @@ def test_bf16_with_previews(job: Job, tmp_path: Path, more: list[str]) -> None:
     assert done.returncode == 0, done.stderr
     assert len(list((tmp_path / "out" / "sample").iterdir())) == 3
     assert (tmp_path / "out" / "my.safetensors").is_file()
+    assert any("Peak GPU memory: " in line for line in log_lines(done))
 
 
 def test_inference_with_and_without_offload(job: Job, tmp_path: Path) -> None:

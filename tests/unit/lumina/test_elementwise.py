@@ -9,9 +9,25 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from library.lumina import elementwise
 from library.lumina.elementwise import normalise_and_rotate, scaled_norm, swiglu
 
 EPS = 1e-5
+
+
+@pytest.fixture(params=["float32 intermediates", "as on GPUs"])
+def way(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> str:
+    """Runs a test both ways: the operations for halves on a GPU have a CPU's kernels too, but one."""
+    if request.param == "as on GPUs":
+        take_the_way_of_gpus(monkeypatch)
+    return request.param
+
+
+def take_the_way_of_gpus(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(elementwise, "_is_half_on_gpu", lambda x: True)
+    backward = torch._decomp.get_decompositions([torch.ops.aten._fused_rms_norm_backward])
+    written_out = backward[torch.ops.aten._fused_rms_norm_backward.default]  # torch's own, for compilers
+    monkeypatch.setattr(torch.ops.aten, "_fused_rms_norm_backward", written_out)
 
 
 def numbers(*shape: int, seed: int = 0, dtype: torch.dtype = torch.float64) -> Tensor:
@@ -25,6 +41,7 @@ def angles(batch: int, tokens: int, pairs: int) -> Tensor:
 
 @pytest.mark.parametrize("factor_shape", [(6,), (2, 1, 6)])
 @pytest.mark.parametrize("with_residual", [False, True])
+@pytest.mark.usefixtures("way")
 def test_scaled_norm_and_its_gradients(factor_shape: tuple[int, ...], with_residual: bool) -> None:
     x, factor = numbers(2, 5, 6).requires_grad_(), numbers(*factor_shape, seed=1).requires_grad_()
     residual = numbers(2, 5, 6, seed=2).requires_grad_() if with_residual else None
@@ -36,6 +53,7 @@ def test_scaled_norm_and_its_gradients(factor_shape: tuple[int, ...], with_resid
 
 
 @pytest.mark.parametrize("batch", [1, 2])
+@pytest.mark.usefixtures("way")
 def test_normalise_and_rotate_and_its_gradients(batch: int) -> None:
     x, weight = numbers(2, 3, 2, 6).requires_grad_(), numbers(6, seed=1).requires_grad_()
     rope = angles(batch, 3, 3)
@@ -45,6 +63,7 @@ def test_normalise_and_rotate_and_its_gradients(batch: int) -> None:
     assert torch.autograd.gradcheck(lambda *given: normalise_and_rotate(*given, rope, EPS), (x, weight))
 
 
+@pytest.mark.usefixtures("way")
 def test_heads_that_are_a_part_of_wider_rows_are_rotated_too() -> None:
     whole, rope = numbers(2, 3, 4, 6), angles(1, 3, 3)
     part, weight = whole[:, :, 1:3], numbers(6, seed=1)
@@ -91,6 +110,30 @@ def test_bf16_is_rounded_once() -> None:
     assert (found != exact.to(torch.bfloat16)).float().mean() < 1e-3
 
 
+@pytest.mark.parametrize("case", ["norm", "residual", "rotation"])
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_halves_on_gpus_are_rounded_once_more_at_most(
+    case: str, dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    function, inputs = inputs_of(case, dtype)
+    trained = [value.requires_grad_() for value in inputs if value.dtype == dtype and value.dim() > 1]
+    upstream = numbers(*function(*inputs).shape, seed=7, dtype=dtype)
+
+    def results() -> list[Tensor]:
+        result = function(*inputs)
+        return [result.detach(), *torch.autograd.grad(result, trained, upstream)]
+
+    wanted = results()
+    take_the_way_of_gpus(monkeypatch)
+    # What is rounded in between is one factor or summand of the result, up to a few times as large as that.
+    step = torch.finfo(dtype).eps
+    for found, expected in zip(results(), wanted, strict=True):
+        assert found.dtype == expected.dtype
+        assert found.shape == expected.shape
+        torch.testing.assert_close(found, expected, rtol=step, atol=4 * step)
+        assert (found - expected).float().norm() < step * expected.float().norm()
+
+
 def kept_by(work: Callable[[], Tensor]) -> int:
     """Returns how many numbers autograd keeps of what was not there before."""
     kept: dict[int, int] = {}
@@ -105,6 +148,7 @@ def kept_by(work: Callable[[], Tensor]) -> int:
     return sum(kept.values())
 
 
+@pytest.mark.usefixtures("way")
 def test_only_inputs_and_a_factor_a_row_are_kept() -> None:
     x, factor = numbers(2, 5, 64).requires_grad_(), numbers(2, 1, 64).requires_grad_()
     assert kept_by(lambda: scaled_norm(x, factor, EPS, x)) == x.numel() + factor.numel() + 2 * 5

@@ -1,0 +1,167 @@
+#!/usr/bin/env bash
+# All figures that need a GPU, in one command: tests, training steps, memory, drawing, attention, quantisation.
+#
+#     bash tests/bench/gpu_all.sh [FOLDER]          # about 8 minutes on an H100 or H200
+#     bash tests/bench/gpu_all.sh --quick [FOLDER]  # tries the scripts with tiny sizes, also on a CPU; measures nothing
+#
+# FOLDER (default: $OUT, else ./output/gpu) gets results.json (what every part printed), summary.md (targets and what was
+# reached) and log.txt (everything that was said). They are written anew after each part, so a run that is cut off leaves
+# what it has. Every part is a process of its own with a limit in seconds; one that fails does not stop the others. Parts
+# stand in the order of their importance, and none begins in the last 20 of BUDGET_S (default 480) seconds. ONLY="NAME NAME"
+# runs some parts alone, such as what an earlier run had no time for.
+#
+# Commit results.json as docs/benchmarks/gpu_<date>.json, and the table of summary.md in docs/benchmarks/README.md.
+#
+# A machine that nothing can be installed on from the network: carry what it lacks as wheels. Beside torch >= 2.11,
+# transformers, accelerate, safetensors, sentencepiece, tensorboard, tqdm, numpy, Pillow and pytest these are, for Python
+# 3.12 on x86-64 (49 MB in all; bitsandbytes, 43 MB, is needed for nf4 alone):
+#
+#     python -m pip download --no-deps --only-binary=:all: --python-version 3.12 --implementation cp \
+#         --platform manylinux_2_24_x86_64 --platform manylinux2014_x86_64 -d .whl \
+#         diffusers==0.42.1 importlib_metadata==10.2.0 toml==0.10.2 bitsandbytes==0.50.2
+#
+# Wheels in ./.whl (or the folder WHEELS) are unpacked into a temporary folder on PYTHONPATH. A part whose package is missing
+# is left out, and the summary says why.
+
+set -u
+cd "$(dirname "${BASH_SOURCE[0]}")/../.." || exit 1
+quick=0
+if [ "${1:-}" = "--quick" ]; then quick=1; shift; fi
+folder=${1:-${OUT:-output/gpu}}
+budget=${BUDGET_S:-480}
+python=${PYTHON:-python3}
+wheels=${WHEELS:-.whl}
+work=$(mktemp -d)
+trap 'rm -rf "$work"' EXIT
+mkdir -p "$folder" "$work/parts" || exit 1
+export PYTHONUNBUFFERED=1 HF_HUB_OFFLINE=1
+
+if compgen -G "$wheels/*.whl" >"$work/wheels"; then
+    xargs "$python" -m pip install -q --no-index --no-deps --no-compile --no-cache-dir --target "$work/site" \
+        <"$work/wheels" && export PYTHONPATH="$work/site${PYTHONPATH:+:$PYTHONPATH}"
+fi
+
+has() { "$python" -c "import importlib.util, sys; sys.exit(importlib.util.find_spec('$1') is None)"; }
+
+summarise() {
+    "$python" tests/bench/gpu_summary.py "$work/parts" "$folder"
+    cp "$work/log.txt" "$folder/log.txt"
+}
+
+# part NAME LIMIT_S COMMAND...: runs a command; its output is the part's result.
+part() {
+    local name=$1 limit=$2 began=$SECONDS status
+    shift 2
+    case " ${ONLY:-$name} " in *" $name "*) ;; *) return 0 ;; esac
+    if [ $((budget - SECONDS)) -lt 20 ]; then
+        skip "$name" "no time was left of $budget s"
+        return 1
+    fi
+    [ "$limit" -gt $((budget - SECONDS)) ] && limit=$((budget - SECONDS))
+    echo "== $name: $*" | tee -a "$work/log.txt" >&2
+    timeout --kill-after=10 "$limit" "$@" >"$work/parts/$name.out" 2>"$work/stderr"
+    status=$?
+    cat "$work/stderr" >>"$work/log.txt"
+    printf '%s\n%s\n' "$status" $((SECONDS - began)) >"$work/parts/$name.status"
+    [ $status -ne 0 ] && tail -n 5 "$work/stderr" >"$work/parts/$name.error"
+    summarise
+    return $status
+}
+
+skip() { # NAME REASON
+    echo "$2" >"$work/parts/$1.skipped"
+    echo "== $1: left out, $2" | tee -a "$work/log.txt" >&2
+    summarise
+}
+
+step() { # NAME SIZE FLAGS...: a training step of the full model at batch 4
+    local name=$1 size=$2
+    shift 2
+    # Nearly all of an H100's memory is needed, so none may be lost between blocks of the allocator.
+    part "$name" 150 env PYTORCH_CUDA_ALLOC_CONF=expandable_segments:True \
+        "$python" tests/bench/bench_step.py --preset "$preset" --size "$size" --batch "$batch" --precision bf16 \
+        --steps "$steps" -- "$@"
+}
+
+: >"$work/log.txt"
+if [ $quick -eq 1 ]; then
+    preset=tiny batch=1 steps=1 large=64 small=32
+    drawing=(--preset tiny --size 32 --steps 2 --turns 1)
+    attention=(--tokens 64 --batch 1 --repeats 1 --matmul_size 256)
+    quantisation=(--help) # its errors alone take a minute on a CPU
+    memory=(--size 64 --shrink 16 --layers 2 --limit_s 100)
+    streamed=4
+else
+    preset=full batch=4 steps=4 large=1024 small=512
+    drawing=(--preset full --size 256 1024 --steps 6 --turns 2)
+    attention=(--tokens 1024 4096 --batch 4 --repeats 10)
+    quantisation=(--tokens 16896)
+    memory=(--limit_s 60)
+    streamed=26
+fi
+compiles=0
+"$python" lumina_train_network.py --help 2>/dev/null | grep -q -- '--torch_compile' &&
+    ! grep -q '"torch_compile"' library/training/legacy_flags.py && compiles=1
+
+# The figures of a training step, the most important ones first.
+step step_eager "$large"
+[ $compiles -eq 1 ] && step step_compiled "$large" --torch_compile
+[ $compiles -eq 0 ] && skip step_compiled "this version has no --torch_compile"
+step step_checkpointing "$large" --gradient_checkpointing
+step step_streaming "$large" --gradient_checkpointing --blocks_to_swap "$streamed"
+
+# The whole program. It needs the autoencoder, and so diffusers.
+if has diffusers; then
+    part memory 180 "$python" tests/bench/bench_gpu_memory.py "${memory[@]}"
+else
+    skip memory "the package diffusers is missing"
+fi
+
+part sampling 60 "$python" tests/bench/bench_sampling.py "${drawing[@]}"
+
+fast=(--fp8_base --fp8_fast)
+if [ $quick -eq 1 ]; then fast=(--fp8_base); fi # a CPU has no fp8 products
+if [ $compiles -eq 1 ]; then fast+=(--torch_compile); same=(--torch_compile); else same=(); fi
+step step_fp8 "$large" "${fast[@]}"
+step step_bf16_small "$small" "${same[@]}"
+step step_fp8_small "$small" "${fast[@]}"
+
+ignored=()
+has diffusers || ignored+=(--ignore=tests/gpu/test_caching_gpu.py --ignore=tests/gpu/test_programs_gpu.py)
+workers=()
+has xdist && workers=(-n 4) # most of them start programs, and wait for imports
+if ! has pytest; then
+    skip tests "the package pytest is missing"
+elif [ $quick -eq 1 ]; then
+    part tests 100 "$python" -m pytest tests/gpu -m gpu --collect-only "${ignored[@]}"
+else
+    part tests 200 "$python" -m pytest tests/gpu -m gpu -rfEs --tb=short "${workers[@]}" "${ignored[@]}"
+fi
+
+for kernel in cudnn flash; do
+    if [ $quick -eq 1 ]; then
+        skip "step_$kernel" "a CPU has no such kernel"
+    elif [ $kernel = flash ] && ! has flash_attn && ! has flash_attn_interface; then
+        skip step_flash "the packages flash_attn and flash_attn_interface are missing"
+    else
+        step "step_$kernel" "$large" --attn_mode "$kernel"
+    fi
+done
+part attention 60 "$python" tests/bench/bench_attention.py "${attention[@]}"
+if has bitsandbytes; then
+    part quantisation 120 "$python" tests/bench/bench_quantisation.py "${quantisation[@]}"
+else
+    skip quantisation "the package bitsandbytes is missing"
+fi
+if [ ! -f tests/bench/bench_memory_table.py ]; then
+    skip memory_table "there is no bench_memory_table.py"
+elif [ $quick -eq 1 ]; then
+    part memory_table 100 "$python" tests/bench/bench_memory_table.py --help
+else
+    part memory_table 120 "$python" tests/bench/bench_memory_table.py
+fi
+
+cat "$folder/summary.md"
+[ $quick -eq 1 ] && echo "These were tiny sizes: the scripts were tried, and nothing was measured."
+# 0 where everything that ran went well.
+! compgen -G "$work/parts/*.error" >"$work/failed"
