@@ -22,7 +22,7 @@ from library.memory.block_stream import NUM_SLOTS, BlockStream
 from library.memory.recompute import recompute_in_backward
 from library.memory.saved_tensors import SavedTensors
 from library.memory.settings import MemorySettings
-from library.memory.transport import CudaTransport
+from library.memory.transport import CudaTransport, Transport
 
 logger = logging.getLogger(__name__)
 
@@ -87,6 +87,7 @@ def prepare_blocks(
     streamed: Sequence[nn.Module] = (),
     resident: Iterable[Tensor] = (),
     preserve_rng_state: bool = False,
+    transport: Transport | None = None,
 ) -> BlockStream | None:
     """Applies streaming, recomputation and activation offload to blocks that LoRA is attached to.
 
@@ -98,6 +99,7 @@ def prepare_blocks(
             :func:`streamed_blocks`.
         resident: tensors outside of the blocks that stay on the device, such as the LoRA's.
         preserve_rng_state: see :func:`~library.memory.recompute.recompute_in_backward`.
+        transport: for copies on a device of another kind; None = CUDA's, where the device is one.
 
     Returns:
         The stream, or None where nothing is streamed.
@@ -106,8 +108,9 @@ def prepare_blocks(
         SettingsError: there is not enough host memory.
     """
     blocks = list(blocks)
-    offloads = settings.cpu_offload_checkpointing and can_stream(device)
-    transport = CudaTransport(device) if streamed or offloads else None
+    offloads = settings.cpu_offload_checkpointing and (transport is not None or can_stream(device))
+    if transport is None and (streamed or offloads):
+        transport = CudaTransport(device)
     stream = BlockStream(streamed, device, transport) if streamed else None
     if stream is not None:
         stream.attach()

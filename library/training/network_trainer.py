@@ -7,6 +7,7 @@ torch are imported where they are used, so that an entry script can check its co
 
 from __future__ import annotations
 
+import dataclasses
 import gc
 import logging
 import os
@@ -81,6 +82,7 @@ class NetworkTrainer(ModelFamily):
                 self.show_data()
                 self.finish()
                 return
+            self.fit_memory()
             self.cache_latents()
             self.plan_steps()
             self.cache_text()
@@ -176,6 +178,38 @@ class NetworkTrainer(ModelFamily):
         )
         self.check_captions()
         check_writable("--output_dir", self.output_dir())
+
+    def fit_memory(self) -> None:
+        """Chooses the memory flags that ``--vram_gb`` leaves open: from here on they are the run's settings.
+
+        Raises:
+            SettingsError: the run does not fit with any.
+        """
+        asked = self.config.memory.vram_gb
+        if asked is None:
+            return
+        if self.device.type != "cuda":
+            logger.warning(
+                "--vram_gb %s: no effect on the device %s, which has no memory of its own to fit into; the run goes on with"
+                " the flags as they are",
+                asked,
+                self.device.type,
+            )
+            return
+        from library.training import memory_fit
+
+        limit_gib = memory_fit.free_gib(self.device) if isinstance(asked, str) else asked
+        limit_gib = min(self.processes.gather([limit_gib]))[0]  # all processes have to choose the same
+        allowance = memory_fit.allowance_for(asked)
+        batch = memory_fit.largest_batch(self)
+        row = memory_fit.fit_to(self, batch, limit_gib, allowance, f"--vram_gb {asked}")
+        memory, quantisation = memory_fit.settings_for(self, row, limit_gib, allowance)
+        self.config = dataclasses.replace(self.config, memory=memory, quantisation=quantisation)
+
+    @property
+    def num_processes(self) -> int:
+        """Of this run."""
+        return self.processes.count
 
     def show_data(self) -> None:
         """Writes a page that shows what the model would see in the first epoch."""
