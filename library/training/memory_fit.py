@@ -22,7 +22,7 @@ import torch
 from torch import Tensor, nn
 
 from library.errors import SettingsError
-from library.memory.block_stream import streamed_bytes
+from library.memory.block_stream import NUM_SLOTS, streamed_bytes
 from library.memory.fit import (
     CHECKPOINTING,
     COMPUTE_FLOPS,
@@ -49,6 +49,7 @@ from library.training.optimizers import clip_gradients
 
 if TYPE_CHECKING:
     from library.data.items import Batch
+    from library.training.arguments import TrainConfig
     from library.training.network_trainer import NetworkTrainer
 
 logger = logging.getLogger(__name__)
@@ -66,125 +67,150 @@ _EXTRA_STATES = {"prodigy": 2, "dadaptadam": 1, "dadaptadan": 3, "dadaptadamprep
 
 
 class Fit:
-    """What was found out about a run's memory."""
+    """Finds the flags for one run and one card."""
 
-    def __init__(self, trainer: NetworkTrainer, batch: Batch, allowance: Allowance) -> None:
-        """Takes the trainer before it has read a model, and the largest batch it will train on."""
+    def __init__(
+        self, trainer: NetworkTrainer, batch: Batch, limit_gib: float, allowance: Allowance, asked: str
+    ) -> None:
+        """Rehearses nothing yet.
+
+        Args:
+            trainer: before it has read a model.
+            batch: the largest one of the run.
+            limit_gib: of the card.
+            allowance: what is needed beside tensors.
+            asked: the flag, for messages.
+        """
         self._trainer = trainer
+        self._config = trainer.config
         self._batch = batch
+        self._limit_gib = limit_gib
         self._allowance = allowance
-        self._found: dict[Row, list[Choice]] = {}
+        self._asked = asked
+        self._settings: dict[Quantisation | None, QuantisationSettings] = {}
 
-    def choices(self, row: Row) -> list[Choice]:
-        """Returns a row with every number of streamed blocks that makes a difference and that the user left open."""
-        if row not in self._found:
-            need = rehearse(self._trainer, row, self._batch)
-            asked = self._trainer.config.memory.blocks_to_swap
-            streamed = [asked] if asked else [0, *range(3, len(need.blocks) + 1)]
-            self._found[row] = list(choices(row, need, self._allowance, streamed))
-        return self._found[row]
+    def choose(self) -> Row:
+        """Returns the fastest row with which the run fits, and says which it is and what else would fit.
 
-    def of_quality(self, open_rows: Sequence[Row], kind: Quantisation | None) -> list[Choice]:
-        """Returns all choices with one kind of weights."""
-        return [choice for row in open_rows if row.quantisation == kind for choice in self.choices(row)]
+        Rows with quantised weights, which change the result, are looked at only where no exact row fits.
 
-
-def fit_to(trainer: NetworkTrainer, batch: Batch, limit_gib: float, allowance: Allowance, asked: str) -> Row:
-    """Returns the fastest memory flags with which the run fits, and says what they are and what else would fit.
-
-    Args:
-        trainer: before it has read a model.
-        batch: the largest one of the run.
-        limit_gib: of the card.
-        allowance: what is needed beside tensors.
-        asked: the flag, for messages.
-
-    Raises:
-        SettingsError: nothing fits.
-    """
-    fit = Fit(trainer, batch, allowance)
-    open_rows = _open_rows(trainer)
-    kinds = list(dict.fromkeys(row.quantisation for row in open_rows))
-    everything: list[Choice] = []
-    for kind in kinds:
-        found = fit.of_quality(open_rows, kind)
-        # Before the large model is read, captions and pictures are encoded, each by its own model alone.
-        before = _encoding_gib(trainer, _quantisation(trainer, kind, limit_gib, allowance), batch, allowance)
-        found = [dataclasses.replace(choice, gib=max(choice.gib, before)) for choice in found]
-        everything += found
-        best = fastest(found, limit_gib)
-        if best is not None:
-            _report(trainer, best, found, limit_gib, asked, allowance)
-            return best.row
-    least = min(everything, key=lambda choice: choice.gib)
-    width, height = _size_px(batch)
-    raise SettingsError(
-        f"{asked}: this run does not fit into {limit_gib:.1f} GiB; the least that it needs is {least.gib:.1f} GiB, with"
-        f" {in_flags(trainer, least.row, limit_gib, allowance) or 'no further flag'}. Its largest batch has"
-        f" {len(batch.draws)} pictures of {width}x{height} pixels: lower --resolution, --train_batch_size or --network_dim"
-        f"{_instead_of_given(trainer)}"
-    )
-
-
-def settings_for(
-    trainer: NetworkTrainer, row: Row, limit_gib: float, allowance: Allowance
-) -> tuple[MemorySettings, QuantisationSettings]:
-    """Returns the run's settings with a row's flags."""
-    return row.applied_to(trainer.config.memory), _quantisation(trainer, row.quantisation, limit_gib, allowance)
-
-
-def in_flags(trainer: NetworkTrainer, row: Row, limit_gib: float, allowance: Allowance) -> str:
-    """Returns a row as a user would type it: every memory flag that is on."""
-    memory, quantisation = settings_for(trainer, row, limit_gib, allowance)
-    parts = []
-    for settings, names in (
-        (quantisation, ("fp8_base", "fp8_base_unet", "fp8_fast", "nf4_base")),
-        (memory, [*CHECKPOINTING["full"], "blocks_to_swap", "cpu_offload_checkpointing"]),
-    ):
-        for name in names:
-            value = getattr(settings, name)
-            if value:
-                parts.append(f"--{name}" if value is True else f"--{name}={value}")
-    return " ".join(parts)
-
-
-def _report(
-    trainer: NetworkTrainer, best: Choice, found: Sequence[Choice], limit_gib: float, asked: str, allowance: Allowance
-) -> None:
-    def shown(choice: Choice) -> str:
-        return in_flags(trainer, choice.row, limit_gib, allowance) or "no memory flag"
-
-    others = []
-    for row in dict.fromkeys(dataclasses.replace(choice.row, blocks_to_swap=0) for choice in found):
-        of_row = [choice for choice in found if dataclasses.replace(choice.row, blocks_to_swap=0) == row]
-        other = fastest([choice for choice in of_row if choice.row != best.row], limit_gib)
-        if other is not None:
-            others.append(f"{shown(other)} ({other.gib:.1f} GiB, {other.seconds / best.seconds:.2f} x the time)")
-    logger.info(
-        "%s: this run is taken to be fastest with %s, at up to %.1f of %.1f GiB. %s",
-        asked,
-        shown(best),
-        best.gib,
-        limit_gib,
-        f"Would fit too: {', '.join(others)}" if others else "Nothing else fits",
-    )
-    if best.row.quantisation is not None and trainer.config.quantisation.transformer is None:
-        logger.warning(
-            "%s: the frozen weights are kept in %s, because the run does not fit with exact ones; see docs/low_precision.md",
-            asked,
-            best.row.quantisation,
+        Raises:
+            SettingsError: nothing fits.
+        """
+        open_rows = self._open_rows()
+        everything: list[Choice] = []
+        for kind in dict.fromkeys(row.quantisation for row in open_rows):
+            # Before the large model is read, captions and pictures are encoded, each by its own model alone.
+            before = self._encoding_gib(self.quantisation(kind))
+            found = [choice for row in open_rows if row.quantisation == kind for choice in self._choices(row)]
+            found = [dataclasses.replace(choice, gib=max(choice.gib, before)) for choice in found]
+            best = fastest(found, self._limit_gib)
+            if best is not None:
+                self._report(best, found)
+                return best.row
+            everything += found
+        least = min(everything, key=lambda choice: choice.gib)
+        width, height = _size_px(self._batch)
+        raise SettingsError(
+            f"{self._asked}: this run does not fit into {self._limit_gib:.1f} GiB; the least that it needs is"
+            f" {least.gib:.1f} GiB, with {self.flags(least.row) or 'no memory flag'}. Its largest batch has"
+            f" {len(self._batch.draws)} pictures of {width}x{height} pixels: lower --resolution, --train_batch_size or"
+            f" --network_dim{self._or_without_given()}"
         )
 
+    def settings(self, row: Row) -> tuple[MemorySettings, QuantisationSettings]:
+        """Returns the run's settings with a row's flags."""
+        return row.applied_to(self._config.memory), self.quantisation(row.quantisation)
 
-def _open_rows(trainer: NetworkTrainer) -> list[Row]:
-    """Returns the rows that the user's own flags leave."""
-    config = trainer.config
-    given = config.quantisation.transformer
-    level = "full" if config.memory.gradient_checkpointing else None
-    kinds: list[Quantisation | None] = [given]
-    if given is None and trainer.networks.has_companion:  # other networks know no quantised weights
-        kinds = [kind for kind in QUALITY if kind != "nf4" or importlib.util.find_spec("bitsandbytes") is not None]
-    return [row for row in rows(kinds) if level in (None, row.checkpointing) and _may_offload(row, config.memory)]
+    def flags(self, row: Row) -> str:
+        """Returns a row as a user would type it."""
+        quantisation = self.quantisation(row.quantisation)
+        values = {
+            **{name: getattr(quantisation, name) for name in ("fp8_base", "fp8_base_unet", "fp8_fast", "nf4_base")},
+            **CHECKPOINTING[row.checkpointing],
+            "blocks_to_swap": row.blocks_to_swap,
+            "cpu_offload_checkpointing": row.offload,
+        }
+        return " ".join(
+            f"--{name}" if value is True else f"--{name}={value}" for name, value in values.items() if value
+        )
+
+    def quantisation(self, kind: Quantisation | None) -> QuantisationSettings:
+        """Returns the settings of a kind. Gemma2 is quantised too only where it stays, or would not fit otherwise."""
+        if kind not in self._settings:
+            settings = _settings_of(self._config, kind)
+            if kind == "fp8" and kind != self._config.quantisation.transformer:
+                whole = self._allowance.with_allowance(_encoder_bytes(self._trainer, settings.text_encoder))
+                if whole > self._limit_gib:
+                    settings = QuantisationSettings(fp8_base=True)
+            self._settings[kind] = settings
+        return self._settings[kind]
+
+    def _choices(self, row: Row) -> list[Choice]:
+        """Returns a row with every number of streamed blocks that makes a difference and that the user left open."""
+        need = rehearse(self._trainer, row, self._batch)
+        asked = self._config.memory.blocks_to_swap
+        streamed = [asked] if asked else [0, *range(NUM_SLOTS + 1, len(need.blocks) + 1)]
+        return list(choices(row, need, self._allowance, streamed))
+
+    def _open_rows(self) -> list[Row]:
+        """Returns the rows that the user's own flags leave, without streaming."""
+        given, memory = self._config.quantisation.transformer, self._config.memory
+        kinds: list[Quantisation | None] = [given]
+        if given is None and self._trainer.networks.has_companion:  # other networks know no quantised weights
+            kinds = [kind for kind in QUALITY if kind != "nf4" or importlib.util.find_spec("bitsandbytes") is not None]
+        return [
+            row
+            for row in rows(kinds)
+            if (not memory.gradient_checkpointing or CHECKPOINTING[row.checkpointing]["gradient_checkpointing"])
+            and _may_offload(row, memory)
+        ]
+
+    def _report(self, best: Choice, found: Sequence[Choice]) -> None:
+        def without_streaming(choice: Choice) -> Row:
+            return dataclasses.replace(choice.row, blocks_to_swap=0)
+
+        others = []
+        for row in dict.fromkeys(map(without_streaming, found)):
+            if row == without_streaming(best):
+                continue
+            other = fastest([choice for choice in found if without_streaming(choice) == row], self._limit_gib)
+            if other is not None:
+                time = f"{other.seconds / best.seconds:.2f} x the time"
+                others.append(f"{self.flags(other.row) or 'no memory flag'} ({other.gib:.1f} GiB, {time})")
+        logger.info(
+            "%s: taken to be fastest is %s, with up to %.1f of %.1f GiB. %s",
+            self._asked,
+            self.flags(best.row) or "no memory flag",
+            best.gib,
+            self._limit_gib,
+            f"Would fit too: {', '.join(others)}" if others else "Nothing else fits",
+        )
+        if best.row.quantisation is not None and self._config.quantisation.transformer is None:
+            logger.warning(
+                "%s: the frozen weights are kept in %s, which changes the result a little, because the run does not fit with"
+                " exact ones; see docs/low_precision.md",
+                self._asked,
+                best.row.quantisation,
+            )
+
+    def _encoding_gib(self, quantisation: QuantisationSettings) -> float:
+        """Returns what filling the caches needs."""
+        trainer, needs = self._trainer, [0]
+        if self._config.data.cache_latents:
+            weights = trainer.autoencoder_numbers() * trainer.autoencoder_dtype.itemsize
+            needs.append(weights + autoencoder_bytes(trainer, self._batch))
+        if self._config.data.cache_text_encoder_outputs:
+            needs.append(_encoder_bytes(trainer, quantisation.text_encoder))
+        return self._allowance.with_allowance(max(needs))
+
+    def _or_without_given(self) -> str:
+        memory, quantisation = self._config.memory, self._config.quantisation
+        names = [
+            *(name for name in ("fp8_base", "fp8_base_unet") if getattr(quantisation, name)),
+            *(["blocks_to_swap"] if memory.blocks_to_swap else []),
+        ]
+        return f", or leave {' and '.join(f'--{name}' for name in names)} to --vram_gb" if names else ""
 
 
 def _may_offload(row: Row, given: MemorySettings) -> bool:
@@ -195,30 +221,15 @@ def _may_offload(row: Row, given: MemorySettings) -> bool:
     return row.offload if given.cpu_offload_checkpointing else not row.offload or row.checkpointing != "none"
 
 
-def _quantisation(
-    trainer: NetworkTrainer, kind: Quantisation | None, limit_gib: float, allowance: Allowance
-) -> QuantisationSettings:
-    """Returns the settings of a kind; Gemma2 is quantised too only where it would not fit otherwise."""
-    settings = trainer.config.quantisation
-    if kind == settings.transformer:
-        return settings
+def _settings_of(config: TrainConfig, kind: Quantisation | None) -> QuantisationSettings:
+    """Returns the settings of a kind of weights: the user's own where they say so already."""
+    if kind == config.quantisation.transformer:
+        return config.quantisation
     if kind == "nf4":
         return QuantisationSettings(nf4_base=True)
-    exact = QuantisationSettings(fp8_base_unet=True)
-    encoder = _encoder_bytes(trainer, exact.text_encoder)
-    return exact if allowance.with_allowance(encoder) <= limit_gib else QuantisationSettings(fp8_base=True)
-
-
-def _instead_of_given(trainer: NetworkTrainer) -> str:
-    memory = trainer.config.memory
-    names = [
-        name
-        for name in ("blocks_to_swap", "gradient_checkpointing", "cpu_offload_checkpointing")
-        if getattr(memory, name)
-    ]
-    if trainer.config.quantisation.transformer is not None:
-        names.append("fp8_base" if trainer.config.quantisation.transformer != "nf4" else "nf4_base")
-    return f", or leave out what was given beside it ({', '.join(f'--{name}' for name in names)})" if names else ""
+    # A Gemma2 that stays on the device beside the model is halved too.
+    stays = not config.data.cache_text_encoder_outputs
+    return QuantisationSettings(fp8_base=stays, fp8_base_unet=not stays)
 
 
 # ---- what a step needs ----
@@ -283,17 +294,9 @@ def rehearse(trainer: NetworkTrainer, row: Row, batch: Batch) -> Need:
 def _rehearsing(trainer: NetworkTrainer, row: Row) -> NetworkTrainer:
     """Returns a trainer of the same run with a row's flags, on the meta device."""
     config = trainer.config
-    quantisation = config.quantisation
-    if row.quantisation != quantisation.transformer:
-        quantisation = {
-            None: QuantisationSettings(),
-            "fp8": QuantisationSettings(fp8_base_unet=True),
-            "fp8_fast": QuantisationSettings(fp8_base_unet=True, fp8_fast=True),
-            "nf4": QuantisationSettings(nf4_base=True),
-        }[row.quantisation]
     run = copy.copy(trainer)
     memory = dataclasses.replace(row.applied_to(config.memory), blocks_to_swap=None)
-    run.config = dataclasses.replace(config, memory=memory, quantisation=quantisation)
+    run.config = dataclasses.replace(config, memory=memory, quantisation=_settings_of(config, row.quantisation))
     run.networks = NetworkBuilder(run.config)
     run.device = META
     run.text_encoder, run.autoencoder = None, None
@@ -339,19 +342,6 @@ def _besides(run: NetworkTrainer, optimizer: torch.optim.Optimizer) -> int:
 
 
 # ---- what comes before the training ----
-
-
-def _encoding_gib(
-    trainer: NetworkTrainer, quantisation: QuantisationSettings, batch: Batch, allowance: Allowance
-) -> float:
-    """Returns what filling the caches needs."""
-    needs = [0]
-    if trainer.config.data.cache_latents:
-        weights = trainer.autoencoder_numbers() * trainer.autoencoder_dtype.itemsize
-        needs.append(weights + autoencoder_bytes(trainer, batch))
-    if trainer.config.data.cache_text_encoder_outputs:
-        needs.append(_encoder_bytes(trainer, quantisation.text_encoder))
-    return allowance.with_allowance(max(needs))
 
 
 def _encoder_bytes(trainer: NetworkTrainer, kind: Quantisation | None) -> int:

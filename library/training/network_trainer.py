@@ -192,18 +192,17 @@ class NetworkTrainer(ModelFamily):
             logger.warning(
                 "--vram_gb %s: no effect on the device %s, which has no memory of its own to fit into; the run goes on with"
                 " the flags as they are",
-                asked,
+                _shown_size(asked),
                 self.device.type,
             )
             return
         from library.training import memory_fit
 
-        limit_gib = memory_fit.free_gib(self.device) if isinstance(asked, str) else asked
-        limit_gib = min(self.processes.gather([limit_gib]))[0]  # all processes have to choose the same
-        allowance = memory_fit.allowance_for(asked)
-        batch = memory_fit.largest_batch(self)
-        row = memory_fit.fit_to(self, batch, limit_gib, allowance, f"--vram_gb {asked}")
-        memory, quantisation = memory_fit.settings_for(self, row, limit_gib, allowance)
+        mine = memory_fit.free_gib(self.device) if isinstance(asked, str) else asked
+        (limit_gib,) = min(self.processes.gather([mine]))  # all processes have to choose the same
+        batch, allowance = memory_fit.largest_batch(self), memory_fit.allowance_for(asked)
+        fit = memory_fit.Fit(self, batch, limit_gib, allowance, f"--vram_gb {_shown_size(asked)}")
+        memory, quantisation = fit.settings(fit.choose())
         self.config = dataclasses.replace(self.config, memory=memory, quantisation=quantisation)
 
     @property
@@ -635,3 +634,7 @@ class NetworkTrainer(ModelFamily):
         if self.uploads is not None:
             self.uploads.finish()
         self.processes.end()
+
+
+def _shown_size(asked: float | str) -> str:
+    return asked if isinstance(asked, str) else f"{asked:g}"

@@ -140,14 +140,14 @@ def test_the_largest_batch(prepared: Prepared) -> None:
 
 def chosen(trainer: Any, limit_gib: float, allowance: Allowance = NOTHING) -> tuple[Any, Any]:
     batch = memory_fit.largest_batch(trainer)
-    row = memory_fit.fit_to(trainer, batch, limit_gib, allowance, "--vram_gb 1")
-    return memory_fit.settings_for(trainer, row, limit_gib, allowance)
+    fit = memory_fit.Fit(trainer, batch, limit_gib, allowance, "--vram_gb 1")
+    return fit.settings(fit.choose())
 
 
 @pytest.fixture
 def no_caching(monkeypatch: pytest.MonkeyPatch) -> None:
     """The tiny models' Gemma2 and autoencoder need more than the training of the tiny Next-DiT."""
-    monkeypatch.setattr(memory_fit, "_encoding_gib", lambda *arguments: 0.0)
+    monkeypatch.setattr(memory_fit.Fit, "_encoding_gib", lambda *arguments: 0.0)
 
 
 @pytest.mark.usefixtures("no_caching")
@@ -162,7 +162,7 @@ def test_a_large_card_needs_no_flag_and_a_smaller_one_does(
         memory, quantisation = chosen(trainer, plain / GIB)
     assert not any((memory.gradient_checkpointing, memory.blocks_to_swap, memory.cpu_offload_checkpointing))
     assert quantisation.transformer is None
-    assert "fastest with no memory flag" in caplog.text
+    assert "fastest is no memory flag" in caplog.text
     caplog.clear()
     with caplog.at_level(logging.INFO):
         memory, quantisation = chosen(trainer, (plain - 1) / GIB)
@@ -193,7 +193,7 @@ def test_given_flags_stay(prepared: Prepared) -> None:
 def test_filling_the_caches_has_to_fit_too(prepared: Prepared) -> None:
     trainer = prepared()
     batch = memory_fit.largest_batch(trainer)
-    need = memory_fit._encoding_gib(trainer, trainer.config.quantisation, batch, NOTHING)
+    need = memory_fit.Fit(trainer, batch, 1.0, NOTHING, "")._encoding_gib(trainer.config.quantisation)
     with pytest.raises(SettingsError, match="does not fit"):
         chosen(trainer, need * 0.1)
     memory, _ = chosen(trainer, 100.0)
@@ -204,7 +204,7 @@ def test_a_run_goes_by_what_was_chosen(prepared: Prepared, monkeypatch: pytest.M
     """On a stand-in for a card: the settings that everything reads later are the chosen ones."""
     trainer = prepared("--vram_gb=auto")
     need = memory_fit.rehearse(trainer, Row(), memory_fit.largest_batch(trainer))
-    monkeypatch.setattr(memory_fit, "_encoding_gib", lambda *arguments: 0.0)
+    monkeypatch.setattr(memory_fit.Fit, "_encoding_gib", lambda *arguments: 0.0)
     monkeypatch.setattr(memory_fit, "free_gib", lambda device: 1.05 * need.bytes_with(0) / GIB)
     trainer.device = torch.device("cuda")
     trainer.fit_memory()
