@@ -57,7 +57,7 @@ logger = logging.getLogger(__name__)
 META = torch.device("meta")
 _FREE_SHARE = 0.97
 """Of what ``auto`` finds free: a card that also draws a screen needs a little more now and then."""
-_CONTEXT_IS_THERE_GIB = 0.0  # what is free is counted after CUDA's context has been made
+_REST_OF_CONTEXT_GIB = 0.2  # what is free is counted when CUDA's context is there, but kernels are loaded on first use
 _AUTOENCODER_BYTES_PX = 520
 """Device memory for encoding a pixel, for each byte of a number: 1.01 GiB for 1024 x 1024 px in bf16
 (``library/lumina/autoencoder.py``)."""
@@ -396,6 +396,6 @@ def largest_batch(trainer: NetworkTrainer) -> Batch:
 
 
 def allowance_for(asked: Any) -> Allowance:
-    """Returns what comes on top: CUDA's context too, unless the limit is what it has left free."""
+    """Returns what comes on top: all of CUDA's context, or its rest where the limit is what it has left free (auto)."""
     found = Allowance.read()
-    return Allowance(found.share, _CONTEXT_IS_THERE_GIB) if asked == "auto" else found
+    return Allowance(found.share, _REST_OF_CONTEXT_GIB) if asked == "auto" else found

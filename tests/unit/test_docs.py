@@ -51,6 +51,9 @@ SCRIPTS = {
     "rank",
     "steps",
     "processes",
+    "measure",
+    "compute",
+    "write_docs",
 }
 
 
