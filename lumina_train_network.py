@@ -13,9 +13,10 @@ if sys.version_info < (3, 11):
     sys.exit("This program needs Python 3.11 or newer; this is Python %d.%d." % sys.version_info[:2])
 
 import logging
+import math
 from collections.abc import Iterable, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from library.console import run_program, set_up_logging
 from library.errors import SettingsError
@@ -23,7 +24,7 @@ from library.lumina.prompt_template import PromptTemplate
 from library.memory.settings import check_blocks_to_swap
 from library.prompts import Prompt
 from library.training.arguments import parse_arguments
-from library.training.hooks import Losses, Reading
+from library.training.hooks import Losses, Reading, RehearsalSizes
 from library.training.network_trainer import NetworkTrainer
 
 if TYPE_CHECKING:
@@ -34,6 +35,7 @@ if TYPE_CHECKING:
     from library.data.dataset import Batch
     from library.data.debug_page import CaptionTokens
     from library.lumina.autoencoder import Autoencoder
+    from library.lumina.configs import NextDiTConfig
     from library.lumina.gemma2 import Gemma2Encoder
 
 logger = logging.getLogger(__name__)
@@ -150,7 +152,42 @@ class LuminaNetworkTrainer(NetworkTrainer):
         from library.lumina.next_dit import NextDiT
 
         with torch.device("meta"):
-            return NextDiT(self.files.dit.config).requires_grad_(False)
+            return NextDiT(self.dit_config()).requires_grad_(False)
+
+    def dit_config(self) -> NextDiTConfig:
+        """Returns the sizes of the Next-DiT."""
+        return self.files.dit.config
+
+    def rehearse_model(self, dtype: torch.dtype, attention: Any, reading: Reading) -> nn.Module:
+        import torch
+
+        from library.lumina.next_dit import LARGE_MATRICES, NextDiT
+
+        with torch.device("meta"):
+            self.dit = NextDiT(self.dit_config(), attention).to(dtype).requires_grad_(False).eval()
+        for block in (*self.dit.noise_refiner, *self.dit.context_refiner, *self.dit.layers):
+            if reading.finish is not None:
+                reading.finish(block, LARGE_MATRICES)
+        return self.dit
+
+    def rehearse_text_encoder(self, dtype: torch.dtype, reading: Reading) -> Gemma2Encoder:
+        from library.lumina.gemma2 import rehearsed_gemma2
+
+        return rehearsed_gemma2(
+            self.files.gemma2.config, dtype, self.tokenizer, self._caption_template(), reading.finish
+        )
+
+    def rehearsal_sizes(self) -> RehearsalSizes:
+        ae = self.files.ae.config
+        px_per_latent = 2 ** (len(ae.block_out_channels) - 1)
+        limit = self.config.model.gemma2_max_token_length
+        return RehearsalSizes(ae.latent_channels, px_per_latent, limit, self.files.gemma2.config.hidden_size)
+
+    def longest_caption(self) -> str:
+        return "a " * self.config.model.gemma2_max_token_length
+
+    def autoencoder_numbers(self) -> int:
+        return sum(math.prod(shape) for shape in self.files.ae.config.tensor_shapes().values())
 
     def streamable_blocks(self) -> Sequence[nn.Module]:
         return list(self.dit.layers)

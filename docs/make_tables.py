@@ -44,6 +44,7 @@ _OWN_TYPES = {
     "lr_decay_steps": "steps, share or `%`",
     "token_warmup_step": "steps or share",
     "face_crop_aug_range": "`lo,hi`",
+    "vram_gb": "GiB or `auto`",
 }
 # Keys of the dataset file that no flag describes.
 _KEY_HELP = {

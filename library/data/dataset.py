@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import functools
 import logging
+import math
 from collections.abc import Generator, Iterable, Iterator, Sequence
 from pathlib import Path
 
@@ -142,6 +143,18 @@ class TrainingData:
     def num_batches(self, num_processes: int) -> int:
         """Returns the number of steps of an epoch, that is of global batches."""
         return count_batches(self._groups, num_processes)
+
+    def largest_batch(self) -> tuple[Item, int]:
+        """Returns a picture of the bucket whose batches have the most pixels, and how many pictures such a batch has."""
+        members: dict[tuple[int, tuple[int, int]], list[Item]] = {}
+        for item in self.items:
+            members.setdefault((item.dataset_index, item.bucket_px), []).append(item)
+
+        def size(items: list[Item]) -> int:
+            return min(self.datasets[items[0].dataset_index].batch_size, sum(item.num_repeats for item in items))
+
+        largest = max(members.values(), key=lambda items: (size(items) * math.prod(items[0].bucket_px), size(items)))
+        return largest[0], size(largest)
 
     def set_clock(self, steps_per_epoch: int, accumulation: int, num_steps: int, num_processes: int = 1) -> None:
         """Tells how global batches become optimizer steps, for captions whose number of tags grows with them."""

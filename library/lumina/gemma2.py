@@ -12,6 +12,7 @@ Shapes: B captions, L tokens of the longest, L_i real tokens of caption i, D wid
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Collection, Mapping, Sequence
 from typing import Any
 
@@ -21,6 +22,7 @@ from torch import Tensor, nn
 
 from library.importing import uncollected_imports
 from library.lumina.configs import Gemma2TextConfig
+from library.lumina.filling import BlockFinish
 from library.lumina.placement import copied_to
 from library.lumina.prompt_template import PromptTemplate
 from library.lumina.quiet import quiet_libraries
@@ -37,6 +39,7 @@ __all__ = [
     "complete_gemma2",
     "empty_gemma2",
     "pad_features",
+    "rehearsed_gemma2",
 ]
 
 BLOCKS = r"layers\.\d+"
@@ -106,6 +109,38 @@ def complete_gemma2(config: Gemma2TextConfig, model: Any) -> nn.Module:
     if empty:
         raise RuntimeError(f"this version of transformers has tensors of Gemma2 that are not filled: {empty}")
     return model.requires_grad_(False).eval()
+
+
+def rehearsed_gemma2(
+    config: Gemma2TextConfig,
+    dtype: torch.dtype,
+    tokenizer: GemmaTokenizer,
+    template: PromptTemplate,
+    finish: BlockFinish | None = None,
+) -> Gemma2Encoder:
+    """Returns an encoder without weights on the meta device, whose embedding is on the CPU and takes no memory.
+
+    Args:
+        config: of the whole checkpoint.
+        dtype: of weights and features.
+        tokenizer: text -> tokens.
+        template: the system prompts of captions.
+        finish: quantises a layer.
+    """
+    model: Any = empty_gemma2(config).to(dtype).requires_grad_(False).eval()
+    for layer in model.layers:
+        if finish is not None:
+            finish(layer, LARGE_MATRICES)
+    embedding = model.embed_tokens
+    rows = torch.zeros(1, config.hidden_size, dtype=dtype).expand(config.vocab_size, -1)
+    embedding.weight = nn.Parameter(rows, requires_grad=False)
+    if isinstance(getattr(embedding, "embed_scale", None), Tensor):
+        embedding.embed_scale = torch.tensor(config.hidden_size**0.5)
+    # Making masks reads values, which are not there; eager attention takes none as well.
+    model.forward = functools.partial(model.forward, attention_mask={"full_attention": None, "sliding_attention": None})
+    encoder = Gemma2Encoder(model, tokenizer, template)
+    encoder.place(torch.device("meta"))
+    return encoder
 
 
 class Gemma2Encoder:

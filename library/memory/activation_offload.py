@@ -63,7 +63,8 @@ class ActivationOffload:
             page_bytes: size of the pieces of host memory.
         """
         self._transport = transport
-        self._resident = {tensor.untyped_storage().data_ptr() for tensor in resident if tensor.device.type != "meta"}
+        # The storages themselves, not only their names, so that no other one gets the name of one that was let go.
+        self._resident = {storage._cdata: storage for storage in (tensor.untyped_storage() for tensor in resident)}
         self._min_bytes = min_bytes
         self._pages = _Pages(transport, page_bytes)
         self._recent: deque[_Group] = deque()
@@ -89,7 +90,7 @@ class ActivationOffload:
         if tensor.device.type != self._transport.device.type or isinstance(tensor, nn.Parameter):
             return None
         storage = tensor.untyped_storage()
-        if storage.nbytes() < self._min_bytes or storage.data_ptr() in self._resident:
+        if storage.nbytes() < self._min_bytes or storage._cdata in self._resident:
             return None
         if not self._recent:
             self.begin_block()

@@ -257,6 +257,12 @@ class BlockStream:
         return views
 
 
+def streamed_bytes(block: nn.Module) -> int:
+    """Returns how many bytes a block's frozen tensors take in a flat buffer; they may be on the meta device."""
+    frozen = {id(tensor): tensor for tensor in (*block.parameters(), *block.buffers()) if not tensor.requires_grad}
+    return _lay_out(list(frozen.values()))[1]
+
+
 def _in_backward() -> bool:
     """Whether autograd is running a backward pass in this thread."""
     return torch._C._current_graph_task_id() != -1

@@ -27,7 +27,7 @@ from library.memory.compilation import compile_blocks
 from library.memory.recompute import recompute_in_backward
 from library.memory.saved_tensors import SavedTensors
 from library.memory.settings import MemorySettings
-from library.memory.transport import CudaTransport
+from library.memory.transport import CudaTransport, Transport
 
 logger = logging.getLogger(__name__)
 
@@ -72,7 +72,7 @@ def stream_weights(blocks: Sequence[nn.Module], device: torch.device, whose: str
 
 
 def _attached_stream(
-    blocks: Sequence[nn.Module], device: torch.device, transport: CudaTransport | None, whose: str
+    blocks: Sequence[nn.Module], device: torch.device, transport: Transport | None, whose: str
 ) -> BlockStream:
     stream = BlockStream(blocks, device, transport)
     stream.attach()
@@ -123,6 +123,7 @@ def prepare_blocks(
     streamed: Sequence[nn.Module] = (),
     resident: Iterable[Tensor] = (),
     preserve_rng_state: bool = False,
+    transport: Transport | None = None,
 ) -> BlockStream | None:
     """Applies compilation, streaming, recomputation and activation offload to blocks that LoRA is attached to.
 
@@ -134,6 +135,7 @@ def prepare_blocks(
             :func:`streamed_blocks`.
         resident: tensors outside of the blocks that stay on the device, such as the LoRA's.
         preserve_rng_state: see :func:`~library.memory.recompute.recompute_in_backward`.
+        transport: for copies on a device of another kind; None = CUDA's, where the device is one.
 
     Returns:
         The stream, or None where nothing is streamed.
@@ -147,8 +149,9 @@ def prepare_blocks(
         recompute_in_backward(blocks, preserve_rng_state, "selective")
     if settings.torch_compile:
         compile_blocks(blocks, settings.dynamo_backend)
-    offloads = settings.cpu_offload_checkpointing and can_stream(device)
-    transport = CudaTransport(device) if streamed or offloads else None
+    offloads = settings.cpu_offload_checkpointing and (transport is not None or can_stream(device))
+    if transport is None and (streamed or offloads):
+        transport = CudaTransport(device)
     stream = _attached_stream(streamed, device, transport, f"{len(streamed)} blocks") if streamed else None
     if 0 < len(streamed) <= NUM_SLOTS:
         logger.warning(

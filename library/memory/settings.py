@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import importlib.util
+import math
 from dataclasses import dataclass
-from typing import Literal
+from typing import Any, Literal
 
 from library.errors import SettingsError
 from library.settings import flag, require
@@ -63,6 +64,18 @@ Quantisation = Literal["fp8", "fp8_fast", "nf4"]
 CheckpointingLevel = Literal["full", "selective"]
 
 
+def _parse_vram(value: Any) -> float | str:
+    if value == "auto":
+        return "auto"
+    try:
+        size = float(value)
+    except (TypeError, ValueError):
+        size = math.nan
+    if isinstance(value, bool) or not 0 < size < 10_000:
+        raise ValueError("the card's memory in GiB, such as 12, or auto is expected")
+    return size
+
+
 @dataclass(frozen=True)
 class MemorySettings:
     """Precision of the frozen models and of the LoRA, and what is recomputed instead of kept."""
@@ -100,6 +113,12 @@ class MemorySettings:
         False,
         "keep what blocks save for the backward pass in host memory: each block's input with --gradient_checkpointing,"
         " everything large without",
+    )
+    vram_gb: float | str | None = flag(
+        None,
+        "choose the memory flags: the fastest with which the run fits a GPU of this many GiB, or what is free now (auto);"
+        " flags that are given stay, and weights are quantised only where nothing else fits",
+        parse=_parse_vram,
     )
 
     def __post_init__(self) -> None:

@@ -69,6 +69,16 @@ class Losses(NamedTuple):
     """(B,) float32, the noise level that each was measured at."""
 
 
+class RehearsalSizes(NamedTuple):
+    """Shapes of what a model is trained on."""
+
+    latent_channels: int
+    px_per_latent: int
+    caption_tokens: int
+    """Of the longest caption that there can be."""
+    feature_width: int
+
+
 class ModelFamily(abc.ABC):
     """The hooks of a model family."""
 
@@ -111,6 +121,26 @@ class ModelFamily(abc.ABC):
     @abc.abstractmethod
     def empty_model(self) -> nn.Module:
         """Returns the model that the network is trained on without weights (on the meta device), frozen."""
+
+    @abc.abstractmethod
+    def rehearse_model(self, dtype: torch.dtype, attention: Any, reading: Reading) -> nn.Module:
+        """Returns and keeps what :meth:`load_model` would, without weights (on the meta device), with an attention."""
+
+    @abc.abstractmethod
+    def rehearse_text_encoder(self, dtype: torch.dtype, reading: Reading) -> TextEncoder:
+        """Returns a text encoder without weights that encodes on the meta device; what belongs on the GPU is there."""
+
+    @abc.abstractmethod
+    def rehearsal_sizes(self) -> RehearsalSizes:
+        """Returns the shapes of latents and text features."""
+
+    @abc.abstractmethod
+    def longest_caption(self) -> str:
+        """Returns a caption of as many tokens as the text encoder takes."""
+
+    @abc.abstractmethod
+    def autoencoder_numbers(self) -> int:
+        """Returns how many numbers the autoencoder's weights are."""
 
     @abc.abstractmethod
     def check_captions(self) -> None:

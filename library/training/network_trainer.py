@@ -7,6 +7,7 @@ torch are imported where they are used, so that an entry script can check its co
 
 from __future__ import annotations
 
+import dataclasses
 import logging
 import os
 from collections.abc import Mapping, Sequence
@@ -70,6 +71,7 @@ class NetworkTrainer(FrozenModels):
                 self.show_data()
                 self.finish()
                 return
+            self.fit_memory()
             self.cache_latents()
             self.plan_steps()
             self.cache_text()
@@ -171,6 +173,37 @@ class NetworkTrainer(FrozenModels):
         )
         self.check_captions()
         check_writable("--output_dir", self.output_dir())
+
+    def fit_memory(self) -> None:
+        """Chooses the memory flags that ``--vram_gb`` leaves open: from here on they are the run's settings.
+
+        Raises:
+            SettingsError: the run does not fit with any.
+        """
+        asked = self.config.memory.vram_gb
+        if asked is None:
+            return
+        if self.device.type != "cuda":
+            logger.warning(
+                "--vram_gb %s: no effect on the device %s, which has no memory of its own to fit into; the run goes on with"
+                " the flags as they are",
+                _shown_size(asked),
+                self.device.type,
+            )
+            return
+        from library.training import memory_fit
+
+        mine = memory_fit.free_gib(self.device) if isinstance(asked, str) else asked
+        (limit_gib,) = min(self.processes.gather([mine]))  # all processes have to choose the same
+        batch, allowance = memory_fit.largest_batch(self), memory_fit.allowance_for(asked)
+        fit = memory_fit.Fit(self, batch, limit_gib, allowance, f"--vram_gb {_shown_size(asked)}")
+        memory, quantisation = fit.settings(fit.choose())
+        self.config = dataclasses.replace(self.config, memory=memory, quantisation=quantisation)
+
+    @property
+    def num_processes(self) -> int:
+        """Of this run."""
+        return self.processes.count
 
     def show_data(self) -> None:
         """Writes a page that shows what the model would see in the first epoch."""
@@ -498,3 +531,7 @@ class NetworkTrainer(FrozenModels):
         if self.uploads is not None:
             self.uploads.finish()
         self.processes.end()
+
+
+def _shown_size(asked: float | str) -> str:
+    return asked if isinstance(asked, str) else f"{asked:g}"

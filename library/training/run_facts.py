@@ -48,6 +48,7 @@ _NEUTRAL = {
     "dynamo_backend",
     "blocks_to_swap",
     "cpu_offload_checkpointing",
+    "vram_gb",
     "use_8bit_adam",
     "use_lion_optimizer",
     "optimizer_type",  # compared as the class

@@ -31,6 +31,7 @@ from torch import nn
 
 from library.console import run_program
 from library.data.items import Batch
+from library.lumina.configs import NextDiTConfig
 from library.training.arguments import parse_arguments
 from library.training.hooks import Reading
 from library.training.processes import Processes
@@ -53,6 +54,9 @@ class RandomModelTrainer(LuminaNetworkTrainer):
         sizes = presets.config(self.preset)
         return sizes.num_heads, sizes.num_kv_heads, sizes.head_dim
 
+    def dit_config(self) -> NextDiTConfig:
+        return presets.config(self.preset)
+
     def load_model(self, dtype: torch.dtype, reading: Reading) -> nn.Module:
         sizes, attention = presets.config(self.preset), self.attention.function
         self.dit = presets.random_next_dit(sizes, dtype, attention, finish=reading.finish)
@@ -60,7 +64,18 @@ class RandomModelTrainer(LuminaNetworkTrainer):
 
 
 def trainer_of(preset: str, precision: str, folder: Path, more: Sequence[str] = ()) -> RandomModelTrainer:
-    """Returns a trainer that is ready for its first step.
+    """Returns a trainer that is ready for its first step; see :func:`unstarted` for the arguments."""
+    trainer = unstarted(preset, precision, folder, more)
+    trainer.start()
+    trainer.plan = RunPlan(num_batches=1000, steps_per_epoch=1000, num_steps=1000, num_epochs=1)
+    trainer.load_models()
+    trainer.build_network()
+    trainer.build_optimizer()
+    return trainer
+
+
+def unstarted(preset: str, precision: str, folder: Path, more: Sequence[str] = ()) -> RandomModelTrainer:
+    """Returns a trainer that has its settings and nothing else.
 
     Args:
         preset: of the model.
@@ -93,11 +108,6 @@ def trainer_of(preset: str, precision: str, folder: Path, more: Sequence[str] = 
     trainer = RandomModelTrainer(config)
     trainer.preset = preset
     trainer.dataset_configs = []
-    trainer.start()
-    trainer.plan = RunPlan(num_batches=1000, steps_per_epoch=1000, num_steps=1000, num_epochs=1)
-    trainer.load_models()
-    trainer.build_network()
-    trainer.build_optimizer()
     return trainer
 
 

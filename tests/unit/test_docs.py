@@ -51,6 +51,10 @@ SCRIPTS = {
     "rank",
     "steps",
     "processes",
+    "measure",
+    "compute",
+    "write_docs",
+    "quick",
 }
 
 

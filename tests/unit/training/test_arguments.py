@@ -42,6 +42,7 @@ OURS = {
     "sample_weights": "previews of the raw LoRA or of its moving average",
     "vae_tiling": "bounds the autoencoder's memory for large pictures; sd-scripts has it for other models only",
     "system_prompt_on_empty_caption": "sd-scripts' training does so and its sampling does not; here both follow this flag",
+    "vram_gb": "chooses the memory flags; sd-scripts leaves that to its user",
 }
 OTHER_DEFAULTS = {
     "vae_batch_size": "1 there; here as many pictures as need no more memory than one of 1024 px does",
