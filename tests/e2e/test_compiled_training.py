@@ -17,7 +17,7 @@ def test_compiled_and_recomputed_runs_give_the_same_lora(job: Job, tmp_path: Pat
     selective = ["--gradient_checkpointing", "--gradient_checkpointing_level=selective"]
     compiled = ["--torch_compile", "--dynamo_backend=aot_eager"]
     train(job.train_flags(tmp_path / "plain", *CACHED))
-    for name, flags in (("selective", selective), ("compiled", compiled), ("both", [*selective, *compiled])):
+    for name, flags in (("selective", selective), ("both", [*selective, *compiled])):
         train(job.train_flags(tmp_path / name, *CACHED, *flags))
         # Float32 rounded elsewhere; Adam divides gradients by their own size, which shows it where they are smallest.
         assert difference(tmp_path / "plain" / "my.safetensors", tmp_path / name / "my.safetensors") < 5e-3

@@ -145,10 +145,8 @@ def test_each_level_keeps_less() -> None:
     assert peaks["full"] < peaks["selective"] < 0.85 * peaks["none"]
 
 
-@pytest.mark.parametrize("backend", ["aot_eager"])
-@pytest.mark.parametrize("level", LEVELS)
-@pytest.mark.parametrize("fp8", [False, True])
-def test_compiled_blocks_train_the_same(backend: str, level: str, fp8: bool) -> None:
+@pytest.mark.parametrize(("level", "fp8"), [("none", False), ("none", True), ("selective", True), ("full", False)])
+def test_compiled_blocks_train_the_same(level: str, fp8: bool) -> None:
     torch._dynamo.reset()
     expected = Run(LEVELS["none"], fp8=fp8).results()
     settings = LEVELS[level]
@@ -156,7 +154,7 @@ def test_compiled_blocks_train_the_same(backend: str, level: str, fp8: bool) -> 
         gradient_checkpointing=settings.gradient_checkpointing,
         gradient_checkpointing_level=settings.gradient_checkpointing_level,
         torch_compile=True,
-        dynamo_backend=backend,
+        dynamo_backend="aot_eager",
     )
     for ours, wanted in zip(Run(compiled, fp8=fp8).results(), expected, strict=True):
         # Float32: other formulas for the same sums, through four blocks.
