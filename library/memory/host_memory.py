@@ -12,16 +12,19 @@ logger = logging.getLogger(__name__)
 _TRIM_THRESHOLD, _TOP_PAD, _MMAP_THRESHOLD = -1, -2, -3
 _KEPT = 2**31 - 1
 _GROWN_BY = 64 * 2**20
-# Larger blocks are still mapped one by one: among them the kept memory would fall to pieces that nothing large fits into.
-_MAPPED_FROM = 32 * 2**20
+_LARGE = 32 * 2**20
 
 
-def keep_freed_memory() -> bool:
+def keep_freed_memory(large_blocks: bool = True) -> bool:
     """Lets the process keep memory that it frees, instead of giving each large tensor back to the system.
 
     glibc maps every large block from the system and unmaps it when it is freed, so each intermediate result of a model
     is memory that the system must first fill with zeros, page by page: that takes longer than most of the arithmetic
     between matrix products. Measured in docs/benchmarks/log.md. Does nothing where the C library is another one.
+
+    Args:
+        large_blocks: keep those of 32 MiB and more too. It is the fastest, but where memory is scarce it falls to pieces
+            between them that nothing large fits into.
 
     Returns:
         Whether it took effect.
@@ -32,7 +35,7 @@ def keep_freed_memory() -> bool:
         mallopt = ctypes.CDLL(None).mallopt
     except (OSError, AttributeError):  # musl has none
         return False
-    settings = ((_MMAP_THRESHOLD, _MAPPED_FROM), (_TRIM_THRESHOLD, _KEPT), (_TOP_PAD, _GROWN_BY))
+    settings = ((_MMAP_THRESHOLD, _KEPT if large_blocks else _LARGE), (_TRIM_THRESHOLD, _KEPT), (_TOP_PAD, _GROWN_BY))
     results = [mallopt(name, value) for name, value in settings]
     taken = all(result == 1 for result in results)
     logger.debug("freed memory is %s", "kept" if taken else "given back to the system")

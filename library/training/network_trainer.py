@@ -150,7 +150,9 @@ class NetworkTrainer(FrozenModels):
         warn_where_useless(config.memory, self.device)
         threads, cores = torch.get_num_threads(), os.cpu_count() or 1
         if self.device.type == "cpu":
-            keep_freed_memory()
+            memory = config.memory
+            saves_most = memory.gradient_checkpointing and memory.gradient_checkpointing_level == "full"
+            keep_freed_memory(large_blocks=not saves_most)
         if self.device.type == "cpu" and threads * self.processes.count < cores:
             logger.info(
                 "Each process computes with %d of the CPU's %d threads; more are given by the launcher's"
