@@ -55,6 +55,7 @@ SCRIPTS = {
     "compute",
     "write_docs",
     "quick",
+    "precision",
 }
 
 
