@@ -30,6 +30,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from library.memory.cpu_attention import cpu_attention, is_faster_than_sdpa
+from library.memory.recompute import hidden_from_recomputation
 
 AttentionFn = Callable[[Tensor, Tensor, Tensor, "Tensor | None"], Tensor]
 T = TypeVar("T")
@@ -208,7 +209,8 @@ class OncePerMask(Generic[T]):
         if torch.compiler.is_compiling() or key_mask.is_inference():
             return self._make(key_mask)
         if self._made is None or self._mask() is not key_mask or self._version != key_mask._version:
-            self._made = self._make(key_mask)
+            with hidden_from_recomputation():  # whether it is made here depends on what came before
+                self._made = self._make(key_mask)
             self._mask, self._version = weakref.ref(key_mask), key_mask._version
         return self._made
 

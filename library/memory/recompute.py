@@ -9,13 +9,21 @@ products of the feed-forward layer). In a block of Lumina that is 5.7 of 31 widt
 
 from __future__ import annotations
 
+import contextlib
 import functools
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 from typing import Any
 
 import torch
 from torch import nn
-from torch.utils.checkpoint import CheckpointPolicy, checkpoint, create_selective_checkpoint_contexts
+from torch.utils._python_dispatch import _get_current_dispatch_mode, _pop_mode_temporarily
+from torch.utils.checkpoint import (
+    CheckpointPolicy,
+    _CachedTorchDispatchMode,
+    _CachingTorchDispatchMode,
+    checkpoint,
+    create_selective_checkpoint_contexts,
+)
 
 from library.memory.settings import CheckpointingLevel
 
@@ -67,6 +75,20 @@ def _recomputed(forward: Any, preserve_rng_state: bool, level: CheckpointingLeve
 def selective_contexts() -> tuple[Any, Any]:
     """Returns the contexts of a block's forward pass and of its recomputation, for ``checkpoint``'s ``context_fn``."""
     return create_selective_checkpoint_contexts(_policy)
+
+
+@contextlib.contextmanager
+def hidden_from_recomputation() -> Iterator[None]:
+    """Hides what the block of code does from selective recomputation, if one is going on.
+
+    That one counts operations: what a block of the model does in backward it must have done in forward, or newer
+    versions of torch end the run. What depends on more than the block's inputs, such as what is remembered of a mask and
+    the order in which weights come from host memory, has to be done in here.
+    """
+    with contextlib.ExitStack() as stack:
+        while isinstance(_get_current_dispatch_mode(), (_CachingTorchDispatchMode, _CachedTorchDispatchMode)):
+            stack.enter_context(_pop_mode_temporarily())
+        yield
 
 
 def _policy(ctx: Any, operation: Any, *args: Any, **kwargs: Any) -> CheckpointPolicy:

@@ -6,12 +6,14 @@ import weakref
 
 import pytest
 import torch
+from attention_helpers import over_sequences
 from lora_helpers import cases, fill, velocity
 from torch import Tensor
 from torch.utils.flop_counter import FlopCounterMode
 
-from library.lumina.next_dit import NextDiT, NextDiTConfig
+from library.lumina.next_dit import AttentionFn, NextDiT, NextDiTConfig, plain_attention
 from library.memory import prepare
+from library.memory.attention_kernels import by_sequences
 from library.memory.quantised import quantise_block
 from library.memory.settings import MemorySettings
 from networks import lora_lumina
@@ -21,7 +23,7 @@ CONFIG = NextDiTConfig(
     dim=96,
     num_layers=2,
     num_noise_refiners=1,
-    num_context_refiners=1,
+    num_context_refiners=2,
     num_heads=4,
     num_kv_heads=2,
     head_dim=24,
@@ -39,9 +41,15 @@ LEVELS: dict[str, MemorySettings] = {
 class Run:
     """A model with a LoRA beside everything, prepared by the settings."""
 
-    def __init__(self, settings: MemorySettings, dtype: torch.dtype = torch.float32, fp8: bool = False) -> None:
+    def __init__(
+        self,
+        settings: MemorySettings,
+        dtype: torch.dtype = torch.float32,
+        fp8: bool = False,
+        attention: AttentionFn = plain_attention,
+    ) -> None:
         torch.manual_seed(0)
-        self.model = NextDiT(CONFIG).to(dtype).requires_grad_(False)
+        self.model = NextDiT(CONFIG, attention).to(dtype).requires_grad_(False)
         blocks = [*self.model.noise_refiner, *self.model.context_refiner, *self.model.layers]
         if fp8:
             from library.lumina.next_dit import LARGE_MATRICES
@@ -86,6 +94,15 @@ def test_gradients_are_those_without_recomputation(level: str, dtype: torch.dtyp
             torch.testing.assert_close(ours, wanted, rtol=1e-4, atol=1e-6 * float(wanted.abs().max()))
         else:  # the same rounding in bf16, through four blocks
             assert (ours - wanted).norm() <= 0.02 * wanted.norm()
+
+
+@pytest.mark.parametrize("level", ["selective", "full"])
+def test_bounds_of_sequences_are_found_anew_in_backward(level: str) -> None:
+    # Forward, the second block of the captions finds what the first one made; backward comes to it from other masks.
+    expected = Run(LEVELS["none"], attention=by_sequences(over_sequences)).results()
+    found = Run(LEVELS[level], attention=by_sequences(over_sequences)).results()
+    for ours, wanted in zip(found, expected, strict=True):
+        torch.testing.assert_close(ours, wanted, rtol=1e-4, atol=1e-6 * float(wanted.abs().max()))  # as above
 
 
 def test_selective_computes_the_wide_products_again_and_nothing_else() -> None:
