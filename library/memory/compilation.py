@@ -22,8 +22,12 @@ logger = logging.getLogger(__name__)
 _MOST_VARIANTS = 256
 
 
-def check_backend(name: str) -> None:
+def check_backend(name: str, device: torch.device) -> None:
     """Checks that torch knows a compiler and that what it needs is there, before a model is read.
+
+    Args:
+        name: torch's.
+        device: of the run; a compiler makes its code for a GPU by other means than for a CPU.
 
     Raises:
         SettingsError: it does not.
@@ -32,7 +36,7 @@ def check_backend(name: str) -> None:
     if name not in known:
         raise SettingsError(f"--dynamo_backend: {name!r} is none of this torch's: {', '.join(sorted(known))}")
     try:
-        torch.compile(_probe, backend=name, fullgraph=True)(torch.ones(4))
+        torch.compile(_probe, backend=name, fullgraph=True)(torch.ones(4, device=device))
     except Exception as error:  # whatever a compiler raises: that it cannot run is the answer
         reason = next(iter(str(error).strip().splitlines()), type(error).__name__)
         raise SettingsError(

@@ -126,7 +126,7 @@ class NetworkTrainer(FrozenModels):
         if config.memory.torch_compile:
             from library.memory.compilation import check_backend
 
-            check_backend(config.memory.dynamo_backend)
+            check_backend(config.memory.dynamo_backend, self.device)
         if config.quantisation.fp8_fast:
             from library.memory.fp8 import require_fp8_products
 
