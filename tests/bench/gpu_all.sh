@@ -126,16 +126,14 @@ step step_fp8 "$large" "${fast[@]}"
 step step_bf16_small "$small" "${same[@]}"
 step step_fp8_small "$small" "${fast[@]}"
 
-ignored=()
-has diffusers || ignored+=(--ignore=tests/gpu/test_caching_gpu.py --ignore=tests/gpu/test_programs_gpu.py)
 workers=()
 has xdist && workers=(-n 4) # most of them start programs, and wait for imports
 if ! has pytest; then
     skip tests "the package pytest is missing"
 elif [ $quick -eq 1 ]; then
-    part tests 100 "$python" -m pytest tests/gpu -m gpu --collect-only "${ignored[@]}"
+    part tests 100 "$python" -m pytest tests/gpu -m gpu --collect-only
 else
-    part tests 200 "$python" -m pytest tests/gpu -m gpu -rfEs --tb=short "${workers[@]}" "${ignored[@]}"
+    part tests 200 "$python" -m pytest tests/gpu -m gpu -rfEs --tb=short "${workers[@]}"
 fi
 
 for kernel in cudnn flash; do
@@ -147,7 +145,7 @@ for kernel in cudnn flash; do
         step "step_$kernel" "$large" --attn_mode "$kernel"
     fi
 done
-part attention 60 "$python" tests/bench/bench_attention.py "${attention[@]}"
+part attention 120 "$python" tests/bench/bench_attention.py "${attention[@]}"
 if has bitsandbytes; then
     part quantisation 120 "$python" tests/bench/bench_quantisation.py "${quantisation[@]}"
 else
@@ -158,7 +156,7 @@ if [ ! -f tests/bench/bench_memory_table.py ]; then
 elif [ $quick -eq 1 ]; then
     part memory_table 100 "$python" tests/bench/bench_memory_table.py --help
 else
-    part memory_table 120 "$python" tests/bench/bench_memory_table.py
+    part memory_table 150 "$python" tests/bench/bench_memory_table.py --sample
 fi
 
 cat "$folder/summary.md"
