@@ -10,7 +10,8 @@ kernels: one for batches without padding, and one for batches whose captions dif
 3. Without them ``scaled_dot_product_attention``, whose flash or cuDNN kernel needs nothing installed; and for ragged
    batches torch's ``varlen_attn``, as any mask would rule that flash kernel out.
 4. On a CPU with bf16 units that torch's kernel leaves idle, our own products in bf16 (``cpu_attention``).
-5. Where that cannot run (other CPUs, float32, GPUs before Ampere, MPS), ``scaled_dot_product_attention`` with a mask.
+5. Where that cannot run (other CPUs, float32, GPUs before Ampere, MPS), ``scaled_dot_product_attention`` with a mask. GPUs
+   before Ampere have no flash kernel, and no other one shares heads; they get a function that expands keys and values.
 
 Nothing here falls back without a word: a kernel that was asked for and cannot do the work ends the run at start-up, and
 what was chosen is logged.
@@ -26,7 +27,15 @@ import torch
 from torch import Tensor
 
 from library.errors import SettingsError
-from library.memory.attention_kernels import KERNELS, AttentionFn, Kernel, Workload, sdpa_attention, sdpa_kernel_name
+from library.memory.attention_kernels import (
+    KERNELS,
+    AttentionFn,
+    Kernel,
+    Workload,
+    sdpa_attention,
+    sdpa_for,
+    sdpa_kernel_name,
+)
 from library.memory.settings import AttentionSettings
 
 __all__ = ["AttentionChoice", "AttentionFn", "Workload", "choose_attention", "sdpa_attention"]
@@ -113,7 +122,7 @@ def _first_that_works(
         reason = kernel.unsuitable(work)
         if reason is None:
             if name not in made:
-                made[name] = kernel.make()
+                made[name] = sdpa_for(work) if name == "sdpa" else kernel.make()
             reason = failure_of(kernel, made[name], work, ragged) if kernel.is_tried else None
             if reason is None:
                 return name

@@ -65,13 +65,31 @@ def sdpa_attention(q: Tensor, k: Tensor, v: Tensor, key_mask: Tensor | None) -> 
     return F.scaled_dot_product_attention(q, k, v, attn_mask=mask, enable_gqa=grouped).transpose(1, 2)
 
 
+def sdpa_without_sharing(q: Tensor, k: Tensor, v: Tensor, key_mask: Tensor | None) -> Tensor:
+    """Returns what :func:`sdpa_attention` does, with keys and values always expanded: for GPUs without flash kernels."""
+    q, k, v, mask, _ = _for_sdpa(q, k, v, key_mask, shares_heads=False)
+    return F.scaled_dot_product_attention(q, k, v, attn_mask=mask).transpose(1, 2)
+
+
+def sdpa_for(work: Workload) -> AttentionFn:
+    """Returns attention by ``scaled_dot_product_attention`` as the run's device wants it."""
+    return sdpa_attention if _shares_heads(work) else sdpa_without_sharing
+
+
+def _shares_heads(work: Workload) -> bool:
+    """Whether torch has a kernel for the device that shares heads without writing out the whole S x S matrix."""
+    if work.device.type != "cuda" or torch.version.hip is not None:
+        return True
+    return torch.cuda.get_device_capability(work.device) >= (8, 0)
+
+
 def _for_sdpa(
-    q: Tensor, k: Tensor, v: Tensor, key_mask: Tensor | None
+    q: Tensor, k: Tensor, v: Tensor, key_mask: Tensor | None, shares_heads: bool = True
 ) -> tuple[Tensor, Tensor, Tensor, Tensor | None, bool]:
     """Returns q, k, v as (B,heads,S,E), the mask as (B,1,1,S), and whether the kernel is to share heads."""
     q, k, v = q.transpose(1, 2), k.transpose(1, 2), v.transpose(1, 2)
     grouped = q.shape[1] != k.shape[1]
-    if grouped and q.is_cuda and (key_mask is not None or q.dtype == torch.float32):
+    if grouped and (not shares_heads or (q.is_cuda and (key_mask is not None or q.dtype == torch.float32))):
         shared_by = q.shape[1] // k.shape[1]
         k, v = k.repeat_interleave(shared_by, dim=1), v.repeat_interleave(shared_by, dim=1)
         grouped = False
@@ -92,7 +110,7 @@ def sdpa_kernel_name(work: Workload, ragged: bool) -> str:
         for heads in (work.num_heads, work.num_kv_heads, work.num_kv_heads)
     )
     key_mask = torch.ones((2, 256), dtype=torch.bool, device=work.device) if ragged else None
-    q, k, v, mask, grouped = _for_sdpa(q, k, v, key_mask)
+    q, k, v, mask, grouped = _for_sdpa(q, k, v, key_mask, _shares_heads(work))
     picked = SDPBackend(torch._fused_sdp_choice(q, k, v, mask, enable_gqa=grouped))
     return str(picked.name).removesuffix("_ATTENTION").lower()
 

@@ -71,6 +71,28 @@ def test_auto_takes_sdpa_where_flash_kernels_cannot(monkeypatch: pytest.MonkeyPa
         assert chosen.function is sdpa_attention
 
 
+@pytest.mark.parametrize(("capability", "kv_heads"), [(TURING, 6), (ADA, 2)])
+def test_heads_are_shared_only_where_a_kernel_can(
+    monkeypatch: pytest.MonkeyPatch, capability: tuple[int, int], kv_heads: int
+) -> None:
+    pretend_cuda(monkeypatch, capability)
+    chosen = choose("sdpa")
+    seen: list[tuple[int, bool]] = []
+    real = torch.nn.functional.scaled_dot_product_attention
+
+    def spy(
+        q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, *, enable_gqa: bool = False, **more: object
+    ) -> torch.Tensor:
+        seen.append((k.shape[1], enable_gqa))
+        return real(q, k, v, enable_gqa=enable_gqa, **more)  # type: ignore[arg-type]
+
+    monkeypatch.setattr(torch.nn.functional, "scaled_dot_product_attention", spy)
+    q, k, v = (torch.randn(2, 9, heads, 8) for heads in (6, 2, 2))
+    # Float32; a fused kernel sums in blocks.
+    torch.testing.assert_close(chosen.function(q, k, v, None), written_out(q, k, v, None), rtol=1e-4, atol=2e-5)
+    assert seen == [(kv_heads, kv_heads == 2)]
+
+
 def test_a_mode_means_its_kernels(monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture) -> None:
     pretend_cuda(monkeypatch, ADA, *PACKAGES)
     found = {mode: choose(mode, work(training=False)) for mode in ("sdpa", "cudnn", "flash", "varlen", "flex", "sage")}
