@@ -194,6 +194,8 @@ def _device(name: str) -> torch.device:
     except (RuntimeError, AssertionError, NotImplementedError) as error:
         reason = str(error).splitlines()[0]
         raise SettingsError(f"--device: {name!r} cannot be used here ({reason}); leave the flag out") from error
+    if device.type == "cuda" and device.index is not None:
+        torch.cuda.set_device(device)  # not all packages' kernels ask where their tensors are; and pinned memory is its
     return device
 
 

@@ -9,7 +9,7 @@ import torch
 
 from library.errors import DrawingError, SettingsError
 from library.prompts import PromptError, parse_line
-from lumina_minimal_inference import Painter, PictureFlags, interact, split_lora
+from lumina_minimal_inference import Painter, PictureFlags, _device, interact, split_lora
 
 
 @pytest.mark.parametrize(
@@ -27,6 +27,15 @@ def test_home_folders_of_lora_files() -> None:
     assert split_lora("~/a.safetensors;0.5") == (Path.home() / "a.safetensors", 0.5)
     with pytest.raises(SettingsError, match="--lora_weights: '~no_such_user_here"):
         split_lora("~no_such_user_here/a.safetensors")
+
+
+def test_the_gpu_that_is_named_becomes_the_current_one(monkeypatch: pytest.MonkeyPatch) -> None:
+    current: list[torch.device] = []
+    monkeypatch.setattr(torch, "empty", lambda *sizes, device: None)  # as if there were two
+    monkeypatch.setattr(torch.cuda, "set_device", current.append)
+    for name in ("cuda:1", "cuda", "cpu"):
+        assert _device(name) == torch.device(name)
+    assert current == [torch.device("cuda:1")]
 
 
 @pytest.mark.parametrize(("offload", "remedy"), [(False, "--offload keeps only"), (True, "--image_width")])
