@@ -33,8 +33,9 @@ from library.memory.attention_kernels import (
     Kernel,
     Workload,
     sdpa_attention,
-    sdpa_for,
     sdpa_kernel_name,
+    sdpa_without_sharing,
+    shares_heads,
 )
 from library.memory.settings import AttentionSettings
 
@@ -122,7 +123,8 @@ def _first_that_works(
         reason = kernel.unsuitable(work)
         if reason is None:
             if name not in made:
-                made[name] = sdpa_for(work) if name == "sdpa" else kernel.make()
+                needs_own_heads = name == "sdpa" and not shares_heads(work)
+                made[name] = sdpa_without_sharing if needs_own_heads else kernel.make()
             reason = failure_of(kernel, made[name], work, ragged) if kernel.is_tried else None
             if reason is None:
                 return name

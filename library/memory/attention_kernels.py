@@ -71,12 +71,7 @@ def sdpa_without_sharing(q: Tensor, k: Tensor, v: Tensor, key_mask: Tensor | Non
     return F.scaled_dot_product_attention(q, k, v, attn_mask=mask).transpose(1, 2)
 
 
-def sdpa_for(work: Workload) -> AttentionFn:
-    """Returns attention by ``scaled_dot_product_attention`` as the run's device wants it."""
-    return sdpa_attention if _shares_heads(work) else sdpa_without_sharing
-
-
-def _shares_heads(work: Workload) -> bool:
+def shares_heads(work: Workload) -> bool:
     """Whether torch has a kernel for the device that shares heads without writing out the whole S x S matrix."""
     if work.device.type != "cuda" or torch.version.hip is not None:
         return True
@@ -110,7 +105,7 @@ def sdpa_kernel_name(work: Workload, ragged: bool) -> str:
         for heads in (work.num_heads, work.num_kv_heads, work.num_kv_heads)
     )
     key_mask = torch.ones((2, 256), dtype=torch.bool, device=work.device) if ragged else None
-    q, k, v, mask, grouped = _for_sdpa(q, k, v, key_mask, _shares_heads(work))
+    q, k, v, mask, grouped = _for_sdpa(q, k, v, key_mask, shares_heads(work))
     picked = SDPBackend(torch._fused_sdp_choice(q, k, v, mask, enable_gqa=grouped))
     return str(picked.name).removesuffix("_ATTENTION").lower()
 

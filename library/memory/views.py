@@ -27,7 +27,7 @@ class View(NamedTuple):
 
         A buffer need not begin where its storage does: pinned memory begins at the first whole page.
         """
-        begin, rest = divmod(buffer.storage_offset() * buffer.element_size(), self.dtype.itemsize)
+        begin, rest = divmod(int(buffer.storage_offset()) * buffer.element_size(), self.dtype.itemsize)
         if rest:
             raise RuntimeError(f"a buffer that begins at byte {rest} of a {self.dtype} cannot hold such numbers")
         tensor = torch.empty(0, dtype=self.dtype, device=buffer.device)
