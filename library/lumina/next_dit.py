@@ -272,14 +272,16 @@ class NextDiT(nn.Module):
             lengths = caption_mask.sum(dim=1)
             key_mask = F.pad(caption_mask, (num_image, 0), value=True)  # (B,S)
         rope = rope_table(lengths, length, rows, columns, self.config.head_dim)
+        # Copies: a view's strides would tell compiled blocks apart that are otherwise the same.
+        image_rope, caption_rope = rope[:, :num_image].clone(), rope[:, num_image:].clone()
 
         time = self.t_embedder(lumina_time, self.dtype)  # (B,T)
         image = self.x_embedder(patchify(latents).to(self.dtype))  # (B,N,D)
         for block in self.noise_refiner:
-            image = block(image, rope[:, :num_image], None, time)
+            image = block(image, image_rope, None, time)
         caption = self.cap_embedder(caption_features.to(self.dtype))  # (B,L,D)
         for block in self.context_refiner:
-            caption = block(caption, rope[:, num_image:], caption_mask, None)
+            caption = block(caption, caption_rope, caption_mask, None)
         x = torch.cat([image, caption], dim=1)  # (B,S,D)
         for block in self.layers:
             x = block(x, rope, key_mask, time)

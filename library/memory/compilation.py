@@ -1,24 +1,28 @@
 """``torch.compile`` of a model's blocks, applied from outside.
 
 One block is compiled, not the model: blocks of a kind run the same code on tensors of the same shapes, so that they share
-what was compiled for the first of them. Their weights and the LoRA's are inputs of the compiled code. A size that was not
-met before is compiled for once; from the second caption length on, code for any length is made.
+what was compiled for the first of them. Their weights and the LoRA's are inputs of the compiled code, and the numbers
+of samples and tokens are variables of it, so that it serves all picture sizes and caption lengths.
+
+Passes without gradients (previews, validation) are not compiled. They would need code of their own for every kind of
+block, which takes longer to make than it ever saves: their blocks keep nothing, so what is left to fuse is little.
 """
 
 from __future__ import annotations
 
+import functools
 import logging
 from collections.abc import Iterable
 from typing import Any
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from library.errors import SettingsError
 
 logger = logging.getLogger(__name__)
 
-# What differs makes code of its own: kinds of blocks, bucket sizes, with and without gradients, masks, network on and off.
+# What differs makes code of its own: kinds of blocks, batch sizes, with and without a mask, network on and off.
 _MOST_VARIANTS = 256
 
 
@@ -50,10 +54,11 @@ def _probe(x: torch.Tensor) -> torch.Tensor:
 
 
 def compile_blocks(blocks: Iterable[nn.Module], backend: str) -> None:
-    """Compiles each block's ``forward`` when it is first run; comes after LoRA has been attached.
+    """Compiles each block's ``forward`` when it is first run with gradients; comes after LoRA has been attached.
 
     Args:
-        blocks: of few kinds, whose forward runs without a break.
+        blocks: of few kinds, whose forward runs without a break. All arguments are tensors or None, the first one is
+            (B,S,D); what else has B or S numbers along its first or second axis has one for each sample or token.
         backend: torch's name of the compiler.
     """
     # Beyond this many variants of one piece of code torch would go on uncompiled without a word, or end the run.
@@ -62,6 +67,25 @@ def compile_blocks(blocks: Iterable[nn.Module], backend: str) -> None:
         torch._dynamo.config.accumulated_recompile_limit, 8 * _MOST_VARIANTS
     )
     for block in blocks:
-        forward: Any = block.forward
-        block.forward = torch.compile(forward, fullgraph=True, backend=backend)
-    logger.info("Blocks are compiled (%s): the first steps of each picture size take a minute or more", backend)
+        block.forward = _compiled_in_training(block.forward, backend)
+    logger.info("Blocks are compiled (%s): the first steps take a minute or so", backend)
+
+
+def _compiled_in_training(forward: Any, backend: str) -> Any:
+    compiled = torch.compile(forward, fullgraph=True, backend=backend)
+
+    @functools.wraps(forward)
+    def run(x: Tensor, *others: Tensor | None) -> Tensor:
+        if not torch.is_grad_enabled():
+            return forward(x, *others)
+        if not x.requires_grad:
+            # The first block of a row: a little more arithmetic, instead of code of its own.
+            x = x.detach().requires_grad_()
+        for tensor in (x, *others):
+            for axis in (0, 1):
+                # torch has code of its own for size 1, whatever it is told.
+                if tensor is not None and tensor.dim() > axis and tensor.shape[axis] == x.shape[axis] != 1:
+                    torch._dynamo.maybe_mark_dynamic(tensor, axis)
+        return compiled(x, *others)
+
+    return run

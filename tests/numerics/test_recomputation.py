@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import weakref
 
 import pytest
@@ -178,15 +179,38 @@ def test_compiled_blocks_train_the_same(level: str, fp8: bool) -> None:
         assert (ours - wanted).norm() <= 2e-5 * wanted.norm()
 
 
-def test_blocks_of_a_kind_share_what_was_compiled() -> None:
+def test_blocks_of_a_kind_share_what_was_compiled_and_sizes_do_too() -> None:
     from torch._dynamo.testing import CompileCounterWithBackend
+
+    from library.memory.compilation import compile_blocks
 
     torch._dynamo.reset()
     counter = CompileCounterWithBackend("aot_eager")
-    run = Run(MemorySettings())
-    from library.memory.compilation import compile_blocks
+    # Two refiners of a kind: the first one's input has no gradient.
+    model = NextDiT(dataclasses.replace(CONFIG, num_noise_refiners=2, num_context_refiners=2)).requires_grad_(False)
+    network = lora_lumina.create_network(1.0, 4, 2.0, None, [], model)
+    network.apply_to([], model, False, True)
+    compile_blocks([*model.noise_refiner, *model.context_refiner, *model.layers], counter)  # type: ignore[arg-type]
 
-    compile_blocks([*run.model.noise_refiner, *run.model.context_refiner, *run.model.layers], counter)  # type: ignore[arg-type]
-    run.results()
-    # The noise refiner has no mask, the context refiner no modulation; both layers are one.
+    def run(batch: int, height: int, width: int, lengths: tuple[int, ...]) -> None:
+        mask = torch.arange(max(lengths)) < torch.tensor(lengths)[:, None]
+        captions = torch.randn(batch, max(lengths), CONFIG.cap_dim)
+        latents, times = torch.randn(batch, CONFIG.channels, height, width), torch.rand(batch)
+        found = model(latents, times, captions, None if bool(mask.all()) else mask)
+        if torch.is_grad_enabled():
+            found.sum().backward()
+
+    with torch.no_grad():
+        run(2, 8, 8, (5, 3))  # a preview compiles nothing
+    assert counter.frame_count == 0
+    run(2, 8, 8, (5, 3))
+    # The noise refiner has no mask, the context refiner no modulation, layers have both.
     assert counter.frame_count == 3
+    for size in ((2, 8, 8, (7, 6)), (2, 4, 12, (5, 9)), (3, 6, 8, (2, 5, 4))):
+        run(*size)
+    assert counter.frame_count == 3
+    run(2, 8, 8, (5, 5))  # positions are the same for all samples; layers are as noise refiners
+    assert counter.frame_count == 5
+    for length in (6, 7):
+        run(1, 8, 8, (length,))  # of one sample torch makes code of its own, the same for noise refiners and layers
+    assert counter.frame_count == 7
