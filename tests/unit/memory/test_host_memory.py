@@ -1,6 +1,7 @@
 import subprocess
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 
@@ -40,3 +41,33 @@ def test_freed_memory_stays_with_the_process() -> None:
 def test_other_systems_are_left_alone(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(host_memory.sys, "platform", "win32")
     assert not host_memory.keep_freed_memory()
+
+
+@pytest.mark.skipif(not sys.platform.startswith("linux"), reason="glibc's settings")
+def test_an_old_glibc_keeps_blocks_as_large_as_it_can(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Before 2.35 it refuses a threshold above 32 MiB; then 128 KiB would stay, because the others end its growing."""
+    taken: dict[int, int] = {}
+
+    def mallopt(name: int, value: int) -> int:
+        if name == host_memory._MMAP_THRESHOLD and value > 32 * 2**20:
+            return 0
+        taken[name] = value
+        return 1
+
+    monkeypatch.setattr(host_memory.ctypes, "CDLL", lambda name: SimpleNamespace(mallopt=mallopt))
+    assert host_memory.keep_freed_memory()
+    assert taken[host_memory._MMAP_THRESHOLD] == 32 * 2**20
+    assert len(taken) == 3
+
+
+@pytest.mark.skipif(not sys.platform.startswith("linux"), reason="glibc's settings")
+def test_nothing_is_set_where_no_threshold_is_taken(monkeypatch: pytest.MonkeyPatch) -> None:
+    called: list[int] = []
+
+    def refusing(name: int, value: int) -> int:
+        called.append(name)
+        return 0
+
+    monkeypatch.setattr(host_memory.ctypes, "CDLL", lambda name: SimpleNamespace(mallopt=refusing))
+    assert not host_memory.keep_freed_memory()
+    assert set(called) == {host_memory._MMAP_THRESHOLD}
