@@ -53,6 +53,16 @@ def test_names_the_flags_that_are_not_used_yet() -> None:
     assert "a smaller batch size or resolution" in full
 
 
+def test_names_what_can_be_raised_or_lowered() -> None:
+    assert "a higher --blocks_to_swap" in advice(*ALL, "--blocks_to_swap=8")
+    assert "--gradient_checkpointing_level full" in advice(*ALL, "--gradient_checkpointing_level=selective")
+    assert "a smaller --vram_gb" in advice(*ALL, "--vram_gb=8")
+
+
+def test_does_not_advise_what_the_network_module_refuses() -> None:
+    assert "--fp8_base" not in advice("--network_module=trainer_helpers")  # a module without a companion
+
+
 def test_other_errors_stay_what_they_are() -> None:
     raise_where_memory_was_short(RuntimeError("a defect"), config_of())
 
