@@ -14,6 +14,7 @@ import copy
 import dataclasses
 import importlib.util
 import logging
+import math
 from collections.abc import Sequence
 from functools import partial
 from typing import TYPE_CHECKING, Any
@@ -22,6 +23,7 @@ import torch
 from torch import Tensor, nn
 
 from library.errors import SettingsError
+from library.lumina.autoencoder import TILE_PX, WHOLE_PX
 from library.memory.block_stream import NUM_SLOTS, streamed_bytes
 from library.memory.fit import (
     CHECKPOINTING,
@@ -35,6 +37,7 @@ from library.memory.fit import (
     Row,
     choices,
     fastest,
+    ring_bytes,
     rows,
 )
 from library.memory.live_bytes import LiveBytes, Speed, bytes_of
@@ -88,7 +91,8 @@ class Fit:
         self._limit_gib = limit_gib
         self._allowance = allowance
         self._asked = asked
-        self._settings: dict[Quantisation | None, QuantisationSettings] = {}
+        self._settings: dict[tuple[Quantisation | None, bool], QuantisationSettings] = {}
+        self._encoders: dict[Quantisation | None, dict[bool, int]] = {}
 
     def choose(self) -> Row:
         """Returns the fastest row with which the run fits, and says which it is and what else would fit.
@@ -101,10 +105,13 @@ class Fit:
         open_rows = self._open_rows()
         everything: list[Choice] = []
         for kind in dict.fromkeys(row.quantisation for row in open_rows):
-            # Before the large model is read, captions and pictures are encoded, each by its own model alone.
-            before = self._encoding_gib(self.quantisation(kind))
             found = [choice for row in open_rows if row.quantisation == kind for choice in self._choices(row)]
-            found = [dataclasses.replace(choice, gib=max(choice.gib, before)) for choice in found]
+            # Before the large model is read, captions and pictures are encoded, each by its own model alone.
+            before = {streams: self._encoding_gib(kind, streams) for streams in (False, True)}
+            found = [
+                dataclasses.replace(choice, gib=max(choice.gib, before[choice.row.blocks_to_swap > 0]))
+                for choice in found
+            ]
             best = fastest(found, self._limit_gib)
             if best is not None:
                 self._report(best, found)
@@ -121,11 +128,11 @@ class Fit:
 
     def settings(self, row: Row) -> tuple[MemorySettings, QuantisationSettings]:
         """Returns the run's settings with a row's flags."""
-        return row.applied_to(self._config.memory), self.quantisation(row.quantisation)
+        return row.applied_to(self._config.memory), self.quantisation(row.quantisation, row.blocks_to_swap > 0)
 
     def flags(self, row: Row) -> str:
         """Returns a row as a user would type it."""
-        quantisation = self.quantisation(row.quantisation)
+        quantisation = self.quantisation(row.quantisation, row.blocks_to_swap > 0)
         values = {
             **{name: getattr(quantisation, name) for name in ("fp8_base", "fp8_base_unet", "fp8_fast", "nf4_base")},
             **{name: value for name, value in CHECKPOINTING[row.checkpointing].items() if value != _DEFAULTS[name]},
@@ -136,16 +143,19 @@ class Fit:
             f"--{name}" if value is True else f"--{name}={value}" for name, value in values.items() if value
         )
 
-    def quantisation(self, kind: Quantisation | None) -> QuantisationSettings:
-        """Returns the settings of a kind. Gemma2 is quantised too only where it stays, or would not fit otherwise."""
-        if kind not in self._settings:
+    def quantisation(self, kind: Quantisation | None, streams: bool) -> QuantisationSettings:
+        """Returns the settings of a kind, with or without streamed weights.
+
+        Gemma2 is quantised too only where it stays beside the model, or would not fit otherwise.
+        """
+        if (kind, streams) not in self._settings:
             settings = _settings_of(self._config, kind)
             if kind == "fp8" and kind != self._config.quantisation.transformer:
-                whole = self._allowance.with_allowance(_encoder_bytes(self._trainer, settings.text_encoder))
-                if whole > self._limit_gib:
+                exact = self._allowance.with_allowance(self._encoder_bytes(settings.text_encoder, streams))
+                if exact > self._limit_gib:
                     settings = QuantisationSettings(fp8_base=True)
-            self._settings[kind] = settings
-        return self._settings[kind]
+            self._settings[kind, streams] = settings
+        return self._settings[kind, streams]
 
     def _choices(self, row: Row) -> list[Choice]:
         """Returns a row with every number of streamed blocks that makes a difference and that the user left open."""
@@ -158,14 +168,17 @@ class Fit:
         """Returns the rows that the user's own flags leave, without streaming."""
         given, memory = self._config.quantisation.transformer, self._config.memory
         given_level = self._config.given.get("gradient_checkpointing_level")
+        known = self._trainer.networks.has_companion
         kinds: list[Quantisation | None] = [given]
-        if given is None and self._trainer.networks.has_companion:  # other networks know no quantised weights
+        if given is None and known:  # other networks know no quantised weights
             kinds = [kind for kind in QUALITY if kind != "nf4" or importlib.util.find_spec("bitsandbytes") is not None]
         return [
             row
             for row in rows(kinds)
             if (not memory.gradient_checkpointing or row.checkpointing != "none")
             and (given_level is None or row.checkpointing in ("none", given_level))
+            # Other networks may write over what it keeps, which ends the run.
+            and (row.checkpointing != "selective" or known or given_level == "selective")
             and _may_offload(row, memory)
         ]
 
@@ -197,15 +210,20 @@ class Fit:
                 best.row.quantisation,
             )
 
-    def _encoding_gib(self, quantisation: QuantisationSettings) -> float:
-        """Returns what filling the caches needs."""
+    def _encoding_gib(self, kind: Quantisation | None, streams: bool) -> float:
+        """Returns what filling the caches needs: where anything is streamed, all of Gemma2's layers are."""
         trainer, needs = self._trainer, [0]
         if self._config.data.cache_latents:
             weights = trainer.autoencoder_numbers() * trainer.autoencoder_dtype.itemsize
             needs.append(weights + autoencoder_bytes(trainer, self._batch))
         if self._config.data.cache_text_encoder_outputs:
-            needs.append(_encoder_bytes(trainer, quantisation.text_encoder))
+            needs.append(self._encoder_bytes(self.quantisation(kind, streams).text_encoder, streams))
         return self._allowance.with_allowance(max(needs))
+
+    def _encoder_bytes(self, kind: Quantisation | None, streams: bool) -> int:
+        if kind not in self._encoders:
+            self._encoders[kind] = encoder_bytes(self._trainer, kind)
+        return self._encoders[kind][streams and not self._config.trains_text_encoder]
 
     def _or_without_given(self) -> str:
         memory, quantisation = self._config.memory, self._config.quantisation
@@ -252,30 +270,28 @@ def rehearse(trainer: NetworkTrainer, row: Row, batch: Batch) -> Need:
     expands = len(batch.draws) > 1 or trainer.weight_dtype == torch.float32
     attention = RehearsedAttention(counter, expands)
     run.model = run.rehearse_model(run.weight_dtype, attention, _reading(config.quantisation.transformer))
-    encoders = []
+    encoders, text_layers = [], ()
     if not config.data.cache_text_encoder_outputs:
         run.text_encoder = run.rehearse_text_encoder(run.weight_dtype, _reading(config.quantisation.text_encoder))
         encoders = [run.text_encoder.model]
+        if not config.trains_text_encoder:
+            text_layers = tuple(map(streamed_bytes, run.text_encoder.blocks))
     weights = sum(bytes_of((*m.parameters(), *m.buffers()), META) for m in (run.model, *encoders))
     blocks = tuple(streamed_bytes(block) for block in run.streamable_blocks())
-    with run.networks.rehearsing():
-        run.network = run.networks.make(encoders if config.trains_text_encoder else [], run.model)
     transport = RehearsedTransport(META)
-    with counter:
-        run.network.to(META, torch.bfloat16 if config.memory.full_bf16 else torch.float32)
-        prepare_blocks(
-            run.blocks(),
-            config.memory,
-            META,
-            resident=run.network.parameters(),
-            preserve_rng_state=not hasattr(run.network, "set_dropout_keys"),
-            transport=transport,
-        )
-        optimizer = optimizer_with_states(run.network)
-        trained = counter.live
-        counter.reset_peak()
-        counter.seconds = 0.0
-        forward_s = one_step(run, batch, optimizer, counter)
+    try:
+        # A network module may draw its first values from torch's generator: the real one is to find it as it was.
+        with torch.random.fork_rng(devices=[]), run.networks.rehearsing():
+            run.network = run.networks.make(encoders if config.trains_text_encoder else [], run.model)
+            optimizer, trained, forward_s = _rehearsed_step(run, batch, counter, transport)
+    except RuntimeError as error:
+        if run.networks.has_companion:
+            raise
+        raise SettingsError(
+            f"--vram_gb: the network of --network_module {config.network.network_module} cannot be tried on a model"
+            f" without weights ({next(iter(str(error).splitlines()), type(error).__name__)}), so what the run needs is not"
+            " known; leave --vram_gb out and choose flags by the table in docs/memory.md"
+        ) from error
     besides = _besides(run, optimizer)
     step = counter.peak
     if not config.data.cache_latents:
@@ -291,7 +307,29 @@ def rehearse(trainer: NetworkTrainer, row: Row, batch: Batch) -> Need:
         counter.seconds - forward_s,
         transport.num_bytes[Lane.OUT],
         transport.num_bytes[Lane.BACK],
+        text_layers,
     )
+
+
+def _rehearsed_step(
+    run: NetworkTrainer, batch: Batch, counter: LiveBytes, transport: RehearsedTransport
+) -> tuple[torch.optim.Optimizer, int, float]:
+    """Trains a step of the network just made; returns the optimizer, bytes that stay, and seconds of the forward pass."""
+    with counter:
+        run.network.to(META, torch.bfloat16 if run.config.memory.full_bf16 else torch.float32)
+        prepare_blocks(
+            run.blocks(),
+            run.config.memory,
+            META,
+            resident=run.network.parameters(),
+            preserve_rng_state=not hasattr(run.network, "set_dropout_keys"),
+            transport=transport,
+        )
+        optimizer = optimizer_with_states(run.network)
+        trained = counter.live
+        counter.reset_peak()
+        counter.seconds = 0.0
+        return optimizer, trained, one_step(run, batch, optimizer, counter)
 
 
 def _rehearsing(trainer: NetworkTrainer, row: Row) -> NetworkTrainer:
@@ -348,19 +386,24 @@ def _besides(run: NetworkTrainer, optimizer: torch.optim.Optimizer) -> int:
 # ---- what comes before the training ----
 
 
-def _encoder_bytes(trainer: NetworkTrainer, kind: Quantisation | None) -> int:
-    """Returns what encoding captions of the longest length needs."""
+def encoder_bytes(trainer: NetworkTrainer, kind: Quantisation | None) -> dict[bool, int]:
+    """Returns what encoding captions of the longest length needs: with its layers streamed, all of them, or not."""
     encoder = trainer.rehearse_text_encoder(trainer.weight_dtype, _reading(kind))
     counter = LiveBytes(META)
     with torch.no_grad(), counter:
-        encoder.encode([trainer.longest_caption()] * _CAPTIONS_AT_ONCE)
-    return bytes_of((*encoder.model.parameters(), *encoder.model.buffers()), META) + counter.peak
+        count = trainer.config.data.text_encoder_batch_size or _CAPTIONS_AT_ONCE
+        encoder.encode([trainer.longest_caption()] * count)
+    whole = bytes_of((*encoder.model.parameters(), *encoder.model.buffers()), META) + counter.peak
+    layers = [streamed_bytes(layer) for layer in encoder.blocks]
+    return {False: whole, True: whole - sum(layers) + ring_bytes(layers, len(layers))}
 
 
 def autoencoder_bytes(trainer: NetworkTrainer, batch: Batch) -> int:
     """Returns what encoding one picture needs beside the weights; several that do not fit are encoded one by one."""
-    width, height = _size_px(batch)
-    return width * height * _AUTOENCODER_BYTES_PX * trainer.autoencoder_dtype.itemsize
+    num_px = math.prod(_size_px(batch))
+    if trainer.config.memory.vae_tiling and num_px > WHOLE_PX**2:
+        num_px = TILE_PX**2
+    return num_px * _AUTOENCODER_BYTES_PX * trainer.autoencoder_dtype.itemsize
 
 
 def _size_px(batch: Batch) -> tuple[int, int]:

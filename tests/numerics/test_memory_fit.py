@@ -4,20 +4,24 @@ from __future__ import annotations
 
 import dataclasses
 import logging
+import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+import torch.nn.functional as F
 from e2e_helpers import Job, make_job
+from torch import nn
 from trainer_helpers import made_trainer
 
 from library.errors import SettingsError
-from library.memory.fit import GIB, Allowance, Need, Row
+from library.memory.fit import GIB, HOST_COPY_BYTES, Allowance, Need, Row
 from library.memory.live_bytes import LiveBytes, bytes_of
 from library.memory.rehearsal import RehearsedAttention
 from library.training import memory_fit
+from library.training.hooks import Reading
 
 CPU = torch.device("cpu")
 NOTHING = Allowance(0.0, 0.0)
@@ -28,6 +32,25 @@ def job(tmp_path_factory: pytest.TempPathFactory) -> Job:
     return make_job(tmp_path_factory.mktemp("job"))
 
 
+class PlainNetwork(nn.Module):
+    """A network as another program would make it, beside the first block's feed-forward layer."""
+
+    def __init__(
+        self, multiplier: float, rank: int, alpha: float, vae: None, encoders: Any, model: Any, **_: Any
+    ) -> None:
+        super().__init__()
+        linear = model.layers[0].feed_forward.w2
+        self._org = (linear,)
+        self.down = nn.Linear(linear.in_features, rank, bias=False)
+        self.up = nn.Linear(rank, linear.out_features, bias=False)
+
+    def apply_to(self, encoders: Any, model: nn.Module, *parts: bool) -> None:
+        (linear,) = self._org
+        forward = linear.forward
+        linear.forward = lambda x: forward(x) + self.up(F.dropout(self.down(x), 0.5))
+
+
+create_network = PlainNetwork  # for --network_module with this file's name
 Prepared = Callable[..., Any]
 
 
@@ -194,11 +217,83 @@ def test_given_flags_stay(prepared: Prepared) -> None:
 def test_filling_the_caches_has_to_fit_too(prepared: Prepared) -> None:
     trainer = prepared()
     batch = memory_fit.largest_batch(trainer)
-    need = memory_fit.Fit(trainer, batch, 1.0, NOTHING, "")._encoding_gib(trainer.config.quantisation)
+    need = memory_fit.Fit(trainer, batch, 1.0, NOTHING, "")._encoding_gib(None, streams=True)
     with pytest.raises(SettingsError, match="does not fit"):
         chosen(trainer, need * 0.1)
     memory, _ = chosen(trainer, 100.0)
     assert not memory.gradient_checkpointing
+
+
+def test_captions_are_encoded_with_streamed_layers_where_gemma2_does_not_fit(
+    prepared: Prepared, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A card too small for Gemma2 as a whole streams it, before any weight is quantised."""
+    monkeypatch.setattr(memory_fit, "autoencoder_bytes", lambda *arguments: 0)
+    trainer = prepared()
+    deeper = dataclasses.replace(trainer.files.dit.config, num_layers=4)  # streaming two saves nothing
+    trainer.files = dataclasses.replace(trainer.files, dit=dataclasses.replace(trainer.files.dit, config=deeper))
+    needs_of = memory_fit.encoder_bytes(trainer, None)
+    layers = [
+        memory_fit.streamed_bytes(layer) for layer in trainer.rehearse_text_encoder(torch.float32, Reading()).blocks
+    ]
+    assert needs_of[False] - needs_of[True] == sum(layers) - 2 * max(layers) > 0
+    limit = (needs_of[False] - 1) / GIB
+    step = needs(trainer, memory_fit.largest_batch(trainer))["full", True]
+    assert max(needs_of[True], step.bytes_with(4)) / GIB < limit  # the captions alone decide what fits
+    memory, quantisation = chosen(trainer, limit)
+    assert memory.blocks_to_swap
+    assert quantisation.transformer is None
+    assert quantisation.text_encoder is None
+    _, quantisation = chosen(trainer, needs_of[False] / GIB)
+    assert quantisation.transformer is None
+
+
+def test_gemma2_is_streamed_in_each_step_where_it_is_not_trained(prepared: Prepared) -> None:
+    uncached = prepared("--cache_text_encoder_outputs=false", "--network_train_unet_only")
+    need = memory_fit.rehearse(uncached, Row(), memory_fit.largest_batch(uncached))
+    layers = need.text_layers
+    assert len(layers) == len(uncached.rehearse_text_encoder(torch.float32, Reading()).blocks)
+    alone = dataclasses.replace(need, text_layers=())
+    assert alone.bytes_with(0) == need.bytes_with(0)
+    assert alone.bytes_with(3) - need.bytes_with(3) == sum(layers) - 2 * max(layers) > 0
+    assert need.seconds_with(3) - alone.seconds_with(3) == pytest.approx(sum(layers) / HOST_COPY_BYTES)
+    trained = prepared("--cache_text_encoder_outputs=false")
+    assert memory_fit.rehearse(trained, Row(), memory_fit.largest_batch(trained)).text_layers == ()
+
+
+def test_large_pictures_in_tiles(prepared: Prepared) -> None:
+    trainer = prepared("--vae_tiling")
+    batch = memory_fit.largest_batch(trainer)
+    small = memory_fit.autoencoder_bytes(trainer, batch)
+    placement = dataclasses.replace(batch.draws[0].item.placement, bucket_px=(2048, 2048))
+    item = dataclasses.replace(batch.draws[0].item, placement=placement)
+    large = dataclasses.replace(batch, draws=(dataclasses.replace(batch.draws[0], item=item),))
+    tiled, whole = (memory_fit.autoencoder_bytes(one, large) for one in (trainer, prepared()))
+    assert small < tiled == whole // 4
+
+
+@pytest.mark.parametrize("level", ["none", "selective"])
+def test_a_network_module_of_another_kind(prepared: Prepared, monkeypatch: pytest.MonkeyPatch, level: str) -> None:
+    """It draws from torch's generator; the real one is to begin as it would without --vram_gb."""
+    trainer = prepared(f"--network_module={__name__}")
+    assert not trainer.networks.has_companion
+    state = torch.get_rng_state()
+    need = memory_fit.rehearse(trainer, Row(checkpointing=level), memory_fit.largest_batch(trainer))
+    assert need.trained > 0
+    assert torch.equal(torch.get_rng_state(), state)
+    offered = {row.checkpointing for row in memory_fit.Fit(trainer, [], 1.0, NOTHING, "")._open_rows()}
+    assert offered == {"none", "full"}  # it may write over what the selective level keeps
+
+
+def test_a_network_module_that_reads_weights_is_no_defect(prepared: Prepared, monkeypatch: pytest.MonkeyPatch) -> None:
+    class Reads(PlainNetwork):
+        def apply_to(self, encoders: Any, model: nn.Module, *parts: bool) -> None:
+            next(model.parameters()).sum().item()
+
+    trainer = prepared(f"--network_module={__name__}")
+    monkeypatch.setattr(sys.modules[__name__], "create_network", Reads)
+    with pytest.raises(SettingsError, match=r"--vram_gb: the network of --network_module .* leave --vram_gb out"):
+        memory_fit.rehearse(trainer, Row(), memory_fit.largest_batch(trainer))
 
 
 def test_a_run_goes_by_what_was_chosen(prepared: Prepared, monkeypatch: pytest.MonkeyPatch) -> None:
