@@ -155,7 +155,7 @@ def prepare_blocks(
     stream = _attached_stream(streamed, device, transport, f"{len(streamed)} blocks") if streamed else None
     if 0 < len(streamed) <= NUM_SLOTS:
         logger.warning(
-            "--blocks_to_swap %d saves no device memory, because %d blocks have to have room there; give more",
+            "--blocks_to_swap %d saves no device memory for blocks, because %d have to have room there; give more",
             len(streamed),
             NUM_SLOTS,
         )
