@@ -48,6 +48,7 @@ from library.memory.settings import MemorySettings, Quantisation, QuantisationSe
 from library.memory.transport import Lane
 from library.training.hooks import Reading
 from library.training.network_building import NetworkBuilder
+from library.training.optimizer_names import OPTIMIZERS
 from library.training.optimizers import clip_gradients
 
 if TYPE_CHECKING:
@@ -66,8 +67,16 @@ _AUTOENCODER_BYTES_PX = 520
 """Device memory for encoding a pixel, for each byte of a number: 1.01 GiB for 1024 x 1024 px in bf16
 (``library/lumina/autoencoder.py``)."""
 _CAPTIONS_AT_ONCE = 8  # as ``--text_encoder_batch_size`` where it is left out
-_EXTRA_STATES = {"prodigy": 2, "dadaptadam": 1, "dadaptadan": 3, "dadaptadampreprint": 1}
-"""Tensors of a parameter's size that an optimizer keeps beyond AdamW's two."""
+_EXTRA_STATES = {
+    "Prodigy": 2,
+    "DAdaptAdaGrad": 1,
+    "DAdaptAdam": 1,
+    "DAdaptAdamPreprint": 1,
+    "DAdaptAdan": 3,
+    "DAdaptAdanIP": 3,
+    "DAdaptSGD": 1,
+}
+"""Tensors of a parameter's size that an optimizer's class keeps beyond AdamW's two."""
 
 
 class Fit:
@@ -377,7 +386,9 @@ def _besides(run: NetworkTrainer, optimizer: torch.optim.Optimizer) -> int:
     """Returns bytes that stay on the device and that the rehearsed step does not have."""
     settings = run.config.optimizer
     size = bytes_of((parameter for group in optimizer.param_groups for parameter in group["params"]), META)
-    copies = _EXTRA_STATES.get(settings.resolved_optimizer.lower(), 0) + (settings.ema_decay is not None)
+    known = OPTIMIZERS.get(settings.resolved_optimizer.lower())
+    class_name = settings.resolved_optimizer.rpartition(".")[2] if known is None else known.class_name
+    copies = _EXTRA_STATES.get(class_name, 0) + (settings.ema_decay is not None)
     copies += run.config.schedule.gradient_accumulation_steps > 1  # gradients are there during the forward pass
     copies += run.num_processes > 1  # the buckets that gradients are exchanged in
     return copies * size

@@ -142,7 +142,8 @@ def measure_one(size_px: int, row: Row, folder: Path, preset: str = "full") -> d
         trainer = trainer_of(preset, "bf16", folder, [f"--network_dim={RANK}", *flags_of(row)])
         step = TrainStep(trainer.losses_of, trainer.updater, Processes(trainer.accelerator))
         seconds = []
-        torch.cuda.reset_peak_memory_stats()  # reading the weights is not part of it
+        torch.cuda.empty_cache()  # reading the weights is not part of it, nor what it left reserved
+        torch.cuda.reset_peak_memory_stats()
         for number in range(1, _WARM_UP + _STEPS + 1):
             batch = batch_of(trainer.dit, size_px, size_px, [CAPTION_TOKENS] * BATCH, number)
             seconds.append(timed(lambda batch=batch, number=number: step([batch], BATCH, number), trainer.device))

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import logging
+import math
 import sys
 from collections.abc import Callable
 from pathlib import Path
@@ -131,6 +132,21 @@ def test_trained_parts_are_counted(prepared: Prepared) -> None:
     averaged = prepared("--network_dim=8", "--ema_decay=0.99")
     with_average = memory_fit.rehearse(averaged, Row(), memory_fit.largest_batch(averaged))
     assert with_average.trained > larger.trained
+    accumulating = prepared("--network_dim=8", "--gradient_accumulation_steps=2")
+    gradients = memory_fit.rehearse(accumulating, Row(), memory_fit.largest_batch(accumulating)).trained
+    assert gradients == with_average.trained
+
+
+@pytest.mark.parametrize(
+    ("name", "extra"),
+    [("AdamW", 0), ("prodigy", 2), ("prodigyopt.Prodigy", 2), ("DAdaptation", 1), ("DAdaptAdanIP", 3), ("Lion", 0)],
+)
+def test_optimizers_that_keep_more(prepared: Prepared, name: str, extra: int) -> None:
+    trainer = prepared()
+    optimizer = torch.optim.AdamW([nn.Parameter(torch.empty(1024, device=memory_fit.META))])
+    settings = dataclasses.replace(trainer.config.optimizer, optimizer_type=name)
+    trainer.config = dataclasses.replace(trainer.config, optimizer=settings)
+    assert memory_fit._besides(trainer, optimizer) == extra * 4096
 
 
 def test_gemma2_and_the_autoencoder_count_where_they_are_not_let_go(prepared: Prepared) -> None:
@@ -156,6 +172,10 @@ def test_the_largest_batch(prepared: Prepared) -> None:
     sizes = {item.bucket_px for item in trainer.data.items}
     width, height = batch.draws[0].item.bucket_px
     assert (width, height) in sizes
+    plan = trainer.data.plan_epoch(1, 1)
+    batches = [plan.batch(number).draws for number in range(len(plan.batches))]
+    largest = max(len(draws) * math.prod(draws[0].item.bucket_px) for draws in batches)
+    assert len(batch.draws) * width * height == largest > math.prod(batches[0][0].item.bucket_px)
     assert batch.latents.shape == (len(batch.draws), 16, height // 8, width // 8)
 
 
@@ -218,8 +238,10 @@ def test_filling_the_caches_has_to_fit_too(prepared: Prepared) -> None:
     trainer = prepared()
     batch = memory_fit.largest_batch(trainer)
     need = memory_fit.Fit(trainer, batch, 1.0, NOTHING, "")._encoding_gib(None, streams=True)
+    step = memory_fit.rehearse(trainer, Row("fp8", "full", True), batch)
+    assert step.bytes_with(0) / GIB < need * 0.9  # training alone would fit
     with pytest.raises(SettingsError, match="does not fit"):
-        chosen(trainer, need * 0.1)
+        chosen(trainer, need * 0.9)
     memory, _ = chosen(trainer, 100.0)
     assert not memory.gradient_checkpointing
 

@@ -137,6 +137,7 @@ class ScaledMatmul(torch.autograd.Function):
         return gradient @ (weight.to(gradient.dtype) * scale), None, None
 
 
+SELECTIVE = {"gradient_checkpointing": True, "gradient_checkpointing_level": "selective"}
 OPTIONS = {
     "streaming": {"blocks_to_swap": 3},
     "offload": {"cpu_offload_checkpointing": True},
@@ -144,6 +145,8 @@ OPTIONS = {
     "checkpointing, offload": {"gradient_checkpointing": True, "cpu_offload_checkpointing": True},
     "streaming, offload": {"blocks_to_swap": 4, "cpu_offload_checkpointing": True},
     "all": {"gradient_checkpointing": True, "blocks_to_swap": 3, "cpu_offload_checkpointing": True},
+    "selective, streaming": {**SELECTIVE, "blocks_to_swap": 3},
+    "selective, all": {**SELECTIVE, "blocks_to_swap": 4, "cpu_offload_checkpointing": True},
 }
 
 
@@ -152,17 +155,17 @@ OPTIONS = {
     [
         *(("float32", name) for name in OPTIONS),
         *(("bf16", name) for name in ("streaming", "all")),
-        *(("fp8", name) for name in ("streaming, offload", "all")),
+        *(("fp8", name) for name in ("streaming, offload", "all", "selective, all")),
     ],
 )
 def test_training_is_the_same(transport: LateTransport, weights: str, name: str) -> None:
     options = OPTIONS[name]
     change = quantised if weights == "fp8" else lambda model: None
     dtype = torch.bfloat16 if weights == "bf16" else torch.float32
-    checkpointing = options.get("gradient_checkpointing", False)
+    recomputation = {key: value for key, value in options.items() if key in SELECTIVE}
     # Observed like the other one: a LoRA adds its part in another operation where operations are observed.
     with LateTransport().watched():
-        expected = Run(MemorySettings(gradient_checkpointing=checkpointing), change, dtype).train()
+        expected = Run(MemorySettings(**recomputation), change, dtype).train()
     run = Run(MemorySettings(**options), change, dtype)
     with transport.watched():
         found = run.train()
