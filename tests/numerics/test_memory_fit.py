@@ -238,6 +238,9 @@ def test_filling_the_caches_has_to_fit_too(prepared: Prepared) -> None:
     trainer = prepared()
     batch = memory_fit.largest_batch(trainer)
     need = memory_fit.Fit(trainer, batch, 1.0, NOTHING, "")._encoding_gib(None, streams=True)
+    pictures = 4 * trainer.autoencoder_numbers() + memory_fit.autoencoder_bytes(trainer, batch)
+    captions = memory_fit.encoder_bytes(trainer, None)[True]
+    assert need * GIB == max(pictures, captions) == pictures
     step = memory_fit.rehearse(trainer, Row("fp8", "full", True), batch)
     assert step.bytes_with(0) / GIB < need * 0.9  # training alone would fit
     with pytest.raises(SettingsError, match="does not fit"):
