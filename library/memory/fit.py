@@ -1,6 +1,6 @@
 """Which memory flags make a training run fit: what each set of them needs, how long it takes, and the fastest that fits.
 
-Needs are computed by rehearsing the run's own step (``library/training/memory_fit.py``). On top comes an *allowance* for
+Needs are computed by rehearsing the run's own step (``library/training/step_rehearsal.py``). On top comes an *allowance* for
 what no rehearsal sees: kernels' workspaces and fragmentation, as a share, and CUDA's own context. It stands in
 ``memory_table.json`` beside the table of the documentation, and is taken from measured rows as soon as there are any.
 

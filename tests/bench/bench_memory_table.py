@@ -29,9 +29,9 @@ from timing import timed
 from library.files import write_text
 from library.lumina.next_dit import NextDiT
 from library.memory.fit import GIB, QUALITY, TABLE_FILE, Allowance, Need, Row
-from library.training.memory_fit import META, rehearse
 from library.training.processes import Processes
 from library.training.step import TrainStep
+from library.training.step_rehearsal import META, rehearse
 
 logger = logging.getLogger(__name__)
 

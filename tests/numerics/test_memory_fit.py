@@ -18,10 +18,11 @@ from torch import nn
 from trainer_helpers import made_trainer
 
 from library.errors import SettingsError
+from library.memory.block_stream import streamed_bytes
 from library.memory.fit import GIB, HOST_COPY_BYTES, Allowance, Need, Row
 from library.memory.live_bytes import LiveBytes, bytes_of
 from library.memory.rehearsal import RehearsedAttention
-from library.training import memory_fit
+from library.training import memory_fit, step_rehearsal
 from library.training.hooks import Reading
 
 CPU = torch.device("cpu")
@@ -75,7 +76,7 @@ def test_a_real_step_needs_what_was_expected(prepared: Prepared, level: str, pre
     flags = [] if level == "none" else ["--gradient_checkpointing", f"--gradient_checkpointing_level={level}"]
     trainer = prepared(*flags, *precision, last="cache_text")
     batch = memory_fit.largest_batch(trainer)
-    need = memory_fit.rehearse(trainer, Row(trainer.config.quantisation.transformer, level), batch)
+    need = step_rehearsal.rehearse(trainer, Row(trainer.config.quantisation.transformer, level), batch)
 
     counter = LiveBytes(CPU)
     trainer.attention = dataclasses.replace(trainer.attention, function=RehearsedAttention(counter, expands=True))
@@ -85,16 +86,16 @@ def test_a_real_step_needs_what_was_expected(prepared: Prepared, level: str, pre
     real = dataclasses.replace(batch, latents=torch.zeros(batch.latents.shape).bfloat16(), text=text)
     with counter:
         trainer.build_network()
-        optimizer = memory_fit.optimizer_with_states(trainer.network)
+        optimizer = step_rehearsal.optimizer_with_states(trainer.network)
         counter.reset_peak()
-        memory_fit.one_step(trainer, real, optimizer, counter)
+        step_rehearsal.one_step(trainer, real, optimizer, counter)
     # What is already on the CPU is not copied to the device: noise and target in float32, that is four times the latents.
     assert 0 <= need.step - counter.peak <= 5 * real.latents.nbytes
 
 
 def needs(trainer: Any, batch: Any, kind: Any = None) -> dict[tuple[str, bool], Need]:
     return {
-        (level, offload): memory_fit.rehearse(trainer, Row(kind, level, offload), batch)
+        (level, offload): step_rehearsal.rehearse(trainer, Row(kind, level, offload), batch)
         for level in ("none", "selective", "full")
         for offload in (False, True)
     }
@@ -122,18 +123,18 @@ def test_each_flag_saves_and_larger_batches_need_more(prepared: Prepared, monkey
     one = dataclasses.replace(
         batch, draws=batch.draws[:1], latents=batch.latents[:1], text=batch.text[:1], loss_weights=torch.ones(1)
     )
-    assert memory_fit.rehearse(trainer, Row(), one).step < plain.step
+    assert step_rehearsal.rehearse(trainer, Row(), one).step < plain.step
 
 
 def test_trained_parts_are_counted(prepared: Prepared) -> None:
     small, large = (prepared(f"--network_dim={rank}") for rank in (4, 8))
-    need, larger = (memory_fit.rehearse(one, Row(), memory_fit.largest_batch(one)) for one in (small, large))
+    need, larger = (step_rehearsal.rehearse(one, Row(), memory_fit.largest_batch(one)) for one in (small, large))
     assert larger.trained > need.trained
     averaged = prepared("--network_dim=8", "--ema_decay=0.99")
-    with_average = memory_fit.rehearse(averaged, Row(), memory_fit.largest_batch(averaged))
+    with_average = step_rehearsal.rehearse(averaged, Row(), memory_fit.largest_batch(averaged))
     assert with_average.trained > larger.trained
     accumulating = prepared("--network_dim=8", "--gradient_accumulation_steps=2")
-    gradients = memory_fit.rehearse(accumulating, Row(), memory_fit.largest_batch(accumulating)).trained
+    gradients = step_rehearsal.rehearse(accumulating, Row(), memory_fit.largest_batch(accumulating)).trained
     assert gradients == with_average.trained
 
 
@@ -143,26 +144,26 @@ def test_trained_parts_are_counted(prepared: Prepared) -> None:
 )
 def test_optimizers_that_keep_more(prepared: Prepared, name: str, extra: int) -> None:
     trainer = prepared()
-    optimizer = torch.optim.AdamW([nn.Parameter(torch.empty(1024, device=memory_fit.META))])
+    optimizer = torch.optim.AdamW([nn.Parameter(torch.empty(1024, device=step_rehearsal.META))])
     settings = dataclasses.replace(trainer.config.optimizer, optimizer_type=name)
     trainer.config = dataclasses.replace(trainer.config, optimizer=settings)
-    assert memory_fit._besides(trainer, optimizer) == extra * 4096
+    assert step_rehearsal.besides(trainer, optimizer) == extra * 4096
 
 
 def test_gemma2_and_the_autoencoder_count_where_they_are_not_let_go(prepared: Prepared) -> None:
     cached = prepared()
     batch = memory_fit.largest_batch(cached)
-    need = memory_fit.rehearse(cached, Row(), batch)
+    need = step_rehearsal.rehearse(cached, Row(), batch)
     trains_text = prepared("--cache_text_encoder_outputs=false")
-    with_text = memory_fit.rehearse(trains_text, Row(), memory_fit.largest_batch(trains_text))
-    gemma2 = trains_text.rehearse_text_encoder(torch.float32, memory_fit._reading(None)).model
-    assert with_text.weights - need.weights == bytes_of(gemma2.parameters(), memory_fit.META) + bytes_of(
-        gemma2.buffers(), memory_fit.META
+    with_text = step_rehearsal.rehearse(trains_text, Row(), memory_fit.largest_batch(trains_text))
+    gemma2 = trains_text.rehearse_text_encoder(torch.float32, step_rehearsal.reading_of(None)).model
+    assert with_text.weights - need.weights == bytes_of(gemma2.parameters(), step_rehearsal.META) + bytes_of(
+        gemma2.buffers(), step_rehearsal.META
     )
     assert with_text.trained > need.trained
     assert with_text.step > need.step
     uncached = prepared("--cache_latents=false")
-    with_ae = memory_fit.rehearse(uncached, Row(), memory_fit.largest_batch(uncached))
+    with_ae = step_rehearsal.rehearse(uncached, Row(), memory_fit.largest_batch(uncached))
     assert with_ae.weights - need.weights == 4 * uncached.autoencoder_numbers()
 
 
@@ -238,10 +239,10 @@ def test_filling_the_caches_has_to_fit_too(prepared: Prepared) -> None:
     trainer = prepared()
     batch = memory_fit.largest_batch(trainer)
     need = memory_fit.Fit(trainer, batch, 1.0, NOTHING, "")._encoding_gib(None, streams=True)
-    pictures = 4 * trainer.autoencoder_numbers() + memory_fit.autoencoder_bytes(trainer, batch)
-    captions = memory_fit.encoder_bytes(trainer, None)[True]
+    pictures = 4 * trainer.autoencoder_numbers() + step_rehearsal.autoencoder_bytes(trainer, batch)
+    captions = step_rehearsal.encoder_bytes(trainer, None)[True]
     assert need * GIB == max(pictures, captions) == pictures
-    step = memory_fit.rehearse(trainer, Row("fp8", "full", True), batch)
+    step = step_rehearsal.rehearse(trainer, Row("fp8", "full", True), batch)
     assert step.bytes_with(0) / GIB < need * 0.9  # training alone would fit
     with pytest.raises(SettingsError, match="does not fit"):
         chosen(trainer, need * 0.9)
@@ -257,10 +258,8 @@ def test_captions_are_encoded_with_streamed_layers_where_gemma2_does_not_fit(
     trainer = prepared()
     deeper = dataclasses.replace(trainer.files.dit.config, num_layers=4)  # streaming two saves nothing
     trainer.files = dataclasses.replace(trainer.files, dit=dataclasses.replace(trainer.files.dit, config=deeper))
-    needs_of = memory_fit.encoder_bytes(trainer, None)
-    layers = [
-        memory_fit.streamed_bytes(layer) for layer in trainer.rehearse_text_encoder(torch.float32, Reading()).blocks
-    ]
+    needs_of = step_rehearsal.encoder_bytes(trainer, None)
+    layers = [streamed_bytes(layer) for layer in trainer.rehearse_text_encoder(torch.float32, Reading()).blocks]
     assert needs_of[False] - needs_of[True] == sum(layers) - 2 * max(layers) > 0
     limit = (needs_of[False] - 1) / GIB
     step = needs(trainer, memory_fit.largest_batch(trainer))["full", True]
@@ -275,7 +274,7 @@ def test_captions_are_encoded_with_streamed_layers_where_gemma2_does_not_fit(
 
 def test_gemma2_is_streamed_in_each_step_where_it_is_not_trained(prepared: Prepared) -> None:
     uncached = prepared("--cache_text_encoder_outputs=false", "--network_train_unet_only")
-    need = memory_fit.rehearse(uncached, Row(), memory_fit.largest_batch(uncached))
+    need = step_rehearsal.rehearse(uncached, Row(), memory_fit.largest_batch(uncached))
     layers = need.text_layers
     assert len(layers) == len(uncached.rehearse_text_encoder(torch.float32, Reading()).blocks)
     alone = dataclasses.replace(need, text_layers=())
@@ -283,17 +282,17 @@ def test_gemma2_is_streamed_in_each_step_where_it_is_not_trained(prepared: Prepa
     assert alone.bytes_with(3) - need.bytes_with(3) == sum(layers) - 2 * max(layers) > 0
     assert need.seconds_with(3) - alone.seconds_with(3) == pytest.approx(sum(layers) / HOST_COPY_BYTES)
     trained = prepared("--cache_text_encoder_outputs=false")
-    assert memory_fit.rehearse(trained, Row(), memory_fit.largest_batch(trained)).text_layers == ()
+    assert step_rehearsal.rehearse(trained, Row(), memory_fit.largest_batch(trained)).text_layers == ()
 
 
 def test_large_pictures_in_tiles(prepared: Prepared) -> None:
     trainer = prepared("--vae_tiling")
     batch = memory_fit.largest_batch(trainer)
-    small = memory_fit.autoencoder_bytes(trainer, batch)
+    small = step_rehearsal.autoencoder_bytes(trainer, batch)
     placement = dataclasses.replace(batch.draws[0].item.placement, bucket_px=(2048, 2048))
     item = dataclasses.replace(batch.draws[0].item, placement=placement)
     large = dataclasses.replace(batch, draws=(dataclasses.replace(batch.draws[0], item=item),))
-    tiled, whole = (memory_fit.autoencoder_bytes(one, large) for one in (trainer, prepared()))
+    tiled, whole = (step_rehearsal.autoencoder_bytes(one, large) for one in (trainer, prepared()))
     assert small < tiled == whole // 4
 
 
@@ -303,7 +302,7 @@ def test_a_network_module_of_another_kind(prepared: Prepared, monkeypatch: pytes
     trainer = prepared(f"--network_module={__name__}")
     assert not trainer.networks.has_companion
     state = torch.get_rng_state()
-    need = memory_fit.rehearse(trainer, Row(checkpointing=level), memory_fit.largest_batch(trainer))
+    need = step_rehearsal.rehearse(trainer, Row(checkpointing=level), memory_fit.largest_batch(trainer))
     assert need.trained > 0
     assert torch.equal(torch.get_rng_state(), state)
     offered = {row.checkpointing for row in memory_fit.Fit(trainer, [], 1.0, NOTHING, "")._open_rows()}
@@ -318,13 +317,13 @@ def test_a_network_module_that_reads_weights_is_no_defect(prepared: Prepared, mo
     trainer = prepared(f"--network_module={__name__}")
     monkeypatch.setattr(sys.modules[__name__], "create_network", Reads)
     with pytest.raises(SettingsError, match=r"--vram_gb: the network of --network_module .* leave --vram_gb out"):
-        memory_fit.rehearse(trainer, Row(), memory_fit.largest_batch(trainer))
+        step_rehearsal.rehearse(trainer, Row(), memory_fit.largest_batch(trainer))
 
 
 def test_a_run_goes_by_what_was_chosen(prepared: Prepared, monkeypatch: pytest.MonkeyPatch) -> None:
     """On a stand-in for a card: the settings that everything reads later are the chosen ones."""
     trainer = prepared("--vram_gb=auto")
-    need = memory_fit.rehearse(trainer, Row(), memory_fit.largest_batch(trainer))
+    need = step_rehearsal.rehearse(trainer, Row(), memory_fit.largest_batch(trainer))
     monkeypatch.setattr(memory_fit.Fit, "_encoding_gib", lambda *arguments: 0.0)
     # A tiny model's need is far below what CUDA takes for itself.
     limit = memory_fit.allowance_for("auto").with_allowance(need.bytes_with(0) - 1)

@@ -46,16 +46,16 @@ def test_the_file_says_what_a_rehearsal_finds(row: Row, tmp_path: Path) -> None:
 
 
 def test_operations_are_those_of_the_flop_model(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    from library.training import memory_fit
+    from library.training import step_rehearsal
 
     counters = []
 
-    class Kept(memory_fit.LiveBytes):
+    class Kept(step_rehearsal.LiveBytes):
         def __init__(self, *arguments: Any) -> None:
             super().__init__(*arguments)
             counters.append(self)
 
-    monkeypatch.setattr(memory_fit, "LiveBytes", Kept)
+    monkeypatch.setattr(step_rehearsal, "LiveBytes", Kept)
     sizes = presets.config("medium")
     counted = flops.count(sizes, flops.image_tokens(512, 512), [bench.CAPTION_TOKENS])
     for level, expected in (("none", counted.step), ("full", counted.step + counted.blocks_forward)):
