@@ -19,11 +19,11 @@ from typing import Any
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
-import lumina_minimal_inference
 from library.data import schema
 from library.data.settings import DataSettings
 from library.errors import NetworkError
 from library.files import write_text
+from library.inference.settings import ModelFlags, PictureFlags
 from library.memory.settings import AttentionSettings, QuantisationSettings
 from library.settings import FlagSpec, specs_of
 from library.training.arguments import GROUPS, ConfigFileSettings
@@ -107,9 +107,8 @@ def _training() -> str:
 
 
 def _inference() -> str:
-    models, pictures = lumina_minimal_inference.ModelFlags, lumina_minimal_inference.PictureFlags
     further = [spec for settings in (AttentionSettings, QuantisationSettings) for spec in specs_of(settings)]
-    return flag_table([*specs_of(models), *further, *specs_of(pictures)])
+    return flag_table([*specs_of(ModelFlags), *further, *specs_of(PictureFlags)])
 
 
 def legacy_table(specs: Iterable[FlagSpec]) -> str:

@@ -241,3 +241,28 @@ def allowance_for(asked: Any) -> Allowance:
     """Returns what comes on top: all of CUDA's context, or its rest where the limit is what it has left free (auto)."""
     found = Allowance.read()
     return Allowance(found.share, _REST_OF_CONTEXT_GIB) if asked == "auto" else found
+
+
+def fitted_settings(trainer: NetworkTrainer, asked: Any) -> tuple[MemorySettings, QuantisationSettings]:
+    """Returns the settings that ``--vram_gb`` leads to, the same on all processes; the run's own where it has no effect.
+
+    Args:
+        trainer: with its data built and no model read.
+        asked: GiB, or ``auto``.
+
+    Raises:
+        SettingsError: the run does not fit with any.
+    """
+    shown = asked if isinstance(asked, str) else f"{asked:g}"
+    if trainer.device.type != "cuda":
+        logger.warning(
+            "--vram_gb %s: no effect on the device %s, which has no memory of its own to fit into; the run goes on with the"
+            " flags as they are",
+            shown,
+            trainer.device.type,
+        )
+        return trainer.config.memory, trainer.config.quantisation
+    mine = free_gib(trainer.device) if isinstance(asked, str) else asked
+    (limit_gib,) = min(trainer.processes.gather([mine]))
+    fit = Fit(trainer, largest_batch(trainer), limit_gib, allowance_for(asked), f"--vram_gb {shown}")
+    return fit.settings(fit.choose())

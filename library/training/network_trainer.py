@@ -9,14 +9,12 @@ from __future__ import annotations
 
 import dataclasses
 import logging
-import os
 from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
 from library.errors import DatasetError, SettingsError
 from library.files import check_writable
 from library.importing import uncollected_imports
-from library.memory.host_memory import keep_freed_memory
 from library.prompts import Prompt, read_prompt_file
 from library.training.arguments import TrainConfig, all_specs
 from library.training.config_file import warn_of_gui_keys
@@ -115,6 +113,7 @@ class NetworkTrainer(FrozenModels):
             from library.memory.attention import choose_attention
             from library.memory.prepare import warn_where_useless
             from library.training import optimizers
+            from library.training.cpu_use import use_cpu_well
             from library.training.hub import HubUploads
             from library.training.processes import Processes, start_accelerator
             from library.training.trackers import Trackers, logged_settings
@@ -148,18 +147,7 @@ class NetworkTrainer(FrozenModels):
         count = self.processes.count
         logger.info("Device: %s, %d process%s; seed %d", where, count, "es" if count > 1 else "", seed)
         warn_where_useless(config.memory, self.device)
-        threads, cores = torch.get_num_threads(), os.cpu_count() or 1
-        if self.device.type == "cpu":
-            memory = config.memory
-            saves_most = memory.gradient_checkpointing and memory.gradient_checkpointing_level == "full"
-            keep_freed_memory(large_blocks=not saves_most)
-        if self.device.type == "cpu" and threads * self.processes.count < cores:
-            logger.info(
-                "Each process computes with %d of the CPU's %d threads; more are given by the launcher's"
-                " --num_cpu_threads_per_process or the environment variable OMP_NUM_THREADS",
-                threads,
-                cores,
-            )
+        use_cpu_well(config.memory, self.device, count)
 
     def _attention_work(self) -> Workload:
         from library.memory.attention import Workload
@@ -185,21 +173,9 @@ class NetworkTrainer(FrozenModels):
         asked = self.config.memory.vram_gb
         if asked is None:
             return
-        if self.device.type != "cuda":
-            logger.warning(
-                "--vram_gb %s: no effect on the device %s, which has no memory of its own to fit into; the run goes on with"
-                " the flags as they are",
-                _shown_size(asked),
-                self.device.type,
-            )
-            return
-        from library.training import memory_fit
+        from library.training.memory_fit import fitted_settings
 
-        mine = memory_fit.free_gib(self.device) if isinstance(asked, str) else asked
-        (limit_gib,) = min(self.processes.gather([mine]))  # all processes have to choose the same
-        batch, allowance = memory_fit.largest_batch(self), memory_fit.allowance_for(asked)
-        fit = memory_fit.Fit(self, batch, limit_gib, allowance, f"--vram_gb {_shown_size(asked)}")
-        memory, quantisation = fit.settings(fit.choose())
+        memory, quantisation = fitted_settings(self, asked)
         self.config = dataclasses.replace(self.config, memory=memory, quantisation=quantisation)
 
     @property
@@ -319,18 +295,8 @@ class NetworkTrainer(FrozenModels):
         from library.training.weights import Weights
 
         settings = self.config.optimizer
-        text_rates = list(settings.text_encoder_lr) or None
-        if hasattr(self.network, "prepare_optimizer_params_with_multiple_te_lrs"):
-            prepared = self.network.prepare_optimizer_params_with_multiple_te_lrs(
-                text_rates, settings.unet_lr, settings.learning_rate
-            )
-        else:
-            text_rate = text_rates[0] if text_rates else None
-            prepared = self.network.prepare_optimizer_params(text_rate, settings.unet_lr, settings.learning_rate)
-        groups, names = prepared if isinstance(prepared, tuple) else (prepared, None)
-        if not groups:
-            raise SettingsError("every part of the network has learning rate 0; raise --learning_rate")
-        self.group_names = [name or f"group{i}" for i, name in enumerate(names or [None] * len(groups))]
+        groups, names = optimizers.parameter_groups(self.network, settings)
+        self.group_names = names
         self.optimizer = optimizers.build_optimizer(settings, groups)
         self.scheduler = optimizers.build_scheduler(settings, self.optimizer, self.plan.num_steps)
         average = None
@@ -533,7 +499,3 @@ class NetworkTrainer(FrozenModels):
         if self.uploads is not None:
             self.uploads.finish()
         self.processes.end()
-
-
-def _shown_size(asked: float | str) -> str:
-    return asked if isinstance(asked, str) else f"{asked:g}"

@@ -97,6 +97,26 @@ def switches_modes(optimizer: Optimizer) -> bool:
     return all(callable(getattr(optimizer, name, None)) for name in ("train", "eval"))
 
 
+def parameter_groups(network: Any, settings: OptimizerSettings) -> tuple[list[dict[str, Any]], list[str]]:
+    """Returns the groups of a network's parameters, each with its learning rate, and their names.
+
+    Raises:
+        SettingsError: nothing is to be trained.
+    """
+    text_rates = list(settings.text_encoder_lr) or None
+    if hasattr(network, "prepare_optimizer_params_with_multiple_te_lrs"):
+        prepared = network.prepare_optimizer_params_with_multiple_te_lrs(
+            text_rates, settings.unet_lr, settings.learning_rate
+        )
+    else:
+        text_rate = text_rates[0] if text_rates else None
+        prepared = network.prepare_optimizer_params(text_rate, settings.unet_lr, settings.learning_rate)
+    groups, names = prepared if isinstance(prepared, tuple) else (prepared, None)
+    if not groups:
+        raise SettingsError("every part of the network has learning rate 0; raise --learning_rate")
+    return groups, [name or f"group{i}" for i, name in enumerate(names or [None] * len(groups))]
+
+
 def build_optimizer(settings: OptimizerSettings, groups: list[dict[str, Any]]) -> Optimizer:
     """Returns the optimizer, ready to train, over parameter groups that carry their own ``lr``.
 

@@ -8,8 +8,8 @@ from types import ModuleType
 
 import pytest
 
-import lumina_minimal_inference
 from library import prompts
+from library.inference.settings import ModelFlags, PictureFlags
 from library.memory.settings import QuantisationSettings
 from library.settings import specs_of
 from library.training.arguments import all_specs
@@ -74,9 +74,9 @@ def _known_flags() -> set[str]:
     inference = {
         spec.name
         for settings in (
-            lumina_minimal_inference.ModelFlags,
+            ModelFlags,
             QuantisationSettings,
-            lumina_minimal_inference.PictureFlags,
+            PictureFlags,
         )
         for spec in specs_of(settings)
     }

@@ -11,12 +11,15 @@ HEAVY = {"torch", "numpy", "PIL", "transformers", "diffusers", "accelerate", "sa
 SOURCES = sorted([*(ROOT / "library").rglob("*.py"), *(ROOT / "networks").rglob("*.py"), *ROOT.glob("lumina_*.py")])
 # room -> rooms that it must not import
 FORBIDDEN = {
-    "library/data": ("library.lumina", "library.memory", "library.training", "networks"),
-    "library/lumina": ("library.data", "library.memory", "library.training", "networks"),
-    "library/memory": ("library.data", "library.lumina", "library.training", "networks"),
+    "library/data": ("library.inference", "library.lumina", "library.memory", "library.training", "networks"),
+    "library/inference": ("library.data", "library.training", "networks"),
+    "library/lumina": ("library.data", "library.inference", "library.memory", "library.training", "networks"),
+    "library/memory": ("library.data", "library.inference", "library.lumina", "library.training", "networks"),
+    "library/training": ("library.inference", "networks"),
     "library": ("networks",),
 }
 LIGHT = [
+    "library/inference/settings.py",
     "library/lumina/settings.py",
     "library/data/settings.py",
     "library/memory/settings.py",

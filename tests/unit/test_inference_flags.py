@@ -8,8 +8,10 @@ import pytest
 import torch
 
 from library.errors import DrawingError, SettingsError
+from library.inference.interactive import interact
+from library.inference.models import DrawingModels
+from library.inference.settings import PictureFlags, split_lora
 from library.prompts import PromptError, parse_line
-from lumina_minimal_inference import Painter, PictureFlags, interact, split_lora
 
 
 @pytest.mark.parametrize(
@@ -31,10 +33,10 @@ def test_home_folders_of_lora_files() -> None:
 
 @pytest.mark.parametrize(("offload", "remedy"), [(False, "--offload keeps only"), (True, "--image_width")])
 def test_too_little_memory_names_what_helps(offload: bool, remedy: str) -> None:
-    painter: Any = SimpleNamespace(_offload=offload, device=torch.device("cuda"))
+    models: Any = SimpleNamespace(_offload=offload, device=torch.device("cuda"))
     with (
         pytest.raises(DrawingError, match=f"the memory of cuda is too small for a picture of 64x96; .*{remedy}"),
-        Painter._enough_memory(painter, "a picture of 64x96"),
+        DrawingModels.enough_memory(models, "a picture of 64x96"),
     ):
         raise torch.OutOfMemoryError("CUDA out of memory")
 
@@ -43,7 +45,7 @@ def test_too_little_memory_names_what_helps(offload: bool, remedy: str) -> None:
 def test_a_model_leaves_the_device_also_where_it_fails_there(offload: bool) -> None:
     """Or the next prompt that is typed would find the Next-DiT beside Gemma2, and no memory for both."""
     moves: list[str] = []
-    painter: Any = SimpleNamespace(
+    models: Any = SimpleNamespace(
         _offload=offload,
         _move=lambda model, device: moves.append(device.type),
         _stream=SimpleNamespace(free=lambda: moves.append("ring freed")),
@@ -51,7 +53,7 @@ def test_a_model_leaves_the_device_also_where_it_fails_there(offload: bool) -> N
         dit=torch.nn.Identity(),
         device=torch.device("cuda"),
     )
-    with pytest.raises(torch.OutOfMemoryError), Painter._on_device(painter, painter.dit):
+    with pytest.raises(torch.OutOfMemoryError), DrawingModels.on_device(models, models.dit):
         raise torch.OutOfMemoryError("CUDA out of memory")
     assert moves == (["cuda", "cpu", "ring freed", "freed"] if offload else [])
 

@@ -1,0 +1,117 @@
+"""The LoRA files that a picture is drawn with: checked, then merged into the models or attached to them."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from library.errors import NetworkError
+from library.files import read_safetensors_header
+from library.inference.settings import split_lora
+from library.prompts import PromptError
+
+if TYPE_CHECKING:
+    import torch
+    from torch import nn
+
+    from library.lumina.filling import TensorChange
+    from library.lumina.loading import ModelFiles
+
+logger = logging.getLogger(__name__)
+
+NetworkReader = Callable[[Path, float, "nn.Module", "nn.Module"], Any]
+"""(LoRA file, multiplier, Gemma2, Next-DiT) -> the network of the file for these two, not attached yet."""
+
+
+class LoraFiles:
+    """The LoRA files of a run, in their order."""
+
+    def __init__(self, texts: Sequence[str], merged: bool, read: NetworkReader, system_prompt: str) -> None:
+        """Remembers the files, reads nothing.
+
+        Args:
+            texts: each ``path`` or ``path;multiplier``.
+            merged: into the models' weights, instead of attached.
+            read: makes the network of a file.
+            system_prompt: that pictures are drawn with; a LoRA that was trained with another one is warned about.
+        """
+        self._files = [split_lora(text) for text in texts]
+        self._merged = merged
+        self._read = read
+        self._system_prompt = system_prompt
+        self._networks: list[Any] = []
+
+    def check(self, files: ModelFiles) -> tuple[TensorChange | None, TensorChange | None]:
+        """Fits the files to models without weights: a wrong one must show before gigabytes are read.
+
+        Returns:
+            What merging makes of each tensor of Gemma2 and of the Next-DiT as it is read; None where nothing is merged.
+
+        Raises:
+            NetworkError: a file is no LoRA of these models.
+        """
+        if not self._files:
+            return None, None
+        import torch
+
+        from library.lumina.filling import in_turn
+        from library.lumina.gemma2 import empty_gemma2
+        from library.lumina.next_dit import NextDiT
+
+        with torch.device("meta"):
+            dit = NextDiT(files.dit.config)
+        encoder = empty_gemma2(files.gemma2.config)
+        networks = []
+        for path, multiplier in self._files:
+            try:
+                networks.append(self._read(path, multiplier, encoder, dit))
+            except NetworkError as error:
+                raise NetworkError(f"--lora_weights: {error}") from error
+            self._announce(path, multiplier)
+        if not self._merged:
+            return None, None
+        of_encoder, of_dit = ([network.weight_changes(model) for network in networks] for model in (encoder, dit))
+        return in_turn(of_encoder), in_turn(of_dit)
+
+    def _announce(self, path: Path, multiplier: float) -> None:
+        logger.info("LoRA %s, multiplier %g, %s", path, multiplier, "merged" if self._merged else "attached")
+        trained_with = _metadata(path).get("ss_system_prompt", "")
+        if trained_with not in ("", "None", self._system_prompt):
+            logger.warning(
+                'This LoRA was trained with the system prompt "%s"; draw with the same: --system_prompt "%s"',
+                trained_with,
+                trained_with,
+            )
+
+    def attach(self, encoder: nn.Module, dit: nn.Module, device: torch.device) -> None:
+        """Attaches the networks to the models, with their weights on the device; nothing where they are merged."""
+        if self._merged:
+            return
+        for path, multiplier in self._files:
+            network = self._read(path, multiplier, encoder, dit)
+            network.apply_to([encoder], dit)
+            self._networks.append(network.to(device).eval())
+
+    def set_multipliers(self, multipliers: Sequence[float]) -> None:
+        """Sets the attached LoRAs' multipliers; the last one holds for all that follow.
+
+        Raises:
+            PromptError: the LoRAs are merged, or there are more multipliers than LoRAs.
+        """
+        if self._merged:
+            raise PromptError("--m has no effect on merged LoRAs; start without --merge_lora_weights")
+        count = len(self._networks)
+        if len(multipliers) > count:
+            raise PromptError(f"--m gives {len(multipliers)} multipliers; the number of LoRAs is {count}")
+        padded = [*multipliers, *[multipliers[-1]] * (count - len(multipliers))]
+        for network, multiplier in zip(self._networks, padded, strict=True):
+            network.set_multiplier(multiplier)
+
+
+def _metadata(path: Path) -> dict[str, str]:
+    """Returns the metadata of a LoRA file; empty where its format has none."""
+    if path.suffix != ".safetensors":
+        return {}
+    return read_safetensors_header(path)[0].get("__metadata__", {})

@@ -1,0 +1,246 @@
+"""The three models that draw: read, quantised, streamed, and on the device while they compute."""
+
+from __future__ import annotations
+
+import contextlib
+import logging
+from collections.abc import Iterator
+from functools import partial
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from library.errors import DrawingError, SettingsError
+from library.importing import uncollected_imports
+from library.inference.loras import LoraFiles
+from library.inference.settings import Dtype, ModelFlags
+from library.lumina.prompt_template import PromptTemplate
+from library.memory.settings import (
+    AttentionSettings,
+    MemorySettings,
+    Quantisation,
+    QuantisationSettings,
+    check_blocks_to_swap,
+)
+
+if TYPE_CHECKING:
+    import torch
+    from torch import Tensor
+
+    from library.lumina.filling import BlockFinish
+    from library.lumina.loading import ModelFiles
+    from library.memory.block_stream import BlockStream
+
+logger = logging.getLogger(__name__)
+
+
+class DrawingModels:
+    """Gemma2, Next-DiT and autoencoder with their LoRAs.
+
+    Attributes:
+        device: where they compute.
+        encoder: Gemma2 with its tokenizer.
+        dit: the Next-DiT.
+        autoencoder: the AE.
+    """
+
+    def __init__(
+        self,
+        flags: ModelFlags,
+        attention: AttentionSettings,
+        quantisation: QuantisationSettings,
+        loras: LoraFiles,
+        max_tokens: int,
+        template: PromptTemplate,
+    ) -> None:
+        """Checks and reads the models.
+
+        Args:
+            flags: which models, how and where.
+            attention: which kernel.
+            quantisation: of their large matrices.
+            loras: merged or attached.
+            max_tokens: longest prompt.
+            template: the system prompts of prompts.
+
+        Raises:
+            UserError: a model or LoRA file is wrong, or memory is too small.
+        """
+        with uncollected_imports():
+            from accelerate import PartialState
+
+            from library.lumina import loading
+            from library.memory.attention import Workload, choose_attention
+            from library.memory.host_memory import keep_freed_memory
+            from library.memory.prepare import prepare_blocks, streamed_blocks, warn_where_useless
+
+        self._offload = flags.offload
+        self.device = PartialState().device if flags.device is None else _device(flags.device)
+        if self.device.type == "cpu":
+            keep_freed_memory()
+        if quantisation.fp8_fast:
+            from library.memory.fp8 import require_fp8_products
+
+            require_fp8_products(self.device)
+        files = _inspect(flags)
+        encoder_change, dit_change = loras.check(files)
+        sizes, dtype = files.dit.config, _torch_dtype(flags.dtype)
+        heads = (sizes.num_heads, sizes.num_kv_heads, sizes.head_dim)
+        work = Workload(self.device, dtype, *heads, training=False)
+        chosen = choose_attention(attention, work, "--dtype bf16")
+        memory = MemorySettings(blocks_to_swap=flags.blocks_to_swap)
+        warn_where_useless(memory, self.device)
+        to_host = flags.offload or bool(flags.blocks_to_swap)
+        logger.info("Reading the models")
+        with self.enough_memory("the three models"):  # quantised blocks go to the device while they are read
+            self.encoder = loading.load_gemma2(
+                files,
+                _torch_dtype(flags.gemma2_dtype),
+                max_tokens,
+                template,
+                change=encoder_change,
+                finish=self._quantising(quantisation.text_encoder, to_host),
+            )
+            self.dit = loading.load_next_dit(
+                files.dit,
+                dtype,
+                attention=chosen.function,
+                change=dit_change,
+                finish=self._quantising(quantisation.transformer, to_host),
+            )
+            self.autoencoder = loading.load_autoencoder(files.ae, _torch_dtype(flags.ae_dtype))
+            loras.attach(self.encoder.model, self.dit, self.device)
+            self._streamed = streamed_blocks(list(self.dit.layers), flags.blocks_to_swap, self.device)
+            self._stream = prepare_blocks(self.dit.layers, memory, self.device, streamed=self._streamed)
+            self._text_stream = self._streamed_text() if flags.blocks_to_swap else None
+            if not self._offload:
+                self._place_encoder(self.device)
+                for model in (self.dit, self.autoencoder.model):
+                    self._move(model, self.device)
+
+    def _quantising(self, kind: Quantisation | None, to_host: bool) -> BlockFinish | None:
+        """Returns what quantises a block as soon as it is read, and leaves it on the device or in host memory."""
+        if kind is None:
+            return None
+        from library.memory.quantised import quantise_block
+
+        return partial(quantise_block, kind=kind, device=self.device, place="cpu" if to_host else self.device)
+
+    def _streamed_text(self) -> BlockStream | None:
+        from library.memory.prepare import can_stream, stream_weights
+
+        return stream_weights(self.encoder.blocks, self.device, "layers of Gemma2") if can_stream(self.device) else None
+
+    @contextlib.contextmanager
+    def enough_memory(self, what: str) -> Iterator[None]:
+        """Says what to do where the block finds the device's memory too small for ``what``.
+
+        Raises:
+            DrawingError: it is.
+        """
+        import torch
+
+        try:
+            yield
+        except torch.OutOfMemoryError as error:
+            remedy = (
+                "--blocks_to_swap keeps the Next-DiT's weights in host memory, --fp8_base halves them, and a smaller"
+                " --image_width and --image_height need less"
+                if self._offload
+                else "--offload keeps only the model that computes there"
+            )
+            raise DrawingError(f"the memory of {self.device} is too small for {what}; {remedy}") from error
+
+    def encode(self, prompt: str, negative: str, negative_template: PromptTemplate) -> tuple[Tensor, Tensor]:
+        """Returns the features (L,cap_dim) of a prompt and of what the picture is to stay away from."""
+        import torch
+
+        try:
+            self._place_encoder(self.device)
+            (positive_features,) = self.encoder.encode([prompt])
+            (negative_features,) = self.encoder.encode([negative], negative_template)
+        finally:
+            if self._offload:
+                self._place_encoder(torch.device("cpu"))
+                if self._text_stream is not None:
+                    self._text_stream.free()
+                self._free()
+        return positive_features, negative_features
+
+    def _place_encoder(self, device: torch.device) -> None:
+        self.encoder.place(device, besides=() if self._text_stream is None else self.encoder.blocks)
+
+    @contextlib.contextmanager
+    def on_device(self, model: torch.nn.Module) -> Iterator[None]:
+        """Has a model on the device while the block computes with it, and with ``--offload`` no longer, whatever happens."""
+        import torch
+
+        if not self._offload:
+            yield
+            return
+        try:
+            self._move(model, self.device)
+            yield
+        finally:
+            self._move(model, torch.device("cpu"))
+            if model is self.dit and self._stream is not None:
+                self._stream.free()
+            self._free()
+
+    def _move(self, model: torch.nn.Module, device: torch.device) -> None:
+        from library.memory.prepare import place
+
+        place(model, device, besides=self._streamed)
+
+    def _free(self) -> None:
+        import torch
+
+        if self.device.type == "cuda":
+            torch.cuda.empty_cache()
+
+
+def _inspect(flags: ModelFlags) -> ModelFiles:
+    """Returns the model files, checked by their headers.
+
+    Raises:
+        UserError: one is wrong.
+    """
+    from library.lumina import loading
+
+    files = loading.inspect_models(
+        loading.ModelPaths(
+            dit=Path(flags.pretrained_model_name_or_path or ""),
+            gemma2=flags.gemma2_path,
+            ae=flags.ae_path,
+            tokenizer_dir=flags.tokenizer_cache_dir,
+            weighted_captions=flags.weighted_captions,
+            gemma2_flag="--gemma2_path",
+            ae_flag="--ae_path",
+        )
+    )
+    check_blocks_to_swap(flags.blocks_to_swap, files.dit.config.num_layers)
+    return files
+
+
+def _torch_dtype(name: Dtype) -> torch.dtype:
+    """Returns torch's dtype of a short or long name."""
+    import torch
+
+    full = {"bf16": "bfloat16", "fp16": "float16", "fp32": "float32", "float": "float32"}
+    return getattr(torch, full.get(name, name))
+
+
+def _device(name: str) -> torch.device:
+    """Returns torch's device of a name.
+
+    Raises:
+        SettingsError: there is no such device here.
+    """
+    import torch
+
+    try:
+        device = torch.device(name)
+        torch.empty(0, device=device)
+    except (RuntimeError, AssertionError, NotImplementedError) as error:
+        reason = str(error).splitlines()[0]
+        raise SettingsError(f"--device: {name!r} cannot be used here ({reason}); leave the flag out") from error
+    return device

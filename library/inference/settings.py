@@ -1,0 +1,134 @@
+"""What the inference program is told: which models draw, and what.
+
+Imports nothing heavy.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from pathlib import Path
+from typing import Literal
+
+from library.errors import SettingsError
+from library.lumina.prompt_template import PromptTemplate
+from library.memory.settings import check_blocks_to_swap
+from library.prompts import MAX_SEED, MAX_SIZE_PX, MAX_STEPS, Prompt, parse_multiplier
+from library.settings import expanded, flag
+
+Dtype = Literal["bf16", "bfloat16", "fp16", "float16", "fp32", "float32", "float"]
+
+
+@dataclasses.dataclass(frozen=True)
+class ModelFlags:
+    """Which models draw, in which precision, where."""
+
+    pretrained_model_name_or_path: Path | None = flag(None, "Lumina Image 2.0: file, all-in-one file, or folder")
+    gemma2_path: Path | None = flag(None, "Gemma-2-2B: file or folder; may be left out when the first one holds it")
+    ae_path: Path | None = flag(None, "FLUX autoencoder: file or folder; may be left out when the first one holds it")
+    tokenizer_cache_dir: Path | None = flag(None, "folder with Gemma's tokenizer.model, where its file has none inside")
+    weighted_captions: bool = flag(
+        False, "(word:1.3), (word) and [word] in prompts weigh words, as in training with it"
+    )
+    lora_weights: tuple[str, ...] = flag((), 'LoRA files, each as "path" or "path;multiplier"')
+    merge_lora_weights: bool = flag(
+        False, "merge the LoRA files into the model instead of attaching them: faster steps"
+    )
+    dtype: Dtype = flag("bf16", "precision of the Next-DiT")
+    gemma2_dtype: Dtype = flag("bf16", "precision of Gemma2")
+    ae_dtype: Dtype = flag("bf16", "precision of the autoencoder")
+    device: str | None = flag(None, "where to compute, such as cuda or cpu; the best one when left out")
+    offload: bool = flag(False, "keep only the model that is computing on the device, the others in host memory")
+    blocks_to_swap: int | None = flag(
+        None,
+        "keep the weights of this many of the Next-DiT's blocks, and of Gemma2's layers, in host memory and copy them to the"
+        " GPU ahead of use, as in training",
+    )
+
+    def __post_init__(self) -> None:
+        if self.pretrained_model_name_or_path is None:
+            raise SettingsError("--pretrained_model_name_or_path is missing; give the Lumina Image 2.0 file or folder")
+        check_blocks_to_swap(self.blocks_to_swap)
+        if self.dtype in ("fp16", "float16"):
+            raise SettingsError(f"--dtype {self.dtype}: this model overflows in fp16 and draws black; use bf16 or fp32")
+        for text in self.lora_weights:
+            path, multiplier = split_lora(text)
+            if not path.is_file():
+                raise SettingsError(f"--lora_weights: {path} is no file (of {text!r}, multiplier {multiplier:g})")
+
+
+@dataclasses.dataclass(frozen=True)
+class PictureFlags:
+    """What to draw."""
+
+    prompt: str = flag("A beautiful sunset over the mountains", "what to draw")
+    negative_prompt: str = flag("", "what to stay away from")
+    output_dir: Path = flag(Path("outputs"), "folder for the pictures, made if missing")
+    seed: int | None = flag(None, "start of the noise; drawn when left out")
+    steps: int = flag(36, "Euler steps")
+    guidance_scale: float = flag(3.5, "strength of guidance; 1 turns it off")
+    image_width: int = flag(1024, "width in pixels, a multiple of 16")
+    image_height: int = flag(1024, "height in pixels, a multiple of 16")
+    system_prompt: str = flag("", "text before the prompt, as in training")
+    add_system_prompt_to_negative_prompt: bool = flag(False, "put it before the negative prompt too")
+    system_prompt_on_empty_caption: bool = flag(
+        False, "put it before empty prompts and empty negative prompts too, as the training flag of this name does"
+    )
+    gemma2_max_token_length: int = flag(256, "longest prompt in tokens, system prompt included")
+    discrete_flow_shift: float = flag(6.0, "shift of the sampling schedule")
+    cfg_trunc_ratio: float = flag(
+        0.25, "guidance while the model's time (0 noise, 1 picture) is below this: 24 of 36 steps at shift 6"
+    )
+    renorm_cfg: float = flag(1.0, "largest norm of the guided prediction, relative to the unguided one; 0 is no limit")
+    interactive: bool = flag(False, "read prompts from the keyboard, with options such as --w 512 --d 1; exit ends")
+
+    def __post_init__(self) -> None:
+        for name in ("steps", "image_width", "image_height", "gemma2_max_token_length", "discrete_flow_shift"):
+            if getattr(self, name) <= 0:
+                raise SettingsError(f"--{name}: {getattr(self, name)} must be above 0")
+        # As in prompt lines: beyond these the program would only seem to hang.
+        for name, limit in (("steps", MAX_STEPS), ("image_width", MAX_SIZE_PX), ("image_height", MAX_SIZE_PX)):
+            if getattr(self, name) > limit:
+                raise SettingsError(f"--{name}: {getattr(self, name)} is too much; give {limit} at most")
+        if self.seed is not None and not 0 <= self.seed <= MAX_SEED:
+            raise SettingsError(f"--seed: {self.seed} is outside 0 to {MAX_SEED}")
+
+    @property
+    def caption_template(self) -> PromptTemplate:
+        """The system prompts of prompts."""
+        return PromptTemplate.of_captions(self.system_prompt, self.system_prompt_on_empty_caption)
+
+    @property
+    def negative_template(self) -> PromptTemplate:
+        """The system prompts of negative prompts."""
+        return PromptTemplate.of_negatives(
+            self.system_prompt, self.system_prompt_on_empty_caption, self.add_system_prompt_to_negative_prompt
+        )
+
+    def to_prompt(self) -> Prompt:
+        """Returns the flags as a prompt."""
+        return Prompt(
+            prompt=self.prompt,
+            negative_prompt=self.negative_prompt,
+            width=self.image_width,
+            height=self.image_height,
+            seed=self.seed,
+            sample_steps=self.steps,
+            scale=self.guidance_scale,
+            cfg_trunc_ratio=self.cfg_trunc_ratio,
+            renorm_cfg=self.renorm_cfg,
+        )
+
+
+def split_lora(text: str) -> tuple[Path, float]:
+    """Returns the file and multiplier of ``path`` or ``path;multiplier``.
+
+    Raises:
+        SettingsError: the multiplier is no number.
+    """
+    path, semicolon, multiplier = text.rpartition(";")
+    if not semicolon:
+        return expanded(Path(text), "--lora_weights"), 1.0
+    try:
+        return expanded(Path(path), "--lora_weights"), parse_multiplier(multiplier or "1")
+    except ValueError as error:
+        raise SettingsError(f"--lora_weights: {multiplier!r} of {text!r} is no multiplier; write path;0.8") from error
