@@ -12,7 +12,7 @@ from __future__ import annotations
 
 import functools
 import logging
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 from typing import Any
 
 import torch
@@ -53,8 +53,8 @@ def compile_blocks(blocks: Iterable[nn.Module], backend: str) -> None:
     """Compiles each block's ``forward`` when it is first run with gradients; comes after LoRA has been attached.
 
     Args:
-        blocks: of few kinds, whose forward runs without a break. All arguments are tensors or None, the first one is
-            (B,S,D); what else has B or S numbers along its first or second axis has one for each sample or token.
+        blocks: of few kinds, whose forward runs without a break. The first argument is (B,S,D); whatever other tensor,
+            by place or by name, has B or S numbers along its first or second axis has one for each sample or token.
         backend: torch's name of the compiler.
     """
     # Beyond this many variants of one piece of code torch would go on uncompiled without a word, or end the run.
@@ -71,17 +71,25 @@ def _compiled_in_training(forward: Any, backend: str) -> Any:
     compiled = torch.compile(forward, fullgraph=True, backend=backend)
 
     @functools.wraps(forward)
-    def run(x: Tensor, *others: Tensor | None) -> Tensor:
+    def run(x: Tensor, *others: Any, **named: Any) -> Any:
         if not torch.is_grad_enabled():
-            return forward(x, *others)
+            return forward(x, *others, **named)
         if not x.requires_grad:
             # The first block of a row: a little more arithmetic, instead of code of its own.
             x = x.detach().requires_grad_()
-        for tensor in (x, *others):
+        for tensor in _tensors((x, others, tuple(named.values()))):
             for axis in (0, 1):
                 # torch has code of its own for size 1, whatever it is told.
-                if tensor is not None and tensor.dim() > axis and tensor.shape[axis] == x.shape[axis] != 1:
+                if tensor.dim() > axis and tensor.shape[axis] == x.shape[axis] != 1:
                     torch._dynamo.maybe_mark_dynamic(tensor, axis)
-        return compiled(x, *others)
+        return compiled(x, *others, **named)
 
     return run
+
+
+def _tensors(arguments: Any) -> Iterator[Tensor]:
+    if isinstance(arguments, Tensor):
+        yield arguments
+    elif isinstance(arguments, tuple):  # such as Gemma2's tables of sines and cosines
+        for argument in arguments:
+            yield from _tensors(argument)
