@@ -45,6 +45,7 @@ from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
+from torch.utils._python_dispatch import _disable_current_modes
 
 from library.memory.transport import CudaTransport, Lane, Transport
 from library.memory.views import View, is_plain
@@ -162,8 +163,11 @@ class BlockStream:
         def streamed(*args: Any, **kwargs: Any) -> Any:
             in_backward = _in_backward()
             try:
-                slot = self._use(index, in_backward)
-                self._hosts[index].show(self._views(slot, index))
+                # Unseen by whoever watches the block's operations: selective checkpointing wants the same ones again in
+                # backward, and which weights have to be brought differs there.
+                with _disable_current_modes():
+                    slot = self._use(index, in_backward)
+                    self._hosts[index].show(self._views(slot, index))
                 return forward(*args, **kwargs)
             finally:
                 if not in_backward:
