@@ -13,14 +13,13 @@ from library.errors import SettingsError
 CACHED = ["--cache_latents", "--cache_text_encoder_outputs", "--train_batch_size=2"]
 
 
-def test_compiled_and_recomputed_runs_give_the_same_lora(job: Job, tmp_path: Path, train: Callable) -> None:
-    selective = ["--gradient_checkpointing", "--gradient_checkpointing_level=selective"]
-    compiled = ["--torch_compile", "--dynamo_backend=aot_eager"]
+def test_a_compiled_run_of_several_sizes_gives_the_same_lora(job: Job, tmp_path: Path, train: Callable) -> None:
+    """Pictures and captions of one size, with all other switches: ``tests/numerics/test_training_switches.py``."""
+    flags = ["--gradient_checkpointing", "--gradient_checkpointing_level=selective"]
     train(job.train_flags(tmp_path / "plain", *CACHED))
-    for name, flags in (("selective", selective), ("both", [*selective, *compiled])):
-        train(job.train_flags(tmp_path / name, *CACHED, *flags))
-        # Float32 rounded elsewhere; Adam divides gradients by their own size, which shows it where they are smallest.
-        assert difference(tmp_path / "plain" / "my.safetensors", tmp_path / name / "my.safetensors") < 5e-3
+    train(job.train_flags(tmp_path / "found", *CACHED, *flags, "--torch_compile", "--dynamo_backend=aot_eager"))
+    # Float32 rounded elsewhere; Adam divides gradients by their own size, which shows it where they are smallest.
+    assert difference(tmp_path / "plain" / "my.safetensors", tmp_path / "found" / "my.safetensors") < 5e-3
 
 
 def test_a_compiler_that_torch_does_not_know_ends_before_anything_is_read(
