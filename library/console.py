@@ -12,6 +12,7 @@ import time
 import warnings
 from collections.abc import Callable, Iterator
 from pathlib import Path
+from typing import NoReturn
 
 from library.errors import UserError
 
@@ -33,14 +34,19 @@ _NOISY = (
 
 
 _LET_THE_FIRST_SPEAK_S = 3.0
+_OURS = ("library", "networks", "lumina_train_network", "lumina_minimal_inference")
+"""Modules of this project: one that is missing is a defect."""
 
 
 class _BetweenBars(logging.Handler):
     """Writes records to standard error without tearing a progress bar apart."""
 
     def emit(self, record: logging.LogRecord) -> None:
-        from tqdm import tqdm
-
+        try:
+            from tqdm import tqdm
+        except ImportError:  # the message may be the one that says so
+            sys.stderr.write(self.format(record) + "\n")
+            return
         try:
             tqdm.write(self.format(record), file=sys.stderr)
         except (OSError, ValueError):  # the stream is gone, as at the end of a killed terminal
@@ -142,7 +148,10 @@ def raise_if_stopped() -> None:
 
 
 def run_program(main: Callable[[], None]) -> None:
-    """Runs an entry script: a user's error becomes one message and exit code 2, Ctrl+C exit code 130."""
+    """Runs an entry script: a user's error becomes one message and exit code 2, Ctrl+C exit code 130.
+
+    So does a package that is missing or broken, which is a matter of how the program was installed.
+    """
     set_up_logging()
     _stopped.clear()
     _signals.clear()
@@ -155,19 +164,42 @@ def run_program(main: Callable[[], None]) -> None:
         sys.exit(130)
 
 
+def _end_with(message: str) -> NoReturn:
+    """Says what the user can mend, and ends the program."""
+    if process_rank() == 0:
+        logging.getLogger(__name__).error("%s", message)
+    else:
+        # Mostly all processes find the same error, and the launcher ends the others as soon as the first has said
+        # it. What only this process has found is heard a moment later.
+        with contextlib.suppress(KeyboardInterrupt):
+            time.sleep(_LET_THE_FIRST_SPEAK_S)
+            logging.getLogger(__name__).error("process %d: %s", process_rank(), message)
+    sys.exit(2)
+
+
+def _about_package(error: ImportError) -> str:
+    """Returns what to do about a package of others that is missing or broken."""
+    remedy = f'run: "{sys.executable}" -m pip install -r requirements.txt'
+    if isinstance(error, ModuleNotFoundError) and error.name is not None:
+        package = error.name.partition(".")[0]
+        if error.name == package:
+            return f"the package {package} is not installed in this Python, and nothing works without it; {remedy}"
+    return (
+        f"a package of this Python cannot be loaded ({error}): it is broken, or does not go with another one; {remedy}"
+    )
+
+
 def _run(main: Callable[[], None]) -> None:
     try:
         main()
     except UserError as error:
-        if process_rank() == 0:
-            logging.getLogger(__name__).error("%s", error)
-        else:
-            # Mostly all processes find the same error, and the launcher ends the others as soon as the first has said
-            # it. What only this process has found is heard a moment later.
-            with contextlib.suppress(KeyboardInterrupt):
-                time.sleep(_LET_THE_FIRST_SPEAK_S)
-                logging.getLogger(__name__).error("process %d: %s", process_rank(), error)
-        sys.exit(2)
+        _end_with(str(error))
+    except ImportError as error:
+        raise_if_stopped()
+        if (error.name or "").partition(".")[0] in _OURS:
+            raise
+        logging.getLogger(__name__).debug("where it happened:", exc_info=True)
+        _end_with(_about_package(error))
     except OSError as error:
         if error.filename is None:
             raise

@@ -140,6 +140,44 @@ def test_a_file_that_cannot_be_opened_is_one_line(capsys: pytest.CaptureFixture,
     assert "No such file" in capsys.readouterr().err
 
 
+@pytest.mark.parametrize(
+    ("statement", "says"),
+    [
+        ("import no_such_package.part", "the package no_such_package is not installed in this Python"),
+        (
+            "from json import no_such_name",
+            "a package of this Python cannot be loaded (cannot import name 'no_such_name'",
+        ),
+        (
+            "import json.no_such_module",
+            "a package of this Python cannot be loaded (No module named 'json.no_such_module'",
+        ),
+    ],
+)
+def test_a_package_that_is_missing_or_broken_is_one_line(
+    statement: str, says: str, capsys: pytest.CaptureFixture
+) -> None:
+    with pytest.raises(SystemExit) as caught:
+        run_program(lambda: exec(statement))
+    assert caught.value.code == 2
+    screen = capsys.readouterr().err
+    assert says in screen
+    assert f'"{sys.executable}" -m pip install -r requirements.txt' in screen
+    assert "Traceback" not in screen
+
+
+def test_a_module_of_ours_that_is_missing_is_a_defect() -> None:
+    with pytest.raises(ImportError):
+        run_program(lambda: exec("from library.errors import no_such_name"))
+
+
+def test_the_screen_needs_no_package(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture) -> None:
+    set_up_logging(simple=True)
+    monkeypatch.setitem(sys.modules, "tqdm", None)  # as if it were not installed
+    logger.error("tqdm is missing")
+    assert capsys.readouterr().err == "ERROR: tqdm is missing\n"
+
+
 def test_a_defect_keeps_its_traceback() -> None:
     def main() -> None:
         raise RuntimeError("ours")
