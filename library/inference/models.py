@@ -72,15 +72,13 @@ class DrawingModels:
             from library.memory.attention import Workload, choose_attention
             from library.memory.host_memory import keep_freed_memory
             from library.memory.prepare import prepare_blocks, streamed_blocks, warn_where_useless
+            from library.memory.quantised import require_quantisation
 
         self._offload = flags.offload
         self.device = PartialState().device if flags.device is None else _device(flags.device)
         if self.device.type == "cpu":
             keep_freed_memory()
-        if quantisation.fp8_fast:
-            from library.memory.fp8 import require_fp8_products
-
-            require_fp8_products(self.device)
+        require_quantisation(quantisation.transformer, self.device)
         files = _inspect(flags)
         encoder_change, dit_change = loras.check(files)
         sizes, dtype = files.dit.config, _torch_dtype(flags.dtype)

@@ -21,6 +21,8 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor, nn
 
+from library.errors import SettingsError
+
 if TYPE_CHECKING:
     from library.memory.settings import Quantisation
 
@@ -90,6 +92,27 @@ def quantise_block(
         parent, _, name = path.rpartition(".")
         setattr(block.get_submodule(parent), name, quantised.train(linear.training))
     block.to(place)
+
+
+def require_quantisation(kind: Quantisation | None, device: torch.device) -> None:
+    """Checks that a device can do what a kind of weights needs, by doing it once, before a model is read.
+
+    Raises:
+        SettingsError: it cannot.
+    """
+    if kind == "fp8_fast":
+        from library.memory.fp8 import require_fp8_products
+
+        require_fp8_products(device)
+    if kind == "nf4":
+        try:
+            _maker(kind)(torch.ones(64, 64, device=device))(torch.ones(1, 64, device=device))
+        except Exception as error:  # whatever bitsandbytes raises: that it cannot be used here is the answer
+            reason = next(iter(str(error).strip().splitlines()), type(error).__name__)
+            raise SettingsError(
+                f"--nf4_base: bitsandbytes is installed but cannot be used on {device.type} ({reason}); install it anew in"
+                f" a version for this torch ({torch.__version__}), or use --fp8_base"
+            ) from error
 
 
 def _maker(kind: Quantisation) -> Callable[[Tensor], QuantisedLinear]:
