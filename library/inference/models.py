@@ -87,6 +87,8 @@ class DrawingModels:
         chosen = choose_attention(attention, work, "--dtype bf16")
         memory = MemorySettings(blocks_to_swap=flags.blocks_to_swap)
         warn_where_useless(memory, self.device)
+        if flags.offload and self.device.type == "cpu":
+            logger.warning("--offload: no effect on the device cpu, which has no memory beside the host's")
         to_host = flags.offload or bool(flags.blocks_to_swap)
         logger.info("Reading the models")
         with self.enough_memory("the three models"):  # quantised blocks go to the device while they are read
@@ -237,8 +239,16 @@ def _device(name: str) -> torch.device:
 
     try:
         device = torch.device(name)
-        torch.empty(0, device=device)
-    except (RuntimeError, AssertionError, NotImplementedError) as error:
-        reason = str(error).splitlines()[0]
-        raise SettingsError(f"--device: {name!r} cannot be used here ({reason}); leave the flag out") from error
+    except RuntimeError as error:
+        raise SettingsError(
+            f"--device: {name!r} is no name of a device; give one such as cuda, cuda:1, cpu or mps, or leave the flag out"
+        ) from error
+    try:
+        torch.ones(1, device=device).item()  # what cannot be read back, such as meta, draws nothing
+    except Exception as error:  # of a kind that depends on the device; that it cannot compute is the answer
+        reason = next(iter(str(error).strip().splitlines()), type(error).__name__).partition(". ")[0]
+        raise SettingsError(
+            f"--device: {name!r} cannot be used here ({reason}); leave the flag out, and the best device that there is"
+            " draws"
+        ) from error
     return device

@@ -9,7 +9,8 @@ import torch
 
 from library.errors import DrawingError, SettingsError
 from library.inference.interactive import interact
-from library.inference.models import DrawingModels
+from library.inference.loras import LoraFiles
+from library.inference.models import DrawingModels, _device
 from library.inference.settings import PictureFlags, split_lora
 from library.prompts import PromptError, parse_line
 
@@ -29,6 +30,39 @@ def test_home_folders_of_lora_files() -> None:
     assert split_lora("~/a.safetensors;0.5") == (Path.home() / "a.safetensors", 0.5)
     with pytest.raises(SettingsError, match="--lora_weights: '~no_such_user_here"):
         split_lora("~no_such_user_here/a.safetensors")
+
+
+@pytest.mark.parametrize(
+    ("name", "says"),
+    [
+        ("gpu", "'gpu' is no name of a device; give one such as cuda"),
+        ("", "'' is no name of a device"),
+        ("cuda:-1", "'cuda:-1' is no name of a device"),
+        (
+            "meta",
+            r"'meta' cannot be used here \(Tensor.item\(\) cannot be called on meta tensors\); leave the flag out",
+        ),
+        ("mkldnn", "'mkldnn' cannot be used here"),
+        ("privateuseone", "'privateuseone' cannot be used here"),
+        (
+            "xla",
+            r"'xla' cannot be used here \([^.]*aten::[^.]*\.memory_format' with arguments from the 'XLA' backend\);",
+        ),
+    ],
+)
+def test_a_device_that_does_not_compute_is_named(name: str, says: str) -> None:
+    with pytest.raises(SettingsError, match=f"^--device: {says}"):
+        _device(name)
+    assert _device("cpu") == torch.device("cpu")
+
+
+def test_merging_nothing_is_told(caplog: pytest.LogCaptureFixture) -> None:
+    files: Any = None  # nothing is read
+    assert LoraFiles((), merged=True, read=lambda *_: None, system_prompt="").check(files) == (None, None)
+    assert "--merge_lora_weights: no effect without --lora_weights" in caplog.text
+    caplog.clear()
+    LoraFiles((), merged=False, read=lambda *_: None, system_prompt="").check(files)
+    assert not caplog.text
 
 
 @pytest.mark.parametrize(("offload", "remedy"), [(False, "--offload keeps only"), (True, "--image_width")])
