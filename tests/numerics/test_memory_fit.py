@@ -11,13 +11,15 @@ from typing import Any
 import pytest
 import torch
 from e2e_helpers import Job, make_job
-from trainer_helpers import made_trainer
+from trainer_helpers import fresh_accelerate, made_trainer
 
 from library.errors import SettingsError
 from library.memory.fit import GIB, Allowance, Need, Row
 from library.memory.live_bytes import LiveBytes, bytes_of
 from library.memory.rehearsal import RehearsedAttention
 from library.training import memory_fit
+from library.training.arguments import parse_arguments
+from lumina_train_network import LuminaNetworkTrainer
 
 CPU = torch.device("cpu")
 NOTHING = Allowance(0.0, 0.0)
@@ -219,3 +221,30 @@ def test_a_run_goes_by_what_was_chosen(prepared: Prepared, monkeypatch: pytest.M
 def test_a_size_that_is_none(prepared: Prepared, given: str) -> None:
     with pytest.raises(SettingsError, match=r"--vram_gb: .*GiB, such as 12, or auto"):
         prepared(f"--vram_gb={given}")
+
+
+class Seen(Exception):
+    """Ends a run where a test has seen enough."""
+
+
+def test_trackers_get_the_flags_that_were_chosen(job: Job, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def fitted(trainer: Any, asked: Any) -> tuple[Any, Any]:
+        memory = dataclasses.replace(trainer.config.memory, gradient_checkpointing=True, blocks_to_swap=3)
+        return memory, trainer.config.quantisation
+
+    def stop(trainer: Any) -> None:
+        raise Seen
+
+    monkeypatch.setattr(memory_fit, "fitted_settings", fitted)
+    monkeypatch.setattr(LuminaNetworkTrainer, "cache_latents", stop)
+    flags = job.train_flags(tmp_path / "out", "--vram_gb=8", "--log_config", f"--logging_dir={tmp_path / 'logs'}")
+    fresh_accelerate()
+    config = parse_arguments(flags)
+    assert config is not None
+    with pytest.raises(Seen):
+        LuminaNetworkTrainer(config).train()
+    (stored,) = (tmp_path / "logs").rglob("hparams.yml")
+    text = stored.read_text(encoding="utf-8")
+    assert "gradient_checkpointing: true" in text
+    assert "blocks_to_swap: 3" in text
+    assert "vram_gb: 8.0" in text

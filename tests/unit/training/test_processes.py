@@ -69,7 +69,7 @@ def test_more_processes_started_than_seen(monkeypatch: pytest.MonkeyPatch) -> No
 
 def test_missing_tracker_package(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("accelerate.utils.imports.is_wandb_available", lambda: False)
-    with pytest.raises(SettingsError, match=r"^--log_with: wandb is not installed; run: pip install wandb"):
+    with pytest.raises(SettingsError, match=r"^--log_with wandb: wandb is not installed, .* run: pip install wandb"):
         processes.start_accelerator("no", None, LogSettings(log_with="wandb"))
 
 
