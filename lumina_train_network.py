@@ -346,7 +346,7 @@ class LuminaNetworkTrainer(NetworkTrainer):
             return
         positive = self.data.extra_text(
             [prompt.prompt for prompt in self.prompts],
-            lambda texts: self.ready_text_encoder().encode(texts),
+            self.encode_captions,
             self.text_fingerprint(),
             self.sharing(),
             "sample prompts",
@@ -355,7 +355,7 @@ class LuminaNetworkTrainer(NetworkTrainer):
         template = self._negative_template()
         negative = self.data.extra_text(
             [prompt.negative_prompt for prompt in self.prompts],
-            lambda texts: self.ready_text_encoder().encode(texts, template),
+            lambda texts: self.encode_captions(texts, template),
             self._text_fingerprint(template),
             self.sharing(),
             "negative prompts",

@@ -74,6 +74,7 @@ class DrawingModels:
             from library.memory.prepare import prepare_blocks, streamed_blocks, warn_where_useless
             from library.memory.quantised import require_quantisation
 
+        self._flags, self._quantisation = flags, quantisation
         self._offload = flags.offload
         self.device = PartialState().device if flags.device is None else _device(flags.device)
         if self.device.type == "cpu":
@@ -131,24 +132,38 @@ class DrawingModels:
         return stream_weights(self.encoder.blocks, self.device, "layers of Gemma2") if can_stream(self.device) else None
 
     @contextlib.contextmanager
-    def enough_memory(self, what: str) -> Iterator[None]:
-        """Says what to do where the block finds the device's memory too small for ``what``.
+    def enough_memory(self, what: str, remedy: str = "") -> Iterator[None]:
+        """Says what to do where the block finds memory too small for ``what``.
+
+        Args:
+            what: is read or computed.
+            remedy: that helps beside the flags about models.
 
         Raises:
             DrawingError: it is.
         """
-        import torch
+        from library.memory.shortage import is_out_of_memory
 
         try:
             yield
-        except torch.OutOfMemoryError as error:
-            remedy = (
-                "--blocks_to_swap keeps the Next-DiT's weights in host memory, --fp8_base halves them, and a smaller"
-                " --image_width and --image_height need less"
-                if self._offload
-                else "--offload keeps only the model that computes there"
-            )
-            raise DrawingError(f"the memory of {self.device} is too small for {what}; {remedy}") from error
+        except RuntimeError as error:
+            if not is_out_of_memory(error):
+                raise
+            found = [*self._remedies(), *([remedy] if remedy else [])]
+            raise DrawingError(
+                f"the memory of {self.device} is too small for {what}; {', '.join(found) or 'close other programs'}"
+            ) from error
+
+    def _remedies(self) -> list[str]:
+        """Returns the flags that this run does not use yet, those that cost least first."""
+        flags = self._flags
+        found = [
+            (self.device.type != "cpu" and not flags.offload, "--offload keeps only the model that computes there"),
+            (self.device.type == "cuda" and not flags.blocks_to_swap, "--blocks_to_swap keeps weights in host memory"),
+            (self._quantisation.transformer is None, "--fp8_base halves them"),
+            (flags.dtype in ("fp32", "float32", "float"), "--dtype bf16 needs half"),
+        ]
+        return [text for helps, text in found if helps]
 
     def encode(self, prompt: str, negative: str, negative_template: PromptTemplate) -> tuple[Tensor, Tensor]:
         """Returns the features (L,cap_dim) of a prompt and of what the picture is to stay away from."""

@@ -32,7 +32,6 @@ if TYPE_CHECKING:
     from pathlib import Path
 
     from PIL.Image import Image
-    from torch import Tensor
 
     from library.data.cache import Sharing
     from library.data.dataset import TrainingData
@@ -83,7 +82,7 @@ class NetworkTrainer(FrozenModels):
             self.report_memory()
         except BaseException as error:
             self.trackers.flush()  # what has been reported so far must not be lost
-            raise_where_memory_was_short(error, self.config)
+            raise_where_memory_was_short(error, self.config, self.device)
             raise
         self.finish()
 
@@ -248,13 +247,10 @@ class NetworkTrainer(FrozenModels):
 
         from library.training.caption_report import warn_of_many_captions
 
-        def encode(captions: Sequence[str]) -> list[Tensor]:
-            return self.ready_text_encoder().encode(captions)
-
         warn_of_many_captions(self.data, self.plan.num_epochs, self.text_cache_bytes)
         self.data.fill_captions(
             range(1, self.plan.num_epochs + 1),
-            encode,
+            self.encode_captions,
             self.text_fingerprint(),
             self.sharing(),
             length_of=lambda caption: self.text_cache_bytes([caption]),
