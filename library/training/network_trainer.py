@@ -218,7 +218,7 @@ class NetworkTrainer(FrozenModels):
         """Encodes the pictures that have no cache entry yet, if they are to be cached, and lets the autoencoder go."""
         if not self.config.data.cache_latents:
             return
-        self.data.fill_latents(self.encode_pictures, self.latent_fingerprint(), self.sharing())
+        self.data.fill_latents(self.encode_pictures, self.latent_fingerprint, self.sharing())
         self.autoencoder = None
         self._free()
 

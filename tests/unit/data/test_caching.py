@@ -68,6 +68,15 @@ def test_what_is_cached_is_what_the_encoder_gives(tmp_path: Path, to_disk: bool,
     assert (tmp_path / "lumina_cache").exists() is to_disk
 
 
+@pytest.mark.parametrize("to_disk", [False, True])
+def test_an_encoder_that_changes_for_one_size_encodes_that_size_again(tmp_path: Path, to_disk: bool) -> None:
+    make_pictures(tmp_path, {"a.png": (64, 64), "b.png": (64, 64), "wide.png": (128, 64)})
+    data = build(tmp_path, **BUCKETS, **(DISK if to_disk else {"cache_latents": True}))
+    data.fill_latents(FakeAutoencoder(), "ae-1")
+    assert data.missing_latents(lambda size_px: "ae-1") == 0
+    assert data.missing_latents(lambda size_px: "ae-2" if size_px[0] > size_px[1] else "ae-1") == 1
+
+
 def test_pictures_of_one_bucket_are_encoded_together(tmp_path: Path) -> None:
     make_pictures(tmp_path, {f"{n}.png": (64, 64) for n in range(5)} | {"w.png": (128, 64)})
     data = build(tmp_path, cache_latents=True, vae_batch_size=2, **BUCKETS)
