@@ -112,9 +112,9 @@ def _first_that_works(
         kernel = KERNELS[name]
         reason = kernel.unsuitable(work)
         if reason is None:
-            if name not in made:
-                made[name] = kernel.make()
-            reason = failure_of(kernel, made[name], work, ragged) if kernel.is_tried else None
+            if name not in made and kernel.is_compiled:
+                logger.info("Attention: trying %s, which is compiled first; that takes up to a minute", kernel.label)
+            reason = _made(name, made) or (failure_of(kernel, made[name], work, ragged) if kernel.is_tried else None)
             if reason is None:
                 return name
             # Meant for this device and yet of no use: worth a line also where another kernel stands in.
@@ -126,6 +126,17 @@ def _first_that_works(
     if work.dtype == torch.float32 and work.device.type == "cuda" and all(KERNELS[name].half_only for name in names):
         remedy = f"add {precision_flag}, or {remedy}"
     raise SettingsError(f"{settings.given_as}: {told}; {remedy}")
+
+
+def _made(name: str, made: dict[str, AttentionFn]) -> str | None:
+    """Puts a kernel's function into ``made`` and returns None, or what goes wrong, such as with a package's version."""
+    if name not in made:
+        try:
+            made[name] = KERNELS[name].make()
+        except Exception as error:  # whatever another package raises: that it cannot run is the answer
+            reason = next(iter(str(error).strip().splitlines()), type(error).__name__)
+            return f"it does not go with this torch ({reason})"
+    return None
 
 
 def failure_of(kernel: Kernel, function: AttentionFn, work: Workload, ragged: bool) -> str | None:

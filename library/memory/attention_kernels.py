@@ -295,6 +295,7 @@ class Kernel:
         gradients_on: kinds of devices where it has gradients; None = all.
         tolerance: how far a result may be from the definition's, as a share of its norm.
         is_tried: whether it is tried out at start-up. torch's own choice always works.
+        is_compiled: whether it is compiled when it is first run, which takes a while.
         lacking: returns what else of the work or the machine rules it out, or None.
     """
 
@@ -310,6 +311,7 @@ class Kernel:
     gradients_on: tuple[str, ...] | None = None
     tolerance: float = 0.05
     is_tried: bool = True
+    is_compiled: bool = False
     lacking: Callable[[Workload], str | None] = lambda work: None
 
     def unsuitable(self, work: Workload) -> str | None:
@@ -337,8 +339,8 @@ class Kernel:
             return None
         try:
             importlib.import_module(self.package)
-        except (ImportError, OSError) as error:
-            reason = next(iter(str(error).splitlines()), type(error).__name__)
+        except Exception as error:  # whatever a package raises that does not go with this torch or this GPU's driver
+            reason = next(iter(str(error).strip().splitlines()), type(error).__name__)
             return f"it cannot be imported ({reason}; {self.install})"
         return None
 
@@ -374,7 +376,14 @@ KERNELS: dict[str, Kernel] = {
         "pip install flash-attn --no-build-isolation",
     ),
     "varlen": Kernel("torch's varlen_attn", _make_varlen),
-    "flex": Kernel("torch's flex_attention", _make_flex, on_cuda=False, half_only=False, gradients_on=("cuda",)),
+    "flex": Kernel(
+        "torch's flex_attention",
+        _make_flex,
+        on_cuda=False,
+        half_only=False,
+        gradients_on=("cuda",),
+        is_compiled=True,
+    ),
     "sage": Kernel(
         "SageAttention",
         _make_sage,

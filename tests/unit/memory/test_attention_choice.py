@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import dataclasses
 import logging
 import math
 import re
 import sys
+from typing import NoReturn
 
 import pytest
 import torch
@@ -232,3 +234,41 @@ def test_flags_that_mean_a_mode(flags: dict[str, object], mode: str, given_as: s
 def test_flags_that_contradict_each_other(flags: dict[str, object], says: str) -> None:
     with pytest.raises(SettingsError, match=says):
         AttentionSettings(**flags)  # type: ignore[arg-type]
+
+
+def unloadable(*_: object) -> NoReturn:
+    raise RuntimeError("libcudart.so.11: cannot open shared object file")
+
+
+def test_a_package_that_does_not_go_with_this_torch_is_passed_over(
+    monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    pretend_cuda(monkeypatch, ADA, "flash_attn")
+    monkeypatch.setitem(KERNELS, "flash2", dataclasses.replace(KERNELS["flash2"], make=unloadable))
+    assert choose().equal == "sdpa"
+    assert (
+        "FlashAttention 2 cannot be used: it does not go with this torch (libcudart.so.11: cannot open" in caplog.text
+    )
+    with pytest.raises(SettingsError, match=r"^--attn_mode flash: .*FlashAttention 2 cannot be used: it does not go"):
+        choose("flash")
+
+
+def test_a_package_that_fails_in_its_own_way_when_it_is_imported(monkeypatch: pytest.MonkeyPatch) -> None:
+    pretend_cuda(monkeypatch, ADA, "flash_attn")
+    monkeypatch.setattr("library.memory.attention_kernels.importlib.import_module", unloadable)
+    assert KERNELS["flash2"].unsuitable(work()) == (
+        "it cannot be imported (libcudart.so.11: cannot open shared object file; pip install flash-attn"
+        " --no-build-isolation)"
+    )
+
+
+def test_a_kernel_that_is_compiled_first_is_announced(
+    monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    monkeypatch.setattr(attention_module, "failure_of", lambda *_: None)
+    caplog.set_level(logging.INFO)
+    choose("flex", work("cpu", torch.float32, training=False))
+    assert "trying torch's flex_attention, which is compiled first" in caplog.text
+    caplog.clear()
+    choose("auto", work("cpu", torch.float32, training=False))
+    assert "trying" not in caplog.text
