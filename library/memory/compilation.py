@@ -18,7 +18,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from library.errors import SettingsError
+from library.errors import SettingsError, nearest
 
 logger = logging.getLogger(__name__)
 
@@ -32,16 +32,23 @@ def check_backend(name: str) -> None:
     Raises:
         SettingsError: it does not.
     """
-    known = torch._dynamo.list_backends(exclude_tags=())
-    if name not in known:
-        raise SettingsError(f"--dynamo_backend: {name!r} is none of this torch's: {', '.join(sorted(known))}")
+    if name not in torch._dynamo.list_backends(exclude_tags=()):
+        known = sorted({*torch._dynamo.list_backends(), "aot_eager", "eager"})  # without those for torch's own tests
+        raise SettingsError(
+            f"--dynamo_backend: {name!r} is no compiler of this torch{nearest(name, known)}; give one of"
+            f" {', '.join(known)}, or leave it out for inductor"
+        )
+    logger.info("Trying the compiler %s, for --torch_compile", name)
     try:
         torch.compile(_probe, backend=name, fullgraph=True)(torch.ones(4))
     except Exception as error:  # whatever a compiler raises: that it cannot run is the answer
-        reason = next(iter(str(error).strip().splitlines()), type(error).__name__)
+        inner = getattr(error, "inner_exception", error)  # what a compiler raised, where torch has wrapped it
+        first_line = next(iter(str(inner).strip().splitlines()), "")
+        reason = first_line if inner is error and first_line else f"{type(inner).__name__}: {first_line}"
         raise SettingsError(
             f"--torch_compile: the compiler {name!r} cannot be used here ({reason}); on a GPU it needs the package triton"
-            " (on Windows: triton-windows), on a CPU a C++ compiler; install that, or leave --torch_compile out"
+            " (on Windows: triton-windows), on a CPU a C++ compiler, and everywhere a folder for compiled code that can be"
+            " written to (the environment variable TORCHINDUCTOR_CACHE_DIR names one); mend that, or leave the flag out"
         ) from error
 
 

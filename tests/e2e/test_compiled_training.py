@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Callable
 from pathlib import Path
 
 import pytest
+import torch
 from e2e_helpers import Job, difference
 
 from library.errors import SettingsError
+from library.memory.compilation import check_backend
 
 CACHED = ["--cache_latents", "--cache_text_encoder_outputs", "--train_batch_size=2"]
 
@@ -26,7 +29,9 @@ def test_compiled_and_recomputed_runs_give_the_same_lora(job: Job, tmp_path: Pat
 def test_a_compiler_that_torch_does_not_know_ends_before_anything_is_read(
     job: Job, tmp_path: Path, train: Callable
 ) -> None:
-    with pytest.raises(SettingsError, match="--dynamo_backend: 'inducktor' is none of this torch's: "):
+    with pytest.raises(
+        SettingsError, match=r"'inducktor' is no compiler .*did you mean 'inductor'.*give one of aot_eager, "
+    ):
         train(job.train_flags(tmp_path / "out", "--torch_compile", "--dynamo_backend=inducktor"))
     assert not (tmp_path / "out").exists()
 
@@ -44,3 +49,26 @@ def test_a_compiler_that_cannot_run_is_said_with_what_it_needs(
         SettingsError, match=r"cannot be used here \(No working C\+\+ compiler found\); on a GPU it needs"
     ):
         train(job.train_flags(tmp_path / "out", "--torch_compile"))
+
+
+def test_a_compiler_that_cannot_run_says_why(monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture) -> None:
+    def no_room(*_: object) -> None:
+        raise OSError(28, "No space left on device")
+
+    class Backend:
+        _tags = ()
+
+        def __call__(self, graph: object, inputs: object) -> None:
+            no_room()
+
+    caplog.set_level(logging.INFO)
+    torch._dynamo.list_backends()
+    monkeypatch.setitem(torch._dynamo.backends.registry._BACKENDS, "full", None)
+    monkeypatch.setitem(torch._dynamo.backends.registry._COMPILER_FNS, "full", Backend())
+    with pytest.raises(
+        SettingsError,
+        match=r"the compiler 'full' cannot be used here \(OSError: \[Errno 28\] No space.*"
+        r"TORCHINDUCTOR_CACHE_DIR",
+    ):
+        check_backend("full")
+    assert "Trying the compiler full" in caplog.text
