@@ -14,7 +14,7 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import NoReturn
 
-from library.errors import UserError
+from library.errors import SettingsError, UserError
 
 _NOISY = (
     "accelerate",
@@ -78,13 +78,23 @@ def set_up_logging(level: str | None = None, file: Path | None = None, simple: b
         level: least level shown; INFO when None.
         file: written anew, by the first process alone, instead of the screen, which then shows errors only.
         simple: leave the time out.
+
+    Raises:
+        SettingsError: ``file`` cannot be written.
     """
     level = level or "INFO"
     handlers: list[logging.Handler] = [_BetweenBars()]
     if file is not None and process_rank() == 0:  # another process would empty the first one's file
+        try:
+            file.parent.mkdir(parents=True, exist_ok=True)
+            handlers.append(logging.FileHandler(file, mode="w", encoding="utf-8"))
+        except OSError as error:
+            reason = error.strerror or error
+            raise SettingsError(
+                f"--console_log_file: {file} cannot be written ({reason}), so there is no place for the log; give another"
+                " file"
+            ) from error
         handlers[0].setLevel(logging.ERROR)
-        file.parent.mkdir(parents=True, exist_ok=True)
-        handlers.append(logging.FileHandler(file, mode="w", encoding="utf-8"))
     for handler in handlers:
         handler.setFormatter(_Format(with_time=not simple))
     root = logging.getLogger()
@@ -104,6 +114,8 @@ def set_up_logging(level: str | None = None, file: Path | None = None, simple: b
         os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "3")
 
 
+_PUT_OFF_NOTE = b"\nStopping as soon as this step is done and saved; press Ctrl+C twice more to end at once\n"
+
 _stopped = threading.Event()
 _put_off = threading.Event()
 _signals: list[int] = []
@@ -114,6 +126,9 @@ _PATIENCE_SIGNALS = 2
 def _stop(number: int = signal.SIGINT, *_: object) -> None:
     _stopped.set()
     _signals.append(number)
+    if _put_off.is_set() and len(_signals) == 1 and process_rank() == 0:
+        # Not through the logger: what the signal interrupted may be writing to the same stream.
+        os.write(2, _PUT_OFF_NOTE)
     if not _put_off.is_set() or len(_signals) > _PATIENCE_SIGNALS:
         raise KeyboardInterrupt
 

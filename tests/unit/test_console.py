@@ -42,6 +42,13 @@ def test_log_file_keeps_errors_on_the_screen(tmp_path: Path, capsys: pytest.Capt
     assert (tmp_path / "logs" / "run.log").read_text(encoding="utf-8") == "WARNING: careful\nERROR: wrong\n"
 
 
+def test_a_log_file_that_cannot_be_written_is_a_users_error(tmp_path: Path) -> None:
+    (tmp_path / "file").write_text("in the way", encoding="utf-8")
+    for path in (tmp_path, tmp_path / "file" / "run.log"):
+        with pytest.raises(SettingsError, match=r"^--console_log_file: .* cannot be written .*give another file"):
+            set_up_logging("WARNING", path)
+
+
 def test_the_training_program_takes_the_console_flags(tmp_path: Path, capsys: pytest.CaptureFixture) -> None:
     import lumina_train_network
 
@@ -194,6 +201,20 @@ def test_old_python_ends_in_one_sentence(monkeypatch: pytest.MonkeyPatch) -> Non
         with pytest.raises(SystemExit) as caught:
             runpy.run_path(str(Path(__file__).resolve().parents[2] / script))
         assert caught.value.code == "This program needs Python 3.11 or newer; this is Python 3.10."
+
+
+def test_who_waits_for_a_step_to_end_is_told(monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture) -> None:
+    """While a step is compiled that takes minutes, in which Ctrl+C seemed to do nothing."""
+    monkeypatch.setattr(console, "_stopped", threading.Event())
+    monkeypatch.setattr(console, "_signals", [])
+    with console.uninterrupted():
+        console._stop()
+        console._stop()
+    assert capfd.readouterr().err.count("Stopping as soon as this step is done") == 1
+    console._signals.clear()
+    with pytest.raises(KeyboardInterrupt):
+        console._stop()
+    assert capfd.readouterr().err == ""
 
 
 def test_ctrl_c_is_put_off_unless_it_comes_again_and_again(monkeypatch: pytest.MonkeyPatch) -> None:
