@@ -116,10 +116,11 @@ class NetworkTrainer(FrozenModels):
             from library.training import optimizers
             from library.training.cpu_use import use_cpu_well
             from library.training.hub import HubUploads
-            from library.training.processes import Processes, start_accelerator
+            from library.training.processes import Processes, start_accelerator, warn_of_launcher
             from library.training.trackers import Trackers
 
             optimizers.rehearse(config.optimizer)
+            warn_of_launcher(config.memory)
             self.accelerator = start_accelerator(config.memory.mixed_precision, config.schedule.ddp_timeout, config.log)
         self.processes = Processes(self.accelerator)
         self.device = self.accelerator.device
