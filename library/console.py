@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import errno
 import logging
 import os
 import signal
@@ -36,6 +37,8 @@ _NOISY = (
 _LET_THE_FIRST_SPEAK_S = 3.0
 _OURS = ("library", "networks", "lumina_train_network", "lumina_minimal_inference")
 """Modules of this project: one that is missing is a defect."""
+_DISK_ERRORS = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EROFS)
+"""A disk's, whatever file it was: full, over the user's share or a limit, or not to be written to."""
 
 
 class _BetweenBars(logging.Handler):
@@ -216,10 +219,12 @@ def _run(main: Callable[[], None]) -> None:
         logging.getLogger(__name__).debug("where it happened:", exc_info=True)
         _end_with(_about_package(error))
     except OSError as error:
-        if error.filename is None:
+        if error.filename is None and error.errno not in _DISK_ERRORS:
             raise
         logging.getLogger(__name__).debug("where it happened:", exc_info=True)
-        logging.getLogger(__name__).error("%s: %s", error.filename, error.strerror)
+        where = error.filename if error.filename is not None else "a file cannot be written"
+        remedy = "; free some space there" if error.errno == errno.ENOSPC else ""
+        logging.getLogger(__name__).error("%s: %s%s", where, error.strerror, remedy)
         sys.exit(2)
     except Exception:
         raise_if_stopped()  # what went wrong after Ctrl+C went wrong because of it

@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+import contextlib
 import time
 import tomllib
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from typing import TYPE_CHECKING, Any
 
 from library.errors import SettingsError
@@ -112,8 +113,10 @@ class Trackers:
         arguments = tracker_arguments(settings)
         if settings.wandb_api_key is not None and settings.log_with in ("wandb", "all") and accelerator.is_main_process:
             _log_in(settings.wandb_api_key)
+        self._folder = settings.logging_dir
         try:
-            accelerator.init_trackers(settings.log_tracker_name or "network_train", init_kwargs=arguments)
+            with self._writing():
+                accelerator.init_trackers(settings.log_tracker_name or "network_train", init_kwargs=arguments)
         except (TypeError, AttributeError) as error:
             if settings.log_tracker_config is None:
                 raise
@@ -121,8 +124,25 @@ class Trackers:
 
     def log_settings(self, run_settings: Mapping[str, Any]) -> None:
         """Stores the settings of a run, from :func:`logged_settings`; once, before anything else is reported."""
-        for tracker in self._accelerator.trackers:
-            tracker.store_init_configuration(dict(run_settings))
+        with self._writing():
+            for tracker in self._accelerator.trackers:
+                tracker.store_init_configuration(dict(run_settings))
+
+    @contextlib.contextmanager
+    def _writing(self) -> Iterator[None]:
+        """Names the flag where the block cannot write the first files.
+
+        Raises:
+            SettingsError: it cannot.
+        """
+        try:
+            yield
+        except OSError as error:
+            reason = error.strerror or error
+            raise SettingsError(
+                f"--logging_dir: {self._folder} cannot be written to ({reason}); free some space there, or give another"
+                " folder"
+            ) from error
 
     def flush(self) -> None:
         """Closes the trackers' files where a run ends early; a run that ends well closes them with its processes."""

@@ -147,6 +147,24 @@ def test_a_file_that_cannot_be_opened_is_one_line(capsys: pytest.CaptureFixture,
     assert "No such file" in capsys.readouterr().err
 
 
+def test_a_full_disk_is_one_line_whatever_file_it_was(capsys: pytest.CaptureFixture) -> None:
+    def main() -> None:
+        raise OSError(28, "No space left on device")
+
+    with pytest.raises(SystemExit) as caught:
+        run_program(main)
+    assert caught.value.code == 2
+    assert "ERROR: a file cannot be written: No space left on device; free some space" in capsys.readouterr().err
+
+
+def test_another_error_of_the_system_is_a_defect() -> None:
+    def main() -> None:
+        raise OSError(22, "Invalid argument")
+
+    with pytest.raises(OSError, match="Invalid argument"):
+        run_program(main)
+
+
 @pytest.mark.parametrize(
     ("statement", "says"),
     [

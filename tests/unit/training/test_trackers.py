@@ -160,6 +160,18 @@ def test_a_missing_tracker_is_named_by_the_flag_that_asks_for_it(
         accelerate_arguments(settings)
 
 
+@pytest.mark.parametrize("method", ["start", "store_init_configuration"])
+def test_a_folder_that_cannot_be_written_to_is_named(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, method: str
+) -> None:
+    def full(*_: object) -> None:
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(f"accelerate.tracking.TensorBoardTracker.{method}", full)
+    with pytest.raises(SettingsError, match=r"^--logging_dir: .* cannot be written to \(No space left on device\)"):
+        run(LogSettings(logging_dir=tmp_path, log_config=True), {"seed": 1})
+
+
 def test_a_key_that_wandb_refuses(wandb: Any) -> None:
     with pytest.raises(SettingsError, match="40 characters long") as caught:
         run(LogSettings(log_with="wandb", wandb_api_key="secret"))
