@@ -293,7 +293,7 @@ def test_cache_dir_takes_everything_and_pictures_stay_untouched(tmp_path: Path) 
     assert len(list(cache.glob("pictures-*.json"))) == 2
 
 
-def test_a_folder_that_cannot_be_written_to_names_cache_dir(tmp_path: Path) -> None:
+def test_a_folder_that_cannot_be_written_to_names_cache_dir(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
     make_pictures(tmp_path, SIZES)
     # A file where the cache folder would be fails for every user, root included.
     (tmp_path / "lumina_cache").write_bytes(b"")
@@ -301,6 +301,7 @@ def test_a_folder_that_cannot_be_written_to_names_cache_dir(tmp_path: Path) -> N
     encoder = FakeAutoencoder()
     with pytest.raises(DatasetError, match=r"lumina_cache cannot be written to \(.*\), .* --cache_dir"):
         data.fill_latents(encoder, "ae-1")
+    assert caplog.text.count("pictures.json cannot be written") == 1
     with pytest.raises(DatasetError, match="--cache_dir"):
         data.fill_text(data.caption_folders([1]), FakeTextEncoder(), "te-1")
     assert encoder.encoded == 0
