@@ -13,6 +13,8 @@ if TYPE_CHECKING:
 
     from library.training.arguments import TrainConfig
 
+_NUM_BLOCKS = 26  # of the released model: beyond it nothing is left to stream
+
 _REMEDIES: tuple[tuple[Callable[[TrainConfig], bool], str], ...] = (
     (lambda c: c.memory.mixed_precision == "no", "--mixed_precision bf16 halves weights and activations"),
     (
@@ -21,6 +23,10 @@ _REMEDIES: tuple[tuple[Callable[[TrainConfig], bool], str], ...] = (
     ),
     (lambda c: not c.memory.gradient_checkpointing, "--gradient_checkpointing keeps far fewer activations"),
     (
+        lambda c: c.memory.gradient_checkpointing and c.memory.gradient_checkpointing_level != "full",
+        "--gradient_checkpointing_level full keeps fewer activations",
+    ),
+    (
         # Other network modules would take codes for weights.
         lambda c: c.quantisation.transformer is None and NetworkBuilder(c).has_companion,
         "--fp8_base halves the frozen weights",
@@ -28,12 +34,16 @@ _REMEDIES: tuple[tuple[Callable[[TrainConfig], bool], str], ...] = (
 )
 """(When it would help, what to do), what costs least first."""
 _WITH_HOST_MEMORY: tuple[tuple[Callable[[TrainConfig], bool], str], ...] = (
-    (lambda c: not c.memory.blocks_to_swap, "--blocks_to_swap keeps them in host memory"),
+    (lambda c: c.memory.vram_gb is not None, "a smaller --vram_gb than the card has leaves more room"),
+    (lambda c: not c.memory.blocks_to_swap, "--blocks_to_swap keeps frozen weights in host memory"),
+    (
+        lambda c: 0 < (c.memory.blocks_to_swap or 0) < _NUM_BLOCKS,
+        "a higher --blocks_to_swap keeps more weights in host memory",
+    ),
     (
         lambda c: c.memory.gradient_checkpointing and not c.memory.cpu_offload_checkpointing,
-        "--cpu_offload_checkpointing takes activations there too",
+        "--cpu_offload_checkpointing keeps activations in host memory",
     ),
-    (lambda c: isinstance(c.memory.vram_gb, float), "a smaller --vram_gb chooses flags that need less"),
 )
 """The same, for devices that have memory beside the host's."""
 _ALWAYS = "a smaller batch size or resolution needs less"

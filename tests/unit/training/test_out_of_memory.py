@@ -65,8 +65,14 @@ def test_names_no_flag_that_the_run_may_not_use() -> None:
     on_cpu = advice(device=CPU)
     assert "--gradient_checkpointing" in on_cpu
     assert "--blocks_to_swap" not in on_cpu
-    assert "--vram_gb" not in advice("--vram_gb=auto")
-    assert "a smaller --vram_gb" in advice("--vram_gb=12")
+    assert "--vram_gb" not in advice()
+    assert "--vram_gb" not in advice("--vram_gb=12", device=CPU)
+
+
+def test_names_what_can_be_raised_or_lowered() -> None:
+    assert "a higher --blocks_to_swap" in advice(*ALL, "--blocks_to_swap=8")
+    assert "--gradient_checkpointing_level full" in advice(*ALL, "--gradient_checkpointing_level=selective")
+    assert "a smaller --vram_gb" in advice(*ALL, "--vram_gb=8")
 
 
 def test_memory_of_other_devices_is_told_too() -> None:
