@@ -160,7 +160,7 @@ class DrawingModels:
         found = [
             (self.device.type != "cpu" and not flags.offload, "--offload keeps only the model that computes there"),
             (self.device.type == "cuda" and not flags.blocks_to_swap, "--blocks_to_swap keeps weights in host memory"),
-            (self._quantisation.transformer is None, "--fp8_base halves them"),
+            (self._quantisation.transformer is None, "--fp8_base halves the large weights"),
             (flags.dtype in ("fp32", "float32", "float"), "--dtype bf16 needs half"),
         ]
         return [text for helps, text in found if helps]
