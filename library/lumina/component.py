@@ -6,7 +6,7 @@ import dataclasses
 import hashlib
 import json
 import math
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
@@ -39,6 +39,11 @@ class TensorSource:
     shape: Shape
     entries: tuple[TensorEntry, ...]
     scales: tuple[TensorEntry | None, ...]
+
+    @property
+    def is_whole(self) -> bool:
+        """Whether the file has the tensor as one entry that needs no scale."""
+        return len(self.entries) == 1 and self.scales == (None,)
 
 
 @dataclass(frozen=True)
@@ -94,15 +99,25 @@ class ComponentFile(Generic[ConfigT]):
         """How many numbers the model has."""
         return sum(math.prod(source.shape) for source in self.sources.values())
 
-    def read(self, dtype: torch.dtype, show_progress: bool = True) -> Iterator[tuple[str, torch.Tensor]]:
+    def read(
+        self, dtype: torch.dtype, show_progress: bool = True, in_place: Collection[str] = ()
+    ) -> Iterator[tuple[str, torch.Tensor]]:
         """Yields one tensor after the other, on the CPU in ``dtype``, under our names.
 
         A tensor that has this dtype already is mapped from the file and not copied (with ``mmap``).
+
+        Args:
+            dtype: of the tensors.
+            show_progress: a bar where reading takes more than two seconds.
+            in_place: names of tensors that are mapped in whatever dtype the file has them, because only parts of them
+                are needed; those that are not there as they are (scaled, joined, or not mapped) come in ``dtype``.
         """
         names = tqdm(self.sources, desc=f"Loading {self.path.name}", delay=2, leave=False, disable=not show_progress)
         with _TensorReader(self.mmap) as reader:
             for name in names:
-                yield name, reader.source(self.sources[name], dtype)
+                source = self.sources[name]
+                as_it_is = self.mmap and name in in_place and source.is_whole
+                yield name, reader.source(source, None if as_it_is else dtype)
 
     def tensors(self, dtype: torch.dtype, show_progress: bool = True) -> dict[str, torch.Tensor]:
         """Returns all tensors; see :meth:`read`."""
@@ -154,9 +169,12 @@ class _TensorReader:
         self._files.__exit__()
         self._mapped.clear()
 
-    def source(self, source: TensorSource, dtype: torch.dtype) -> torch.Tensor:
+    def source(self, source: TensorSource, dtype: torch.dtype | None) -> torch.Tensor:
+        """Returns a tensor in ``dtype``; None: in that of the file, which has it whole."""
         import torch
 
+        if dtype is None:
+            return self._entry(source.entries[0]).reshape(source.shape)
         if not source.entries:
             return torch.ones(source.shape, dtype=dtype)
         parts = [self._scaled(entry, scale, dtype) for entry, scale in zip(source.entries, source.scales, strict=True)]

@@ -353,12 +353,13 @@ def load_gemma2(
     Raises:
         ModelFileError: the tokenizer is missing or does not fit.
     """
-    from library.lumina.gemma2 import BLOCKS, LARGE_MATRICES, Gemma2Encoder, complete_gemma2, empty_gemma2
+    from library.lumina.gemma2 import BLOCKS, EMBEDDING, LARGE_MATRICES, Gemma2Encoder, complete_gemma2, empty_gemma2
 
     tokenizer = files.load_tokenizer(max_token_length)
     config = files.gemma2.config
     model = empty_gemma2(config)
-    fill(model, files.gemma2.read(dtype, show_progress), BLOCKS, LARGE_MATRICES, change, finish)
+    tensors = files.gemma2.read(dtype, show_progress, in_place=(EMBEDDING,))
+    fill(model, tensors, BLOCKS, LARGE_MATRICES, change, finish)
     return Gemma2Encoder(complete_gemma2(config, model), tokenizer, template)
 
 
