@@ -5,7 +5,6 @@ from __future__ import annotations
 import contextlib
 import logging
 from collections.abc import Iterator
-from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -17,7 +16,6 @@ from library.lumina.prompt_template import PromptTemplate
 from library.memory.settings import (
     AttentionSettings,
     MemorySettings,
-    Quantisation,
     QuantisationSettings,
     check_blocks_to_swap,
 )
@@ -26,7 +24,6 @@ if TYPE_CHECKING:
     import torch
     from torch import Tensor
 
-    from library.lumina.filling import BlockFinish
     from library.lumina.loading import ModelFiles
     from library.memory.block_stream import BlockStream
 
@@ -66,12 +63,14 @@ class DrawingModels:
             UserError: a model or LoRA file is wrong, or memory is too small.
         """
         with uncollected_imports():
+            import torch
             from accelerate import PartialState
 
             from library.lumina import loading
             from library.memory.attention import Workload, choose_attention
             from library.memory.host_memory import keep_freed_memory
             from library.memory.prepare import prepare_blocks, streamed_blocks, warn_where_useless
+            from library.memory.quantised import finish_of
 
         self._offload = flags.offload
         self.device = PartialState().device if flags.device is None else _device(flags.device)
@@ -89,23 +88,23 @@ class DrawingModels:
         chosen = choose_attention(attention, work, "--dtype bf16")
         memory = MemorySettings(blocks_to_swap=flags.blocks_to_swap)
         warn_where_useless(memory, self.device)
-        to_host = flags.offload or bool(flags.blocks_to_swap)
+        home = torch.device("cpu") if flags.offload or flags.blocks_to_swap else self.device
         logger.info("Reading the models")
-        with self.enough_memory("the three models"):  # quantised blocks go to the device while they are read
+        with self.enough_memory("the three models"):  # blocks go to the device while they are read
             self.encoder = loading.load_gemma2(
                 files,
                 _torch_dtype(flags.gemma2_dtype),
                 max_tokens,
                 template,
                 change=encoder_change,
-                finish=self._quantising(quantisation.text_encoder, to_host),
+                finish=finish_of(quantisation.text_encoder, self.device, home),
             )
             self.dit = loading.load_next_dit(
                 files.dit,
                 dtype,
                 attention=chosen.function,
                 change=dit_change,
-                finish=self._quantising(quantisation.transformer, to_host),
+                finish=finish_of(quantisation.transformer, self.device, home),
             )
             self.autoencoder = loading.load_autoencoder(files.ae, _torch_dtype(flags.ae_dtype))
             loras.attach(self.encoder.model, self.dit, self.device)
@@ -116,14 +115,6 @@ class DrawingModels:
                 self._place_encoder(self.device)
                 for model in (self.dit, self.autoencoder.model):
                     self._move(model, self.device)
-
-    def _quantising(self, kind: Quantisation | None, to_host: bool) -> BlockFinish | None:
-        """Returns what quantises a block as soon as it is read, and leaves it on the device or in host memory."""
-        if kind is None:
-            return None
-        from library.memory.quantised import quantise_block
-
-        return partial(quantise_block, kind=kind, device=self.device, place="cpu" if to_host else self.device)
 
     def _streamed_text(self) -> BlockStream | None:
         from library.memory.prepare import can_stream, stream_weights

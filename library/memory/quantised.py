@@ -16,6 +16,7 @@ from __future__ import annotations
 
 import abc
 from collections.abc import Callable, Sequence
+from functools import partial
 from typing import TYPE_CHECKING
 
 import torch
@@ -61,6 +62,30 @@ class QuantisedLinear(nn.Module, abc.ABC):
     def extra_repr(self) -> str:
         """Returns the sizes, for ``print``."""
         return f"in_features={self.in_features}, out_features={self.out_features}"
+
+
+def finish_of(
+    kind: Quantisation | None, device: torch.device, place: torch.device
+) -> Callable[[nn.Module, Sequence[str]], None] | None:
+    """Returns what is done with a block as soon as it is read; None: nothing, because it is where it is to be.
+
+    A block that computes on a device goes there at once. So of a file that is in another precision than the run (Gemma2's
+    usual one is fp16) only one converted block is in host memory, and not the whole model.
+
+    Args:
+        kind: how it is quantised; None = not at all.
+        device: where the arithmetic is done.
+        place: where the block is in the end.
+    """
+    if kind is not None:
+        return partial(quantise_block, kind=kind, device=device, place=place)
+    if place.type == "cpu":
+        return None
+    return partial(_place_block, place=place)
+
+
+def _place_block(block: nn.Module, paths: Sequence[str], place: torch.device) -> None:
+    block.to(place)
 
 
 def quantise_block(

@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import gc
 from collections.abc import Callable
-from functools import partial
 from typing import TYPE_CHECKING
 
 from library.errors import SettingsError
@@ -107,11 +106,13 @@ class FrozenModels(ModelFamily):
         self, change: Callable[[str, Tensor], Tensor], kind: Quantisation | None, home: torch.device
     ) -> Reading:
         """Returns what is done with weights as they are read: merge into a tensor, quantise its block and leave it there."""
-        if kind is None:
-            return Reading(change)
-        from library.memory.quantised import quantise_block
+        import torch
 
-        return Reading(change, partial(quantise_block, kind=kind, device=self.device, place=home))
+        from library.memory.quantised import finish_of
+
+        if self.base_weights.merge_behind_reading:
+            home = torch.device("cpu")  # that is where they merge
+        return Reading(change, finish_of(kind, self.device, home))
 
     def ready_autoencoder(self) -> PictureEncoder:
         """Returns the autoencoder on the device, read when it is first needed."""
