@@ -40,3 +40,21 @@ def keep_freed_memory(large_blocks: bool = True) -> bool:
     taken = all(result == 1 for result in results)
     logger.debug("freed memory is %s", "kept" if taken else "given back to the system")
     return taken
+
+
+def give_freed_memory_back() -> bool:
+    """Gives the system all memory back that the process has freed and kept; for when a whole model was let go.
+
+    Otherwise up to 2 GiB of it would stay for as long as the process lives, whatever it needs by then.
+
+    Returns:
+        Whether there is a way to.
+    """
+    if not sys.platform.startswith("linux"):
+        return False
+    try:
+        trim = ctypes.CDLL(None).malloc_trim
+    except (OSError, AttributeError):  # musl has none
+        return False
+    trim(ctypes.c_size_t(0))
+    return True

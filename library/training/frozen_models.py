@@ -180,6 +180,9 @@ class FrozenModels(ModelFamily):
     def _free(self) -> None:
         import torch
 
+        from library.memory.host_memory import give_freed_memory_back
+
         gc.collect()
+        give_freed_memory_back()
         if self.device.type == "cuda":
             torch.cuda.empty_cache()
