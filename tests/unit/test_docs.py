@@ -46,6 +46,8 @@ SCRIPTS = {
     "train_dit_steps",
     "waiting",
     "preset",
+    "batch",
+    "warmup",
     "tokens",
     "negative_tokens",
     "rank",
