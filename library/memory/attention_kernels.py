@@ -4,7 +4,8 @@ The contract (``AttentionFn``): queries (B,S,A,E), keys and values (B,S,K,E) whe
 with True = real token, or None where nothing is padded; returns (B,S,A,E) = softmax(q k' / sqrt(E)) v in the queries'
 dtype. The real tokens of a sample come first and its padding behind them. A caller that has no padding must give None:
 any mask rules out PyTorch's flash kernel. Rows of padded queries are defined and finite, as are their gradients, but
-meaningless.
+meaningless. A function may also have a method ``of_scaled_queries``: the same for queries that carry 1 / sqrt(E) already,
+which the model prefers.
 
 **Variable-length kernels without packing.** These kernels take rows of tokens and the bounds of sequences among them,
 and leave what lies outside all sequences uninitialised. Packing the real tokens would need their number on the host,
