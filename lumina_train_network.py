@@ -124,12 +124,14 @@ class LuminaNetworkTrainer(NetworkTrainer):
 
         return load_autoencoder(self.files.ae, dtype, self.processes.is_main, self.config.memory.vae_tiling)
 
-    def latent_fingerprint(self) -> str:
+    def latent_fingerprint(self, size_px: tuple[int, int]) -> str:
+        from library.lumina.autoencoder import is_cut
         from library.lumina.loading import autoencoder_fingerprint
 
         if not self.config.data.cache_latents_to_disk:
             return "this run"
-        return autoencoder_fingerprint(self.files.ae, self.autoencoder_dtype, self.config.memory.vae_tiling)
+        tiled = self.config.memory.vae_tiling and is_cut(*size_px)
+        return autoencoder_fingerprint(self.files.ae, self.autoencoder_dtype, tiled)
 
     def load_model(self, dtype: torch.dtype, reading: Reading) -> nn.Module:
         from library.lumina.loading import load_next_dit
@@ -346,7 +348,7 @@ class LuminaNetworkTrainer(NetworkTrainer):
             return
         positive = self.data.extra_text(
             [prompt.prompt for prompt in self.prompts],
-            lambda texts: self.ready_text_encoder().encode(texts),
+            self.encode_captions,
             self.text_fingerprint(),
             self.sharing(),
             "sample prompts",
@@ -355,7 +357,7 @@ class LuminaNetworkTrainer(NetworkTrainer):
         template = self._negative_template()
         negative = self.data.extra_text(
             [prompt.negative_prompt for prompt in self.prompts],
-            lambda texts: self.ready_text_encoder().encode(texts, template),
+            lambda texts: self.encode_captions(texts, template),
             self._text_fingerprint(template),
             self.sharing(),
             "negative prompts",

@@ -45,6 +45,11 @@ def replacing(path: Path) -> Iterator[Path]:
         # mkstemp makes files for the owner alone; give what an ordinary open() would have given.
         temporary.chmod(0o666 & ~_umask())
         temporary.replace(path)
+    except OSError as error:
+        if error.filename is not None or error.errno is None:
+            raise
+        # What comes up while a file is open, such as a full disk, does not say which file.
+        raise OSError(error.errno, error.strerror, str(path)) from error
     finally:
         temporary.unlink(missing_ok=True)
 
@@ -159,7 +164,9 @@ def write_safetensors(path: Path, tensors: Mapping[str, torch.Tensor], metadata:
         try:
             save_file(plain, temporary, metadata=dict(metadata) if metadata else None)
         except SafetensorError as error:  # a full disk comes as this, and not as what it is
-            raise OSError(errno.EIO, str(error), str(path)) from error
+            number = re.search(r"\(os error (\d+)\)", str(error))
+            code = int(number[1]) if number else errno.EIO
+            raise OSError(code, os.strerror(code) if number else str(error), str(path)) from error
 
 
 def write_with(path: Path, write: Callable[[Path], None]) -> None:

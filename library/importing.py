@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import contextlib
 import gc
+import sys
 from collections.abc import Iterator
 
 
@@ -16,14 +17,15 @@ from collections.abc import Iterator
 def uncollected_imports() -> Iterator[None]:
     """Turns the garbage collector off while the block runs, and has it leave alone for good what is there at its end.
 
-    For imports and what lasts as long as the program: whatever else the block makes is never freed where it is part of a
-    reference cycle.
+    For imports and what lasts as long as the program: whatever else is there by then, also from before the block, is never
+    freed where it is part of a reference cycle. Where everything was imported already, nothing is left alone.
     """
-    was_enabled = gc.isenabled()
+    was_enabled, num_modules = gc.isenabled(), len(sys.modules)
     gc.disable()
     try:
         yield
     finally:
-        gc.freeze()
+        if len(sys.modules) > num_modules:
+            gc.freeze()
         if was_enabled:
             gc.enable()

@@ -24,6 +24,7 @@ from library.memory.transport import Lane
 from library.memory.views import View
 
 _NAN = 0xFF  # all bits set are a NaN in every float type
+_HOST_BEGIN = 192  # bytes; torch aligns ordinary memory to 64
 
 
 class ContractError(AssertionError):
@@ -165,8 +166,10 @@ class LateTransport:
             raise
 
     def _buffer(self, num_bytes: int, is_host: bool) -> Tensor:
+        # As pinned memory, which begins at the first whole page, a host buffer does not begin where its storage does.
+        begin = _HOST_BEGIN if is_host else 0
         with self._copying():
-            buffer = torch.full((num_bytes,), _NAN, dtype=torch.uint8)
+            buffer = torch.full((begin + num_bytes,), _NAN, dtype=torch.uint8)[begin:]
         reference = StorageWeakRef(buffer.untyped_storage())
         # As on a device: the memory had another use, which is over only at the next mark.
         self.time += 1

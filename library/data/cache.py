@@ -26,7 +26,7 @@ from library.data.stores import Digest, DiskStore, MemoryStore, Store, digest_of
 from library.data.write_behind import WriteBehind
 from library.errors import DatasetError
 
-__all__ = ["ALONE", "EncodeCaptions", "EncodePixels", "LatentCache", "LengthOf", "Sharing", "TextCache"]
+__all__ = ["ALONE", "EncodeCaptions", "EncodePixels", "Fingerprint", "LatentCache", "LengthOf", "Sharing", "TextCache"]
 
 # Part of every digest: raise it when entries are made differently.
 _VERSION = 1
@@ -41,6 +41,8 @@ _PIXELS_AT_ONCE = 1024 * 1024
 EncodePixels = Callable[[torch.Tensor], torch.Tensor]
 EncodeCaptions = Callable[[list[str]], Sequence[torch.Tensor]]
 LengthOf = Callable[[str], int]
+Fingerprint = str | Callable[[tuple[int, int]], str]
+"""Of an encoder of pictures: one text, or for each size (width, height) of picture the text of how it encodes that."""
 Job = tuple[int, tuple[bool, ...]]
 Unreadable = dict[int, str]
 
@@ -57,11 +59,13 @@ class LatentCache:
     def __init__(self, places: CachePlaces | None, image_dirs: Iterable[Path], num_workers: int) -> None:
         self._places = places
         self._num_workers = num_workers
-        self._fingerprint = ""
+        self._fingerprint: Fingerprint = ""
         self._disk = DiskStore("latents", [places.folder(folder) for folder in image_dirs]) if places else None
         self._store: Store = self._disk or MemoryStore()
 
-    def missing(self, items: Sequence[Item], fingerprint: str, sharing: Sharing) -> tuple[list[Job], Unreadable]:
+    def missing(
+        self, items: Sequence[Item], fingerprint: Fingerprint, sharing: Sharing
+    ) -> tuple[list[Job], Unreadable]:
         """Returns what is to be encoded, as (item index, flips), and the pictures that cannot be read, with the reason.
 
         Content is hashed where a picture is new or has changed. No encoder is needed.
@@ -81,7 +85,7 @@ class LatentCache:
         self,
         items: Sequence[Item],
         encode: EncodePixels,
-        fingerprint: str,
+        fingerprint: Fingerprint,
         batch_size: int | None,
         sharing: Sharing,
     ) -> Unreadable:
@@ -150,8 +154,9 @@ class LatentCache:
             made.append(digest)
 
     def _digest(self, item: Item, flip: bool) -> Digest:
+        made_by = self._fingerprint if isinstance(self._fingerprint, str) else self._fingerprint(item.bucket_px)
         if self._places is None:
-            return digest_of("latents in memory", item.index, flip, self._fingerprint)
+            return digest_of("latents in memory", item.index, flip, made_by)
         content = self._places.index(item.subset.image_dir).hash_of(item.name)
         method = images.resize_method(item.subset.resize_interpolation, item.size_px, item.resized_px)
         pixels = (
@@ -162,7 +167,7 @@ class LatentCache:
             method,
             flip,
         )
-        return digest_of("latents", _VERSION, pixels, self._fingerprint)
+        return digest_of("latents", _VERSION, pixels, made_by)
 
 
 class TextCache:

@@ -21,6 +21,7 @@ class CachePlaces:
         self._folders: dict[Path, Path] = {}
         self._indexes: dict[Path, PictureIndex] = {}
         self._kept: set[Path] = set()
+        self._told: set[Path | None] = set()
 
     def folder(self, image_dir: Path) -> Path:
         """Returns the cache folder for the pictures of ``image_dir``."""
@@ -46,11 +47,14 @@ class CachePlaces:
         return PictureIndex.load(self.folder(image_dir) / name)
 
     def save_indexes(self) -> None:
-        """Writes the kept indexes that changed; a folder that cannot be written to is only warned about."""
+        """Writes the kept indexes that changed; a folder that cannot be written to is warned about once."""
         for index in self._indexes.values():
             try:
                 index.save()
             except OSError as error:
+                if index.path in self._told:
+                    continue
+                self._told.add(index.path)
                 logger.warning(
                     "%s cannot be written (%s), so changed pictures are looked at again at the next start; "
                     "--cache_dir gives another folder.",

@@ -14,7 +14,7 @@ from library import keyed_random
 from library.data import captions as caption_rules
 from library.data import regularisation
 from library.data.building import build_items, undecodable, warn_unreadable
-from library.data.cache import EncodeCaptions, EncodePixels, LatentCache, LengthOf, TextCache
+from library.data.cache import EncodeCaptions, EncodePixels, Fingerprint, LatentCache, LengthOf, TextCache
 from library.data.cache_places import CachePlaces
 from library.data.caption_plan import CaptionPlan, Clock, draw_key
 from library.data.config import DatasetConfig, load_dataset_config
@@ -273,7 +273,7 @@ class TrainingData:
 
     def missing_latents(
         self,
-        fingerprint: str,
+        fingerprint: Fingerprint,
         sharing: Sharing = ALONE,
     ) -> int:
         """Returns how many pictures are to be encoded; 0: no autoencoder is needed. All processes call it."""
@@ -286,7 +286,7 @@ class TrainingData:
     def fill_latents(
         self,
         encode: EncodePixels,
-        fingerprint: str,
+        fingerprint: Fingerprint,
         sharing: Sharing = ALONE,
     ) -> None:
         """Encodes the pictures that are missing; ones that cannot be read are left out. All processes call it.

@@ -53,6 +53,8 @@ class LoraFiles:
             NetworkError: a file is no LoRA of these models.
         """
         if not self._files:
+            if self._merged:
+                logger.warning("--merge_lora_weights: no effect without --lora_weights, which names the files to merge")
             return None, None
         import torch
 

@@ -5,7 +5,6 @@ from __future__ import annotations
 import contextlib
 import logging
 from collections.abc import Iterator
-from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -17,7 +16,6 @@ from library.lumina.prompt_template import PromptTemplate
 from library.memory.settings import (
     AttentionSettings,
     MemorySettings,
-    Quantisation,
     QuantisationSettings,
     check_blocks_to_swap,
 )
@@ -26,7 +24,6 @@ if TYPE_CHECKING:
     import torch
     from torch import Tensor
 
-    from library.lumina.filling import BlockFinish
     from library.lumina.loading import ModelFiles
     from library.memory.block_stream import BlockStream
 
@@ -66,21 +63,21 @@ class DrawingModels:
             UserError: a model or LoRA file is wrong, or memory is too small.
         """
         with uncollected_imports():
+            import torch
             from accelerate import PartialState
 
             from library.lumina import loading
             from library.memory.attention import Workload, choose_attention
             from library.memory.host_memory import keep_freed_memory
             from library.memory.prepare import prepare_blocks, streamed_blocks, warn_where_useless
+            from library.memory.quantised import finish_of, require_quantisation
 
+        self._flags, self._quantisation = flags, quantisation
         self._offload = flags.offload
         self.device = PartialState().device if flags.device is None else _device(flags.device)
         if self.device.type == "cpu":
             keep_freed_memory()
-        if quantisation.fp8_fast:
-            from library.memory.fp8 import require_fp8_products
-
-            require_fp8_products(self.device)
+        require_quantisation(quantisation.transformer, self.device)
         files = _inspect(flags)
         encoder_change, dit_change = loras.check(files)
         sizes, dtype = files.dit.config, _torch_dtype(flags.dtype)
@@ -89,23 +86,25 @@ class DrawingModels:
         chosen = choose_attention(attention, work, "--dtype bf16")
         memory = MemorySettings(blocks_to_swap=flags.blocks_to_swap)
         warn_where_useless(memory, self.device)
-        to_host = flags.offload or bool(flags.blocks_to_swap)
+        if flags.offload and self.device.type == "cpu":
+            logger.warning("--offload: no effect on the device cpu, which has no memory beside the host's")
+        home = torch.device("cpu") if flags.offload or flags.blocks_to_swap else self.device
         logger.info("Reading the models")
-        with self.enough_memory("the three models"):  # quantised blocks go to the device while they are read
+        with self.enough_memory("the three models"):  # blocks go to the device while they are read
             self.encoder = loading.load_gemma2(
                 files,
                 _torch_dtype(flags.gemma2_dtype),
                 max_tokens,
                 template,
                 change=encoder_change,
-                finish=self._quantising(quantisation.text_encoder, to_host),
+                finish=finish_of(quantisation.text_encoder, self.device, home),
             )
             self.dit = loading.load_next_dit(
                 files.dit,
                 dtype,
                 attention=chosen.function,
                 change=dit_change,
-                finish=self._quantising(quantisation.transformer, to_host),
+                finish=finish_of(quantisation.transformer, self.device, home),
             )
             self.autoencoder = loading.load_autoencoder(files.ae, _torch_dtype(flags.ae_dtype))
             loras.attach(self.encoder.model, self.dit, self.device)
@@ -117,38 +116,44 @@ class DrawingModels:
                 for model in (self.dit, self.autoencoder.model):
                     self._move(model, self.device)
 
-    def _quantising(self, kind: Quantisation | None, to_host: bool) -> BlockFinish | None:
-        """Returns what quantises a block as soon as it is read, and leaves it on the device or in host memory."""
-        if kind is None:
-            return None
-        from library.memory.quantised import quantise_block
-
-        return partial(quantise_block, kind=kind, device=self.device, place="cpu" if to_host else self.device)
-
     def _streamed_text(self) -> BlockStream | None:
         from library.memory.prepare import can_stream, stream_weights
 
         return stream_weights(self.encoder.blocks, self.device, "layers of Gemma2") if can_stream(self.device) else None
 
     @contextlib.contextmanager
-    def enough_memory(self, what: str) -> Iterator[None]:
-        """Says what to do where the block finds the device's memory too small for ``what``.
+    def enough_memory(self, what: str, remedy: str = "") -> Iterator[None]:
+        """Says what to do where the block finds memory too small for ``what``.
+
+        Args:
+            what: is read or computed.
+            remedy: that helps beside the flags about models.
 
         Raises:
             DrawingError: it is.
         """
-        import torch
+        from library.memory.shortage import is_out_of_memory
 
         try:
             yield
-        except torch.OutOfMemoryError as error:
-            remedy = (
-                "--blocks_to_swap keeps the Next-DiT's weights in host memory, --fp8_base halves them, and a smaller"
-                " --image_width and --image_height need less"
-                if self._offload
-                else "--offload keeps only the model that computes there"
-            )
-            raise DrawingError(f"the memory of {self.device} is too small for {what}; {remedy}") from error
+        except RuntimeError as error:
+            if not is_out_of_memory(error):
+                raise
+            found = [*self._remedies(), *([remedy] if remedy else [])]
+            raise DrawingError(
+                f"the memory of {self.device} is too small for {what}; {', '.join(found) or 'close other programs'}"
+            ) from error
+
+    def _remedies(self) -> list[str]:
+        """Returns the flags that this run does not use yet, those that cost least first."""
+        flags = self._flags
+        found = [
+            (self.device.type != "cpu" and not flags.offload, "--offload keeps only the model that computes there"),
+            (self.device.type == "cuda" and not flags.blocks_to_swap, "--blocks_to_swap keeps weights in host memory"),
+            (self._quantisation.transformer is None, "--fp8_base halves the large weights"),
+            (flags.dtype in ("fp32", "float32", "float"), "--dtype bf16 needs half"),
+        ]
+        return [text for helps, text in found if helps]
 
     def encode(self, prompt: str, negative: str, negative_template: PromptTemplate) -> tuple[Tensor, Tensor]:
         """Returns the features (L,cap_dim) of a prompt and of what the picture is to stay away from."""
@@ -239,8 +244,18 @@ def _device(name: str) -> torch.device:
 
     try:
         device = torch.device(name)
-        torch.empty(0, device=device)
-    except (RuntimeError, AssertionError, NotImplementedError) as error:
-        reason = str(error).splitlines()[0]
-        raise SettingsError(f"--device: {name!r} cannot be used here ({reason}); leave the flag out") from error
+    except RuntimeError as error:
+        raise SettingsError(
+            f"--device: {name!r} is no name of a device; give one such as cuda, cuda:1, cpu or mps, or leave the flag out"
+        ) from error
+    try:
+        torch.ones(1, device=device).item()  # what cannot be read back, such as meta, draws nothing
+    except Exception as error:  # of a kind that depends on the device; that it cannot compute is the answer
+        reason = next(iter(str(error).strip().splitlines()), type(error).__name__).partition(". ")[0]
+        raise SettingsError(
+            f"--device: {name!r} cannot be used here ({reason}); leave the flag out, and the best device that there is"
+            " draws"
+        ) from error
+    if device.type == "cuda" and device.index is not None:
+        torch.cuda.set_device(device)  # not all packages' kernels ask where their tensors are; and pinned memory is its
     return device

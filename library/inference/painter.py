@@ -52,10 +52,12 @@ class Painter:
             cfg_trunc_ratio=prompt.cfg_trunc_ratio,
             renorm_cfg=prompt.renorm_cfg,
         )
-        self._warn_where_cut_off(prompt.prompt)
+        num_tokens = self._num_tokens(prompt.prompt)
         models = self._models
-        with torch.no_grad(), models.enough_memory(f"a picture of {prompt.width}x{prompt.height}"):
+        shorter, smaller = "a shorter prompt needs less", "a smaller --image_width and --image_height need less"
+        with torch.no_grad(), models.enough_memory(f"a prompt of {num_tokens} tokens", shorter):
             positive, negative = models.encode(prompt.prompt, prompt.negative_prompt, self._flags.negative_template)
+        with torch.no_grad(), models.enough_memory(f"a picture of {prompt.width}x{prompt.height}", smaller):
             size_px = (prompt.width, prompt.height)
             with models.on_device(models.dit):
                 latents = draw_latents(models.dit, [positive], [negative], size_px, [seed], options, models.device)
@@ -67,7 +69,8 @@ class Painter:
         logger.info("Saved %s (seed %d)", path, seed)
         return path
 
-    def _warn_where_cut_off(self, prompt: str) -> None:
+    def _num_tokens(self, prompt: str) -> int:
+        """Returns how many tokens of a prompt are read; warns where it has more."""
         encoder, longest = self._models.encoder, self._flags.gemma2_max_token_length
         num_tokens = encoder.tokenizer.count(encoder.template.text(prompt))
         if num_tokens > longest:
@@ -77,6 +80,7 @@ class Painter:
                 num_tokens,
                 longest,
             )
+        return min(num_tokens, longest)
 
     def _free_path(self, seed: int) -> Path:
         name = f"image_{time.strftime('%Y%m%d%H%M%S')}_{seed}"

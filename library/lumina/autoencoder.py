@@ -34,6 +34,11 @@ WHOLE_PX = 1280
 _TILES_PX = (TILE_PX, TILE_PX // 2)  # tried in turn where a picture to be decoded does not fit
 
 
+def is_cut(width_px: int, height_px: int) -> bool:
+    """Whether a picture is so large that it is cut into tiles on request."""
+    return width_px * height_px > WHOLE_PX**2
+
+
 def build_autoencoder(config: AutoencoderConfig, tensors: Mapping[str, Tensor]) -> nn.Module:
     """Returns diffusers' ``AutoencoderKL``, frozen, in evaluation mode.
 
@@ -168,7 +173,7 @@ class Autoencoder:
         return 2 ** (len(self.config.block_out_channels) - 1)
 
     def _asks_for_tiles(self, shape: torch.Size, px: int) -> bool:
-        return self.tiled and shape[-2] * px * shape[-1] * px > WHOLE_PX**2
+        return self.tiled and is_cut(shape[-1] * px, shape[-2] * px)
 
     def _cut_into_tiles(self, side_px: int | None) -> None:
         """Has diffusers work in tiles of this size, where a picture is longer than one; ``None``: on whole pictures."""

@@ -6,11 +6,11 @@ import dataclasses
 import hashlib
 import json
 import math
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Generic, TypeVar
+from typing import TYPE_CHECKING, Generic, TypeVar
 
 from tqdm import tqdm
 
@@ -20,25 +20,16 @@ from library.file_hashes import remembered
 from library.lumina.checkpoint_files import Checkpoint, TensorEntry
 from library.lumina.key_maps import Found, Layout, find_layout, is_harmless
 from library.lumina.model_guess import guess_model
+from library.lumina.tensor_reader import OpenFiles, Shape, TensorReader, TensorSource
 
 if TYPE_CHECKING:
     import torch
 
-Shape = tuple[int, ...]
 ConfigT = TypeVar("ConfigT")
 
 _FLOAT_DTYPES = {"F64", "F32", "BF16", "F16", "F8_E4M3", "F8_E5M2"}
 _FP8_DTYPES = {"F8_E4M3", "F8_E5M2"}
 _SCALE_SUFFIXES = ("scale_weight", "weight_scale")
-
-
-@dataclass(frozen=True)
-class TensorSource:
-    """Where one of our tensors comes from: entries joined along axis 0, each with its fp8 scale; none means ones."""
-
-    shape: Shape
-    entries: tuple[TensorEntry, ...]
-    scales: tuple[TensorEntry | None, ...]
 
 
 @dataclass(frozen=True)
@@ -79,7 +70,7 @@ class ComponentFile(Generic[ConfigT]):
             hidden = process_rank() > 0  # the others hash it too, and see the same
             what = f"Hashing {self.path.name}"
             bar = tqdm(total=total, desc=what, unit="B", unit_scale=True, delay=2, leave=False, disable=hidden)
-            with _OpenFiles() as files, bar:
+            with OpenFiles() as files, bar:
                 for name, entry in entries:
                     digest.update(f"{name} {entry.dtype} {list(self.sources[name].shape)}".encode())
                     for part in files.parts(entry):
@@ -94,101 +85,30 @@ class ComponentFile(Generic[ConfigT]):
         """How many numbers the model has."""
         return sum(math.prod(source.shape) for source in self.sources.values())
 
-    def read(self, dtype: torch.dtype, show_progress: bool = True) -> Iterator[tuple[str, torch.Tensor]]:
+    def read(
+        self, dtype: torch.dtype, show_progress: bool = True, in_place: Collection[str] = ()
+    ) -> Iterator[tuple[str, torch.Tensor]]:
         """Yields one tensor after the other, on the CPU in ``dtype``, under our names.
 
-        A tensor that has this dtype already is mapped from the file and not copied (with ``mmap``).
+        A tensor that has this dtype already is mapped from the file and not copied (with ``mmap``). Others are converted
+        while they are read, part by part, so that a file takes no memory beside what is made of it.
+
+        Args:
+            dtype: of the tensors.
+            show_progress: a bar where reading takes more than two seconds.
+            in_place: names of tensors that are mapped in whatever dtype the file has them, because only parts of them
+                are needed; those that are not there as they are (scaled, joined, or not mapped) come in ``dtype``.
         """
         names = tqdm(self.sources, desc=f"Loading {self.path.name}", delay=2, leave=False, disable=not show_progress)
-        with _TensorReader(self.mmap) as reader:
+        with TensorReader(self.mmap) as reader:
             for name in names:
-                yield name, reader.source(self.sources[name], dtype)
+                source = self.sources[name]
+                as_it_is = self.mmap and name in in_place and source.is_whole
+                yield name, reader.source(source, None if as_it_is else dtype)
 
     def tensors(self, dtype: torch.dtype, show_progress: bool = True) -> dict[str, torch.Tensor]:
         """Returns all tensors; see :meth:`read`."""
         return dict(self.read(dtype, show_progress))
-
-
-class _OpenFiles:
-    """Files that stay open while a model is read."""
-
-    def __init__(self) -> None:
-        self._files: dict[Path, Any] = {}
-
-    def __enter__(self) -> _OpenFiles:
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        for file in self._files.values():
-            file.close()
-
-    def read(self, entry: TensorEntry) -> bytearray:
-        """Returns the entry's bytes."""
-        return next(self.parts(entry, entry.end - entry.start), bytearray())
-
-    def parts(self, entry: TensorEntry, size: int = 16 * 2**20) -> Iterator[bytearray]:
-        """Yields the entry's bytes in parts of at most ``size``."""
-        if entry.file not in self._files:
-            self._files[entry.file] = entry.file.open("rb")
-        file = self._files[entry.file]
-        for start in range(entry.start, entry.end, max(size, 1)):
-            data = bytearray(min(size, entry.end - start))
-            file.seek(start)
-            if file.readinto(data) != len(data):
-                raise ModelFileError(f"{entry.file} became shorter while it was read. Start again when it is complete.")
-            yield data
-
-
-class _TensorReader:
-    """Reads tensors, mapped or copied."""
-
-    def __init__(self, mmap: bool) -> None:
-        self._mmap = mmap
-        self._files = _OpenFiles()
-        self._mapped: dict[Path, Any] = {}
-
-    def __enter__(self) -> _TensorReader:
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        self._files.__exit__()
-        self._mapped.clear()
-
-    def source(self, source: TensorSource, dtype: torch.dtype) -> torch.Tensor:
-        import torch
-
-        if not source.entries:
-            return torch.ones(source.shape, dtype=dtype)
-        parts = [self._scaled(entry, scale, dtype) for entry, scale in zip(source.entries, source.scales, strict=True)]
-        joined = parts[0] if len(parts) == 1 else torch.cat(parts)
-        return joined.reshape(source.shape)
-
-    def _scaled(self, entry: TensorEntry, scale: TensorEntry | None, dtype: torch.dtype) -> torch.Tensor:
-        tensor = self._entry(entry)
-        if scale is None:
-            return tensor.to(dtype)
-        factor = self._entry(scale).float()
-        if factor.numel() > 1:
-            factor = factor.reshape(-1, *[1] * (tensor.dim() - 1))  # one scale per output channel
-        return (tensor.float() * factor).to(dtype)
-
-    def _entry(self, entry: TensorEntry) -> torch.Tensor:
-        import torch
-        from safetensors import safe_open
-
-        if self._mmap:
-            if entry.file not in self._mapped:
-                self._mapped[entry.file] = safe_open(entry.file, framework="pt")
-            return self._mapped[entry.file].get_tensor(entry.name)
-        dtypes = {
-            "F64": torch.float64,
-            "F32": torch.float32,
-            "BF16": torch.bfloat16,
-            "F16": torch.float16,
-            "F8_E4M3": torch.float8_e4m3fn,
-            "F8_E5M2": torch.float8_e5m2,
-        }
-        return torch.frombuffer(self._files.read(entry), dtype=dtypes[entry.dtype]).reshape(entry.shape)
 
 
 def layout_of(checkpoint: Checkpoint, layouts: Sequence[Layout]) -> Found | None:

@@ -50,7 +50,7 @@ def draw_latents(
     def predict(latents: Tensor, lumina_time: Tensor, features: Tensor, mask: Tensor | None) -> Tensor:
         return model(latents.to(model.dtype), lumina_time, features, mask)
 
-    noise = initial_noise(seeds, model.config.channels, *size_px).to(device)
+    noise = copied_to(initial_noise(seeds, model.config.channels, *size_px), device)
     with tqdm(total=options.steps, desc="drawing", leave=False, disable=not show_progress) as bar:
         return sample(
             predict,

@@ -21,13 +21,19 @@ BlockFinish = Callable[["nn.Module", Sequence[str]], None]
 
 
 def in_turn(changes: Sequence[Mapping[str, Callable[[torch.Tensor], torch.Tensor]]]) -> TensorChange:
-    """Returns one change out of several, each of which has functions for some tensors' names, applied in their order."""
+    """Returns one change out of several, each of which has functions for some tensors' names, applied in their order.
+
+    What several functions make of a tensor is rounded once: between them it is float32.
+    """
 
     def change(name: str, tensor: torch.Tensor) -> torch.Tensor:
-        for functions in changes:
-            if name in functions:
-                tensor = functions[name](tensor)
-        return tensor
+        functions = [named[name] for named in changes if name in named]
+        if len(functions) < 2:
+            return functions[0](tensor) if functions else tensor
+        changed = tensor.float()
+        for function in functions:
+            changed = function(changed)
+        return changed.to(tensor.dtype)
 
     return change
 

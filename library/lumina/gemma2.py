@@ -5,7 +5,9 @@ is built without that layer, and its norm passes everything through. Attention i
 the model's soft-capping; the model is causal, so padding behind a caption cannot reach its tokens and needs no mask.
 
 The embedding, 256,000 rows and in bf16 1.1 of the model's 4.7 GiB, stays in the host's memory wherever the model computes: a
-batch needs a few hundred of its rows, and a model file that is mapped into memory is then read in these places alone.
+batch needs a few hundred of its rows, and a model file that is mapped into memory is then read in these places alone. It
+stays in the file's dtype too, and the rows that are needed are converted: the usual file is fp16, and all of it would
+have to be read and copied for a run in bf16.
 
 Shapes: B captions, L tokens of the longest, L_i real tokens of caption i, D width (2304).
 """
@@ -31,6 +33,7 @@ from library.lumina.weighted_captions import weigh
 
 __all__ = [
     "BLOCKS",
+    "EMBEDDING",
     "LARGE_MATRICES",
     "Gemma2Encoder",
     "GemmaTokenizer",
@@ -42,6 +45,8 @@ __all__ = [
     "rehearsed_gemma2",
 ]
 
+EMBEDDING = "embed_tokens.weight"
+"""Name of the tensor that is used in whatever dtype it has."""
 BLOCKS = r"layers\.\d+"
 """Pattern of the layers' paths."""
 LARGE_MATRICES = (
@@ -187,8 +192,8 @@ class Gemma2Encoder:
 
     @property
     def dtype(self) -> torch.dtype:
-        """The dtype of the weights and of the features."""
-        return self.model.embed_tokens.weight.dtype
+        """The dtype of the layers' weights and of the features; the embedding may have another one."""
+        return self.model.layers[0].input_layernorm.weight.dtype
 
     def encode(self, captions: Sequence[str], template: PromptTemplate | None = None) -> list[Tensor]:
         """Returns one feature tensor (L_i,D) for each caption, on the model's device, in its dtype.
@@ -224,15 +229,22 @@ class Gemma2Encoder:
         padded = [ids + [self.tokenizer.pad_id] * (longest - len(ids)) for ids in tokens]
         if any(weights):
             padded.append([self.tokenizer.bos_id] + [self.tokenizer.pad_id] * (longest - 1))  # an empty text
-        embedding = self.model.embed_tokens  # it scales by sqrt(D) too
-        embedded = embedding(torch.tensor(padded, device=embedding.weight.device))  # (B,L,D), or (B+1,L,D)
-        hidden = self.model(inputs_embeds=copied_to(embedded, self.device), use_cache=False).last_hidden_state
+        embedded = copied_to(self._embedded(torch.tensor(padded)), self.device)  # (B,L,D), or (B+1,L,D)
+        hidden = self.model(inputs_embeds=embedded, use_cache=False).last_hidden_state
         # Cloned: a view would keep the whole padded batch in memory.
         features = [hidden[index, : len(ids)].clone() for index, ids in enumerate(tokens)]
         return [
             feature if weight is None else weigh(feature, hidden[-1, : len(weight)], weight)
             for feature, weight in zip(features, weights, strict=True)
         ]
+
+    def _embedded(self, tokens: Tensor) -> Tensor:
+        """Returns what goes into the first layer (B,L,D) for tokens (B,L), in our dtype, where the embedding is."""
+        embedding = self.model.embed_tokens
+        used, places = torch.unique(tokens.to(embedding.weight.device), return_inverse=True)
+        rows = embedding.weight[used].to(self.dtype)
+        # The module scales by sqrt(D) too. Its weight is frozen, so that nothing is lost by giving it another one.
+        return torch.func.functional_call(embedding, {"weight": rows}, (places,))
 
 
 def pad_features(features: Sequence[Tensor], multiple_of: int = 1) -> tuple[Tensor, Tensor | None]:

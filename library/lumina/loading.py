@@ -96,15 +96,15 @@ class ModelFiles:
                 f"--gemma2_max_token_length: {max_tokens} is more than the {most} tokens that the Gemma2 in"
                 f" {self.gemma2.path} can read; give {most} or less"
             )
-        kind = WeightedTokenizer if self.weighted_captions else GemmaTokenizer
-        return kind(self._checked_proto, max_tokens)
+        return self._any_tokenizer.limited_to(max_tokens)
 
     @cached_property
-    def _checked_proto(self) -> bytes:
-        """The tokenizer's model after one check, so that a warning about it comes once."""
-        proto = self.tokenizer.proto
-        check_vocabulary(GemmaTokenizer(proto, 1), self.gemma2.config.vocab_size, self.gemma2.path)
-        return proto
+    def _any_tokenizer(self) -> GemmaTokenizer:
+        """The tokenizer, made and checked once: its 256,000 pieces take a tenth of a second and more to read."""
+        kind = WeightedTokenizer if self.weighted_captions else GemmaTokenizer
+        tokenizer = kind(self.tokenizer.proto, 1)
+        check_vocabulary(tokenizer, self.gemma2.config.vocab_size, self.gemma2.path)
+        return tokenizer
 
 
 def gemma2_fingerprint(files: ModelFiles, dtype: torch.dtype, max_token_length: int, system_prompt: str) -> str:
@@ -353,12 +353,13 @@ def load_gemma2(
     Raises:
         ModelFileError: the tokenizer is missing or does not fit.
     """
-    from library.lumina.gemma2 import BLOCKS, LARGE_MATRICES, Gemma2Encoder, complete_gemma2, empty_gemma2
+    from library.lumina.gemma2 import BLOCKS, EMBEDDING, LARGE_MATRICES, Gemma2Encoder, complete_gemma2, empty_gemma2
 
     tokenizer = files.load_tokenizer(max_token_length)
     config = files.gemma2.config
     model = empty_gemma2(config)
-    fill(model, files.gemma2.read(dtype, show_progress), BLOCKS, LARGE_MATRICES, change, finish)
+    tensors = files.gemma2.read(dtype, show_progress, in_place=(EMBEDDING,))
+    fill(model, tensors, BLOCKS, LARGE_MATRICES, change, finish)
     return Gemma2Encoder(complete_gemma2(config, model), tokenizer, template)
 
 

@@ -41,7 +41,8 @@ QK_NORM_EPS = (
 FINAL_NORM_EPS = 1e-6
 
 # q (B,S,A,E), k and v (B,S,K,E), key mask (B,S) bool with True = real token, a sample's real
-# tokens first, or None = no padding -> (B,S,A,E)
+# tokens first, or None = no padding -> (B,S,A,E). One with a method ``of_scaled_queries`` of the same arguments is given
+# queries that carry 1 / sqrt(E): float32 arithmetic rounds them once, where scaling them later would round them twice.
 AttentionFn = Callable[[Tensor, Tensor, Tensor, "Tensor | None"], Tensor]
 
 
@@ -142,7 +143,8 @@ class Attention(nn.Module):
     def __init__(self, config: NextDiTConfig, attention: AttentionFn) -> None:
         super().__init__()
         self.num_heads, self.num_kv_heads, self.head_dim = config.num_heads, config.num_kv_heads, config.head_dim
-        self.attention = attention
+        self.attention = getattr(attention, "of_scaled_queries", attention)
+        self.scales_queries = self.attention is not attention
         query_dim = config.num_heads * config.head_dim
         self.qkv = nn.Linear(config.dim, query_dim + 2 * config.num_kv_heads * config.head_dim, bias=False)
         self.out = nn.Linear(query_dim, config.dim, bias=False)
@@ -153,7 +155,8 @@ class Attention(nn.Module):
         """Returns (B,S,D) from ``x`` (B,S,D), ``rope`` (B or 1,S,1,E/2,2) and ``key_mask`` (B,S) bool or None."""
         heads = self.qkv(x).unflatten(-1, (-1, self.head_dim))  # (B,S,A+2K,E)
         q, k, v = heads.split([self.num_heads, self.num_kv_heads, self.num_kv_heads], dim=2)
-        q = normalise_and_rotate(q, self.q_norm.weight, rope, self.q_norm.eps)
+        weight = self.q_norm.weight.float() * self.head_dim**-0.5 if self.scales_queries else self.q_norm.weight
+        q = normalise_and_rotate(q, weight, rope, self.q_norm.eps)
         k = normalise_and_rotate(k, self.k_norm.weight, rope, self.k_norm.eps)
         return self.out(self.attention(q, k, v, key_mask).flatten(2))
 

@@ -6,6 +6,7 @@ the sentencepiece model alone, with BOS in front, gives the right tokens in ever
 
 from __future__ import annotations
 
+import copy
 import hashlib
 import itertools
 import logging
@@ -13,6 +14,7 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
+from typing import Self
 
 from library.errors import ModelFileError
 from library.lumina.checkpoint_files import Checkpoint, TensorEntry
@@ -54,6 +56,12 @@ class GemmaTokenizer:
             raise ModelFileError(
                 "The tokenizer has no BOS token, so it is not Gemma's. Give Gemma-2-2B's tokenizer.model."
             )
+
+    def limited_to(self, max_tokens: int) -> Self:
+        """Returns a tokenizer that cuts off at ``max_tokens`` and shares the pieces with this one."""
+        limited = copy.copy(self)
+        limited.max_tokens = max_tokens
+        return limited
 
     @property
     def vocab_size(self) -> int:

@@ -152,6 +152,8 @@ def weigh(features: Tensor, empty: Tensor, weights: Sequence[float]) -> Tensor:
     """
     import torch
 
-    factor = torch.tensor(weights, device=features.device, dtype=torch.float32)[:, None]  # (L,1)
+    from library.lumina.placement import copied_to
+
+    factor = copied_to(torch.tensor(weights, dtype=torch.float32), features.device)[:, None]  # (L,1)
     moved = empty.float() + factor * (features.float() - empty.float())
     return torch.where(factor == 1, features, moved.to(features.dtype))

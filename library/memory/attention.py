@@ -10,7 +10,8 @@ kernels: one for batches without padding, and one for batches whose captions dif
 3. Without them ``scaled_dot_product_attention``, whose flash or cuDNN kernel needs nothing installed; and for ragged
    batches torch's ``varlen_attn``, as any mask would rule that flash kernel out.
 4. On a CPU with bf16 units that torch's kernel leaves idle, our own products in bf16 (``cpu_attention``).
-5. Where that cannot run (other CPUs, float32, GPUs before Ampere, MPS), ``scaled_dot_product_attention`` with a mask.
+5. Where that cannot run (other CPUs, float32, GPUs before Ampere, MPS), ``scaled_dot_product_attention`` with a mask. GPUs
+   before Ampere have no flash kernel, and no other one shares heads; they get a function that expands keys and values.
 
 Nothing here falls back without a word: a kernel that was asked for and cannot do the work ends the run at start-up, and
 what was chosen is logged.
@@ -26,7 +27,16 @@ import torch
 from torch import Tensor
 
 from library.errors import SettingsError
-from library.memory.attention_kernels import KERNELS, AttentionFn, Kernel, Workload, sdpa_attention, sdpa_kernel_name
+from library.memory.attention_kernels import (
+    KERNELS,
+    AttentionFn,
+    Kernel,
+    Workload,
+    sdpa_attention,
+    sdpa_kernel_name,
+    sdpa_without_sharing,
+    shares_heads,
+)
 from library.memory.settings import AttentionSettings
 
 __all__ = ["AttentionChoice", "AttentionFn", "Workload", "choose_attention", "sdpa_attention"]
@@ -112,9 +122,11 @@ def _first_that_works(
         kernel = KERNELS[name]
         reason = kernel.unsuitable(work)
         if reason is None:
-            if name not in made:
-                made[name] = kernel.make()
-            reason = failure_of(kernel, made[name], work, ragged) if kernel.is_tried else None
+            if name not in made and kernel.is_compiled:
+                logger.info("Attention: trying %s, which is compiled first; that takes up to a minute", kernel.label)
+            reason = _made(name, work, made) or (
+                failure_of(kernel, made[name], work, ragged) if kernel.is_tried else None
+            )
             if reason is None:
                 return name
             # Meant for this device and yet of no use: worth a line also where another kernel stands in.
@@ -126,6 +138,18 @@ def _first_that_works(
     if work.dtype == torch.float32 and work.device.type == "cuda" and all(KERNELS[name].half_only for name in names):
         remedy = f"add {precision_flag}, or {remedy}"
     raise SettingsError(f"{settings.given_as}: {told}; {remedy}")
+
+
+def _made(name: str, work: Workload, made: dict[str, AttentionFn]) -> str | None:
+    """Puts a kernel's function into ``made`` and returns None, or what goes wrong, such as with a package's version."""
+    if name not in made:
+        try:
+            needs_own_heads = name == "sdpa" and not shares_heads(work)
+            made[name] = sdpa_without_sharing if needs_own_heads else KERNELS[name].make()
+        except Exception as error:  # whatever another package raises: that it cannot run is the answer
+            reason = next(iter(str(error).strip().splitlines()), type(error).__name__)
+            return f"it does not go with this torch ({reason})"
+    return None
 
 
 def failure_of(kernel: Kernel, function: AttentionFn, work: Workload, ragged: bool) -> str | None:

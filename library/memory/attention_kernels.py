@@ -4,7 +4,8 @@ The contract (``AttentionFn``): queries (B,S,A,E), keys and values (B,S,K,E) whe
 with True = real token, or None where nothing is padded; returns (B,S,A,E) = softmax(q k' / sqrt(E)) v in the queries'
 dtype. The real tokens of a sample come first and its padding behind them. A caller that has no padding must give None:
 any mask rules out PyTorch's flash kernel. Rows of padded queries are defined and finite, as are their gradients, but
-meaningless.
+meaningless. A function may also have a method ``of_scaled_queries``: the same for queries that carry 1 / sqrt(E) already,
+which the model prefers.
 
 **Variable-length kernels without packing.** These kernels take rows of tokens and the bounds of sequences among them,
 and leave what lies outside all sequences uninitialised. Packing the real tokens would need their number on the host,
@@ -30,6 +31,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from library.memory.cpu_attention import cpu_attention, is_faster_than_sdpa
+from library.memory.recompute import hidden_from_recomputation
 
 AttentionFn = Callable[[Tensor, Tensor, Tensor, "Tensor | None"], Tensor]
 T = TypeVar("T")
@@ -64,13 +66,26 @@ def sdpa_attention(q: Tensor, k: Tensor, v: Tensor, key_mask: Tensor | None) -> 
     return F.scaled_dot_product_attention(q, k, v, attn_mask=mask, enable_gqa=grouped).transpose(1, 2)
 
 
+def sdpa_without_sharing(q: Tensor, k: Tensor, v: Tensor, key_mask: Tensor | None) -> Tensor:
+    """Returns what :func:`sdpa_attention` does, with keys and values always expanded: for GPUs without flash kernels."""
+    q, k, v, mask, _ = _for_sdpa(q, k, v, key_mask, shares_heads=False)
+    return F.scaled_dot_product_attention(q, k, v, attn_mask=mask).transpose(1, 2)
+
+
+def shares_heads(work: Workload) -> bool:
+    """Whether torch has a kernel for the device that shares heads without writing out the whole S x S matrix."""
+    if work.device.type != "cuda" or torch.version.hip is not None:
+        return True
+    return torch.cuda.get_device_capability(work.device) >= (8, 0)
+
+
 def _for_sdpa(
-    q: Tensor, k: Tensor, v: Tensor, key_mask: Tensor | None
+    q: Tensor, k: Tensor, v: Tensor, key_mask: Tensor | None, shares_heads: bool = True
 ) -> tuple[Tensor, Tensor, Tensor, Tensor | None, bool]:
     """Returns q, k, v as (B,heads,S,E), the mask as (B,1,1,S), and whether the kernel is to share heads."""
     q, k, v = q.transpose(1, 2), k.transpose(1, 2), v.transpose(1, 2)
     grouped = q.shape[1] != k.shape[1]
-    if grouped and q.is_cuda and (key_mask is not None or q.dtype == torch.float32):
+    if grouped and (not shares_heads or (q.is_cuda and (key_mask is not None or q.dtype == torch.float32))):
         shared_by = q.shape[1] // k.shape[1]
         k, v = k.repeat_interleave(shared_by, dim=1), v.repeat_interleave(shared_by, dim=1)
         grouped = False
@@ -91,7 +106,7 @@ def sdpa_kernel_name(work: Workload, ragged: bool) -> str:
         for heads in (work.num_heads, work.num_kv_heads, work.num_kv_heads)
     )
     key_mask = torch.ones((2, 256), dtype=torch.bool, device=work.device) if ragged else None
-    q, k, v, mask, grouped = _for_sdpa(q, k, v, key_mask)
+    q, k, v, mask, grouped = _for_sdpa(q, k, v, key_mask, shares_heads(work))
     picked = SDPBackend(torch._fused_sdp_choice(q, k, v, mask, enable_gqa=grouped))
     return str(picked.name).removesuffix("_ATTENTION").lower()
 
@@ -208,7 +223,8 @@ class OncePerMask(Generic[T]):
         if torch.compiler.is_compiling() or key_mask.is_inference():
             return self._make(key_mask)
         if self._made is None or self._mask() is not key_mask or self._version != key_mask._version:
-            self._made = self._make(key_mask)
+            with hidden_from_recomputation():  # whether it is made here depends on what came before
+                self._made = self._make(key_mask)
             self._mask, self._version = weakref.ref(key_mask), key_mask._version
         return self._made
 
@@ -295,6 +311,7 @@ class Kernel:
         gradients_on: kinds of devices where it has gradients; None = all.
         tolerance: how far a result may be from the definition's, as a share of its norm.
         is_tried: whether it is tried out at start-up. torch's own choice always works.
+        is_compiled: whether it is compiled when it is first run, which takes a while.
         lacking: returns what else of the work or the machine rules it out, or None.
     """
 
@@ -310,6 +327,7 @@ class Kernel:
     gradients_on: tuple[str, ...] | None = None
     tolerance: float = 0.05
     is_tried: bool = True
+    is_compiled: bool = False
     lacking: Callable[[Workload], str | None] = lambda work: None
 
     def unsuitable(self, work: Workload) -> str | None:
@@ -337,8 +355,8 @@ class Kernel:
             return None
         try:
             importlib.import_module(self.package)
-        except (ImportError, OSError) as error:
-            reason = next(iter(str(error).splitlines()), type(error).__name__)
+        except Exception as error:  # whatever a package raises that does not go with this torch or this GPU's driver
+            reason = next(iter(str(error).strip().splitlines()), type(error).__name__)
             return f"it cannot be imported ({reason}; {self.install})"
         return None
 
@@ -374,7 +392,14 @@ KERNELS: dict[str, Kernel] = {
         "pip install flash-attn --no-build-isolation",
     ),
     "varlen": Kernel("torch's varlen_attn", _make_varlen),
-    "flex": Kernel("torch's flex_attention", _make_flex, on_cuda=False, half_only=False, gradients_on=("cuda",)),
+    "flex": Kernel(
+        "torch's flex_attention",
+        _make_flex,
+        on_cuda=False,
+        half_only=False,
+        gradients_on=("cuda",),
+        is_compiled=True,
+    ),
     "sage": Kernel(
         "SageAttention",
         _make_sage,

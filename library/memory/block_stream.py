@@ -46,6 +46,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor, nn
 
+from library.memory.recompute import hidden_from_recomputation
 from library.memory.transport import CudaTransport, Lane, Transport
 from library.memory.views import View, is_plain
 
@@ -162,8 +163,9 @@ class BlockStream:
         def streamed(*args: Any, **kwargs: Any) -> Any:
             in_backward = _in_backward()
             try:
-                slot = self._use(index, in_backward)
-                self._hosts[index].show(self._views(slot, index))
+                with hidden_from_recomputation():  # what is copied depends on the blocks that ran before
+                    slot = self._use(index, in_backward)
+                    self._hosts[index].show(self._views(slot, index))
                 return forward(*args, **kwargs)
             finally:
                 if not in_backward:

@@ -4,12 +4,17 @@ On a CPU without AMX, torch's flash attention converts bfloat16 to float32 and m
 quarter of what AVX512-BF16 gives. Here each group of heads that shares a key/value head is a few plain matrix products,
 cut into rows so that the scores stay in the cache; they are never all in memory.
 
-A matrix product rounds its result to bfloat16, which would spoil large scores. So what is subtracted from a score before
-the exponential is taken (the row's maximum in forward, its log-sum in backward) goes into the product as further columns,
-in three parts that together have float32's precision: (q' k') / sqrt(E) = q k / sqrt(E) - m, summed in float32 and rounded
-once, when it is small where it matters. A mask is one more such column.
+oneDNN applies an elementwise function to a product's float32 sums before it rounds them to bfloat16. It offers no
+exponential, but the logistic function, and far below 0 the two are the same: e^x / (1 + e^x) is off by a share of e^x.
+So a score becomes its weight inside the product, not rounded in between, once enough is subtracted for all scores to lie
+below -ln(2^14). In forward that is any bound of the scores: weights are divided by their sum later, and floating point
+does not mind that they are small. |q| |k| is one; where it is so far above a row's scores that weights come near the
+smallest numbers there are, each row's own maximum is taken instead. In backward it is the row's log-sum.
 
-Shapes: B batch, S tokens, A heads, K key/value heads, G = A / K heads of a group, E head dimension.
+A number for each row goes into the product as further columns, three bfloat16 parts that together have float32's
+precision; the mask is the product's bias.
+
+Shapes: B batch, S tokens, A heads, K key/value heads, G = A / K heads of a group, E head dimension, R = S G rows.
 """
 
 from __future__ import annotations
@@ -21,11 +26,16 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-__all__ = ["cpu_attention", "is_faster_than_sdpa"]
+__all__ = ["CpuAttention", "cpu_attention", "is_faster_than_sdpa"]
 
-_MORE = 8  # further columns: three parts of what is subtracted, one for the mask, the rest zero (rows stay aligned)
-_SCORES = 4 * 2**20  # numbers of one chunk of scores: 8 MiB
-_MASKED = -1e6  # divided by sqrt(E), its exponential is 0
+_PARTS = 3  # further columns for a number of each row
+_MORE = 4  # with a zero, so that rows stay aligned to 8 bytes
+_SCORES = 3 * 2**19  # numbers of one chunk of scores: 3 MiB
+_SUMMED_PARTS = 8
+_UP = 2.0**14  # weights are smaller by this factor, so that the logistic function is off by a share of 2^-14
+_SHIFT = math.log(_UP)
+_LEAST_SUM = 1e-25  # of a row's weights; those too small to be numbers (1e-38) then add up to nothing
+_MASKED = -1e6  # its exponential is 0
 
 
 def is_faster_than_sdpa() -> bool:
@@ -33,33 +43,40 @@ def is_faster_than_sdpa() -> bool:
     return torch.cpu._is_avx512_bf16_supported() and not torch.cpu._is_amx_tile_supported()
 
 
-def cpu_attention(q: Tensor, k: Tensor, v: Tensor, key_mask: Tensor | None) -> Tensor:
-    """Returns softmax(q k' / sqrt(E)) v, (B,S,A,E) bfloat16; for the arguments see :mod:`library.memory.attention`.
+class CpuAttention:
+    """Softmax(q k' / sqrt(E)) v in bfloat16; for the arguments see :mod:`library.memory.attention_kernels`.
 
     Every row must have a key that is not masked.
     """
-    return _attention(q, k, v, key_mask)[0]
+
+    def __call__(self, q: Tensor, k: Tensor, v: Tensor, key_mask: Tensor | None) -> Tensor:
+        """Returns (B,S,A,E)."""
+        return self.of_scaled_queries(q * q.shape[-1] ** -0.5, k, v, key_mask)
+
+    def of_scaled_queries(self, q: Tensor, k: Tensor, v: Tensor, key_mask: Tensor | None) -> Tensor:
+        """Returns softmax(q k') v, for queries that were divided by sqrt(E) before they were rounded."""
+        return _attention(q, k, v, key_mask)[0]
+
+
+cpu_attention = CpuAttention()
 
 
 @torch.library.custom_op("lumina::cpu_attention", mutates_args=(), device_types="cpu")
 def _attention(q: Tensor, k: Tensor, v: Tensor, key_mask: Tensor | None) -> tuple[Tensor, Tensor]:
     out = torch.empty(q.shape, dtype=q.dtype)
     log_sums = torch.empty(q.shape[:-1], dtype=torch.float32)  # (B,S,A)
-    scale = q.shape[-1] ** -0.5
     for sample, head, group in _groups(q, k):
-        keys = _keys(k[sample, :, head], key_mask, sample).t()  # (E+8,S)
-        values = v[sample, :, head].contiguous()  # (S,E)
-        for rows in _chunks(q, k):
-            queries = _queries(q[sample, rows, group])  # (R,E+8)
-            scores = queries.new_empty(len(queries), keys.shape[1])
-            largest = _scaled_product(queries, keys, scale, scores).amax(dim=-1).float()
-            _subtract(queries, largest / scale)
-            _scaled_product(queries, keys, scale, scores).exp_()
-            sums = scores.sum(dim=-1, dtype=torch.float32)
-            result = (scores @ values).float().div_(sums[:, None])
-            place = q[sample, rows, group].shape
-            out[sample, rows, group] = result.view(place).to(q.dtype)
-            log_sums[sample, rows, group] = (largest + sums.log()).view(place[:-1])
+        queries = q[sample, :, group].flatten(0, 1)  # (R,E)
+        keys, values = k[sample, :, head].contiguous(), v[sample, :, head].contiguous()  # (S,E)
+        bias = _bias(keys, key_mask, sample)
+        subtracted: Tensor = _bound(queries, keys)
+        attended, sums = _attended(queries, keys, bias - subtracted, values)
+        if not sums.min() > _LEAST_SUM:  # NaN as well
+            subtracted = _maxima(queries, keys, bias).add_(_SHIFT)  # (R,)
+            attended, sums = _attended(_with_columns(queries, -subtracted), _with_columns(keys), bias, values)
+        place = q[sample, :, group].shape  # (S,G,E)
+        out[sample, :, group] = (attended / sums[:, None]).view(place)
+        log_sums[sample, :, group] = sums.log_().add_(subtracted).view(place[:-1])
     return out, log_sums
 
 
@@ -68,26 +85,25 @@ def _backward(
     gradient: Tensor, q: Tensor, k: Tensor, v: Tensor, key_mask: Tensor | None, out: Tensor, log_sums: Tensor
 ) -> tuple[Tensor, Tensor, Tensor]:
     of_q, of_k, of_v = (torch.empty(x.shape, dtype=x.dtype) for x in (q, k, v))
-    scale = q.shape[-1] ** -0.5
     for sample, head, group in _groups(q, k):
-        plain_keys = k[sample, :, head].contiguous()  # (S,E)
-        keys = _keys(k[sample, :, head], key_mask, sample).t()  # (E+8,S)
-        values = _keys(v[sample, :, head], None, sample).t()  # (E+8,S)
-        sum_k, sum_v = (torch.zeros(k.shape[1], k.shape[3]) for _ in range(2))
-        for rows in _chunks(q, k):
-            queries = _queries(q[sample, rows, group])  # (R,E+8)
-            _subtract(queries, log_sums[sample, rows, group].reshape(-1) / scale)
-            weights = queries.new_empty(len(queries), keys.shape[1])
-            _scaled_product(queries, keys, scale, weights).exp_()  # (R,S), rows sum to 1
-            given = gradient[sample, rows, group]
-            products = given.float().mul_(out[sample, rows, group]).sum(dim=-1)
-            padded = F.pad(given, (0, _MORE)).flatten(0, 1)  # (R,E+8)
-            _subtract(padded, products.flatten())
-            of_scores = torch.mm(padded, values).mul_(weights)  # weights * (gradient v - products)
-            sum_v += weights.t() @ padded[:, : q.shape[-1]]
-            sum_k += of_scores.t() @ queries[:, : q.shape[-1]]
-            of_q[sample, rows, group] = (of_scores @ plain_keys).float().mul_(scale).view(given.shape).to(q.dtype)
-        of_k[sample, :, head], of_v[sample, :, head] = sum_k.mul_(scale).to(k.dtype), sum_v.to(v.dtype)
+        plain_keys, keys = k[sample, :, head].contiguous(), _with_columns(k[sample, :, head])  # (S,E), (S,E+4)
+        values, bias = _with_columns(v[sample, :, head]), _bias(keys, key_mask, sample)
+        plain_queries = q[sample, :, group].flatten(0, 1)  # (R,E)
+        queries = _with_columns(plain_queries, log_sums[sample, :, group].flatten().add(_SHIFT).neg_())  # (R,E+4)
+        plain_given = gradient[sample, :, group].flatten(0, 1)
+        products = plain_given.float().mul_(out[sample, :, group].flatten(0, 1)).sum(dim=-1)
+        given = _with_columns(plain_given, products.neg_())
+        group_q, sum_k, sum_v = torch.empty_like(plain_queries), *(torch.zeros(keys.shape[0], k.shape[3]) for _ in "kv")
+        for rows in _chunks(queries.shape[0], keys.shape[0]):
+            weights = _weights(queries[rows], keys, bias)  # (rows,S), rows sum to 1 / _UP
+            sum_v += weights.t() @ plain_given[rows]
+            # weights * (gradient v - products)
+            of_scores = torch.ops.mkldnn._linear_pointwise.binary(given[rows], weights, values, None, "mul")
+            del weights
+            sum_k += of_scores.t() @ plain_queries[rows]
+            torch.mm(of_scores, plain_keys, out=group_q[rows])
+        torch.mul(group_q.view(q[sample, :, group].shape), _UP, out=of_q[sample, :, group])
+        of_k[sample, :, head], of_v[sample, :, head] = sum_k.mul_(_UP), sum_v.mul_(_UP)
     return of_q, of_k, of_v
 
 
@@ -99,45 +115,70 @@ def _groups(q: Tensor, k: Tensor) -> Iterator[tuple[int, int, slice]]:
             yield sample, head, slice(head * size, (head + 1) * size)
 
 
-def _chunks(q: Tensor, k: Tensor) -> list[slice]:
-    """Returns slices of query tokens whose scores of one group fit the cache, of about equal length."""
-    length, size = q.shape[1], q.shape[2] // k.shape[2]
-    count = max(1, math.ceil(length * size * k.shape[1] / _SCORES))
-    step = math.ceil(length / count)
-    return [slice(start, min(start + step, length)) for start in range(0, length, step)]
+def _chunks(rows: int, keys: int) -> list[slice]:
+    """Returns slices of rows whose scores fit the cache, of about equal length."""
+    step = math.ceil(rows / math.ceil(rows * keys / _SCORES))
+    return [slice(start, min(start + step, rows)) for start in range(0, rows, step)]
 
 
-def _keys(x: Tensor, key_mask: Tensor | None, sample: int) -> Tensor:
-    """Returns keys or values (S,E+8) with the columns that meet those of :func:`_subtract` and the mask."""
-    width = x.shape[-1]
+def _attended(queries: Tensor, keys: Tensor, bias: Tensor, values: Tensor) -> tuple[Tensor, Tensor]:
+    """Returns the weighted sums of the values (R,E), and the sums of the weights (R,) float32."""
+    attended, sums = queries.new_empty(queries.shape[0], values.shape[1]), torch.empty(queries.shape[0])
+    for rows in _chunks(queries.shape[0], keys.shape[0]):
+        weights = _weights(queries[rows], keys, bias)
+        torch.sum(_sums_of_parts(weights), dim=-1, dtype=torch.float32, out=sums[rows])
+        torch.mm(weights, values, out=attended[rows])
+    return attended, sums
+
+
+def _sums_of_parts(weights: Tensor) -> Tensor:
+    """Returns sums (rows,about 8), each rounded to bfloat16; for one float32 sum torch would copy the weights first."""
+    length = weights.shape[1] - weights.shape[1] % _SUMMED_PARTS
+    whole, rest = weights[:, :length], weights[:, length:]
+    sums = whole.unflatten(1, (_SUMMED_PARTS, -1)).sum(dim=-1)
+    return torch.cat([sums, rest], dim=1) if rest.shape[1] else sums
+
+
+def _weights(queries: Tensor, keys: Tensor, bias: Tensor) -> Tensor:
+    """Returns the logistic function of the scores (rows,S), computed before they are rounded."""
+    return torch.ops.mkldnn._linear_pointwise(queries, keys, bias, "sigmoid", [], "")
+
+
+def _bias(keys: Tensor, key_mask: Tensor | None, sample: int) -> Tensor:
+    """Returns what is added to the scores of each key (S,)."""
+    if key_mask is None:
+        return keys.new_zeros(keys.shape[0])
+    return torch.where(key_mask[sample], 0.0, _MASKED).to(keys.dtype)
+
+
+def _bound(queries: Tensor, keys: Tensor) -> Tensor:
+    """Returns a number (), exact in bfloat16, by which to make scores smaller: |q| |k| is not below any score."""
+    # 2 % for what is rounded to bfloat16: squares, their sums and the result, each by at most 0.4 %.
+    longest = [x.square().sum(dim=-1).amax().float().sqrt() for x in (queries, keys)]
+    return (longest[0] * longest[1] * 1.02 + _SHIFT).to(queries.dtype)
+
+
+def _maxima(queries: Tensor, keys: Tensor, bias: Tensor) -> Tensor:
+    """Returns numbers (R,) float32 that are just above the largest score of each row."""
+    largest = [
+        torch.ops.mkldnn._linear_pointwise(queries[rows], keys, bias, "none", [], "").amax(dim=-1).float()
+        for rows in _chunks(queries.shape[0], keys.shape[0])
+    ]
+    maxima = torch.cat(largest)
+    return maxima + maxima.abs() / 128  # they are rounded: by at most a share of 1/256
+
+
+def _with_columns(x: Tensor, numbers: Tensor | None = None) -> Tensor:
+    """Returns rows (N,E+4) whose products with others are larger by a number (N,); None for the other side's ones."""
     padded = F.pad(x, (0, _MORE))
-    padded[:, width : width + 3] = 1
-    if key_mask is not None:
-        padded[:, width + 3] = torch.where(key_mask[sample], 0.0, _MASKED).to(x.dtype)
+    columns = padded[:, x.shape[-1] :]
+    if numbers is None:
+        columns[:, :_PARTS] = 1
+        return padded
+    for column in range(_PARTS):
+        columns[:, column] = numbers
+        numbers = numbers - columns[:, column]
     return padded
-
-
-def _scaled_product(queries: Tensor, keys: Tensor, scale: float, out: Tensor) -> Tensor:
-    """Returns ``out``, filled with the scaled product; scaled before it is rounded."""
-    return torch.addmm(out, queries, keys, beta=0, alpha=scale, out=out)
-
-
-def _queries(x: Tensor) -> Tensor:
-    """Returns the queries (rows * G, E+8) of a group (rows,G,E), with nothing subtracted."""
-    width = x.shape[-1]
-    padded = F.pad(x, (0, _MORE)).flatten(0, 1)
-    padded[:, width + 3] = 1
-    return padded
-
-
-def _subtract(padded: Tensor, values: Tensor) -> None:
-    """Makes the product of each row with keys smaller by a float32 value, given as three bfloat16 parts."""
-    width = padded.shape[-1] - _MORE
-    rest = values.neg()
-    for column in range(width, width + 3):
-        part = rest.to(padded.dtype)
-        padded[:, column] = part
-        rest = rest - part.float()
 
 
 @_attention.register_fake

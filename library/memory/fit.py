@@ -1,6 +1,6 @@
 """Which memory flags make a training run fit: what each set of them needs, how long it takes, and the fastest that fits.
 
-Needs are computed by rehearsing the run's own step (``library/training/memory_fit.py``). On top comes an *allowance* for
+Needs are computed by rehearsing the run's own step (``library/training/step_rehearsal.py``). On top comes an *allowance* for
 what no rehearsal sees: kernels' workspaces and fragmentation, as a share, and CUDA's own context. It stands in
 ``memory_table.json`` beside the table of the documentation, and is taken from measured rows as soon as there are any.
 
@@ -72,25 +72,33 @@ class Need:
     out: int = 0
     back: int = 0
     """Bytes of activations that go to the host and come back."""
+    text_layers: tuple[int, ...] = ()
+    """Bytes of each of the text encoder's layers, where they are part of ``weights`` and all streamed as soon as one block
+    is."""
 
     def bytes_with(self, blocks_to_swap: int) -> int:
-        """Returns the most device memory that tensors take where so many blocks are streamed.
-
-        The ring has room for two blocks, as ``BlockStream.num_ring_bytes`` says.
-        """
-        return self.weights + self.step - self._streamed(blocks_to_swap) + self._ring(blocks_to_swap)
+        """Returns the most device memory that tensors take where so many blocks are streamed."""
+        saved = self._streamed(blocks_to_swap) - ring_bytes(self.blocks, blocks_to_swap)
+        if blocks_to_swap:
+            saved += sum(self.text_layers) - ring_bytes(self.text_layers, len(self.text_layers))
+        return self.weights + self.step - saved
 
     def seconds_with(self, blocks_to_swap: int) -> float:
         """Returns how long a step takes: copies in one direction hide behind the computation, or it behind them."""
         weights = self._streamed(blocks_to_swap) / HOST_COPY_BYTES
         forward = max(self.forward_s, weights, self.out / HOST_COPY_BYTES)
-        return forward + max(self.backward_s, weights + self.back / HOST_COPY_BYTES)
+        # Captions are encoded before the model begins, and in less time than the text encoder's layers need to come.
+        text = sum(self.text_layers) / HOST_COPY_BYTES if blocks_to_swap else 0.0
+        return text + forward + max(self.backward_s, weights + self.back / HOST_COPY_BYTES)
 
     def _streamed(self, count: int) -> int:
         return sum(self.blocks[index * len(self.blocks) // count] for index in range(count))
 
-    def _ring(self, count: int) -> int:
-        return min(2, count) * max(self.blocks, default=0)
+
+def ring_bytes(blocks: Sequence[int], count: int) -> int:
+    """Returns the device memory through which ``count`` of the blocks are streamed: room for two of the largest, as
+    ``BlockStream.num_ring_bytes`` says."""
+    return min(2, count) * max(blocks, default=0)
 
 
 @dataclass(frozen=True)

@@ -35,8 +35,27 @@ def keep_freed_memory(large_blocks: bool = True) -> bool:
         mallopt = ctypes.CDLL(None).mallopt
     except (OSError, AttributeError):  # musl has none
         return False
-    settings = ((_MMAP_THRESHOLD, _KEPT if large_blocks else _LARGE), (_TRIM_THRESHOLD, _KEPT), (_TOP_PAD, _GROWN_BY))
-    results = [mallopt(name, value) for name, value in settings]
-    taken = all(result == 1 for result in results)
+    # Before 2.35 glibc takes no threshold above 32 MiB, and whoever sets any of these also ends its growing by itself:
+    # refused, it would stay at 128 KiB, where nearly every tensor is mapped and unmapped.
+    kept = (large_blocks and mallopt(_MMAP_THRESHOLD, _KEPT) == 1) or mallopt(_MMAP_THRESHOLD, _LARGE) == 1
+    taken = kept and all(mallopt(name, value) == 1 for name, value in ((_TRIM_THRESHOLD, _KEPT), (_TOP_PAD, _GROWN_BY)))
     logger.debug("freed memory is %s", "kept" if taken else "given back to the system")
     return taken
+
+
+def give_freed_memory_back() -> bool:
+    """Gives the system all memory back that the process has freed and kept; for when a whole model was let go.
+
+    Otherwise up to 2 GiB of it would stay for as long as the process lives, whatever it needs by then.
+
+    Returns:
+        Whether there is a way to.
+    """
+    if not sys.platform.startswith("linux"):
+        return False
+    try:
+        trim = ctypes.CDLL(None).malloc_trim
+    except (OSError, AttributeError):  # musl has none
+        return False
+    trim(ctypes.c_size_t(0))
+    return True

@@ -24,6 +24,7 @@ from torch import Tensor, nn
 from library.memory.activation_offload import ActivationOffload
 from library.memory.block_stream import NUM_SLOTS, BlockStream
 from library.memory.compilation import compile_blocks
+from library.memory.compile_report import report_compiling
 from library.memory.recompute import recompute_in_backward
 from library.memory.saved_tensors import SavedTensors
 from library.memory.settings import MemorySettings
@@ -149,13 +150,14 @@ def prepare_blocks(
         recompute_in_backward(blocks, preserve_rng_state, "selective")
     if settings.torch_compile:
         compile_blocks(blocks, settings.dynamo_backend)
+        report_compiling()
     offloads = settings.cpu_offload_checkpointing and (transport is not None or can_stream(device))
     if transport is None and (streamed or offloads):
         transport = CudaTransport(device)
     stream = _attached_stream(streamed, device, transport, f"{len(streamed)} blocks") if streamed else None
     if 0 < len(streamed) <= NUM_SLOTS:
         logger.warning(
-            "--blocks_to_swap %d saves no device memory, because %d blocks have to have room there; give more",
+            "--blocks_to_swap %d saves no device memory for blocks, because %d have to have room there; give more",
             len(streamed),
             NUM_SLOTS,
         )

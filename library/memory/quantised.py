@@ -16,10 +16,13 @@ from __future__ import annotations
 
 import abc
 from collections.abc import Callable, Sequence
+from functools import partial
 from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor, nn
+
+from library.errors import SettingsError
 
 if TYPE_CHECKING:
     from library.memory.settings import Quantisation
@@ -63,6 +66,30 @@ class QuantisedLinear(nn.Module, abc.ABC):
         return f"in_features={self.in_features}, out_features={self.out_features}"
 
 
+def finish_of(
+    kind: Quantisation | None, device: torch.device, place: torch.device
+) -> Callable[[nn.Module, Sequence[str]], None] | None:
+    """Returns what is done with a block as soon as it is read; None: nothing, because it is where it is to be.
+
+    A block that computes on a device goes there at once. So of a file that is in another precision than the run (Gemma2's
+    usual one is fp16) only one converted block is in host memory, and not the whole model.
+
+    Args:
+        kind: how it is quantised; None = not at all.
+        device: where the arithmetic is done.
+        place: where the block is in the end.
+    """
+    if kind is not None:
+        return partial(quantise_block, kind=kind, device=device, place=place)
+    if place.type == "cpu":
+        return None
+    return partial(_place_block, place=place)
+
+
+def _place_block(block: nn.Module, paths: Sequence[str], place: torch.device) -> None:
+    block.to(place)
+
+
 def quantise_block(
     block: nn.Module,
     paths: Sequence[str],
@@ -90,6 +117,27 @@ def quantise_block(
         parent, _, name = path.rpartition(".")
         setattr(block.get_submodule(parent), name, quantised.train(linear.training))
     block.to(place)
+
+
+def require_quantisation(kind: Quantisation | None, device: torch.device) -> None:
+    """Checks that a device can do what a kind of weights needs, by doing it once, before a model is read.
+
+    Raises:
+        SettingsError: it cannot.
+    """
+    if kind == "fp8_fast":
+        from library.memory.fp8 import require_fp8_products
+
+        require_fp8_products(device)
+    if kind == "nf4":
+        try:
+            _maker(kind)(torch.ones(64, 64, device=device))(torch.ones(1, 64, device=device))
+        except Exception as error:  # whatever bitsandbytes raises: that it cannot be used here is the answer
+            reason = next(iter(str(error).strip().splitlines()), type(error).__name__)
+            raise SettingsError(
+                f"--nf4_base: bitsandbytes is installed but cannot be used on {device.type} ({reason}); install it anew in"
+                f" a version for this torch ({torch.__version__}), or use --fp8_base"
+            ) from error
 
 
 def _maker(kind: Quantisation) -> Callable[[Tensor], QuantisedLinear]:

@@ -9,14 +9,24 @@ products of the feed-forward layer). In a block of Lumina that is 5.7 of 31 widt
 
 from __future__ import annotations
 
+import contextlib
 import functools
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 from typing import Any
 
 import torch
-from torch import nn
-from torch.utils.checkpoint import CheckpointPolicy, checkpoint, create_selective_checkpoint_contexts
+from torch import Tensor, nn
+from torch.utils._python_dispatch import _get_current_dispatch_mode, _pop_mode_temporarily
+from torch.utils._pytree import tree_leaves
+from torch.utils.checkpoint import (
+    CheckpointPolicy,
+    _CachedTorchDispatchMode,
+    _CachingTorchDispatchMode,
+    checkpoint,
+    create_selective_checkpoint_contexts,
+)
 
+from library.errors import SettingsError
 from library.memory.settings import CheckpointingLevel
 
 _WIDENING = 2  # a product whose rows become wider than this many times its input's is not kept
@@ -66,15 +76,62 @@ def _recomputed(forward: Any, preserve_rng_state: bool, level: CheckpointingLeve
 
 def selective_contexts() -> tuple[Any, Any]:
     """Returns the contexts of a block's forward pass and of its recomputation, for ``checkpoint``'s ``context_fn``."""
-    return create_selective_checkpoint_contexts(_policy)
+    return create_selective_checkpoint_contexts(_Policy())
 
 
-def _policy(ctx: Any, operation: Any, *args: Any, **kwargs: Any) -> CheckpointPolicy:
+@contextlib.contextmanager
+def hidden_from_recomputation() -> Iterator[None]:
+    """Hides what the block of code does from selective recomputation, if one is going on.
+
+    That one counts operations: what a block of the model does in backward it must have done in forward, or newer
+    versions of torch end the run. What depends on more than the block's inputs, such as what is remembered of a mask and
+    the order in which weights come from host memory, has to be done in here.
+    """
+    with contextlib.ExitStack() as stack:
+        while isinstance(_get_current_dispatch_mode(), (_CachingTorchDispatchMode, _CachedTorchDispatchMode)):
+            stack.enter_context(_pop_mode_temporarily())
+        yield
+
+
+class _Policy:
+    """Says of each operation of a block's forward pass whether its result is kept.
+
+    What is kept must not be written over: the recomputation would go on from it as if it were the result. torch looks
+    only at the very tensor that the operation returned, and a Linear returns a view of it that counts its changes apart.
+    """
+
+    def __init__(self) -> None:
+        self._kept: set[int] = set()  # storages, which live as long as what is kept
+
+    def __call__(self, ctx: Any, operation: Any, *args: Any, **kwargs: Any) -> CheckpointPolicy:
+        schema = getattr(operation, "_schema", None)  # operators that take functions have none
+        if schema is not None and schema.is_mutable and self._kept:
+            self._check_writes(operation, args, kwargs)
+        if not _keeps(operation, args):
+            return CheckpointPolicy.PREFER_RECOMPUTE
+        # Being compiled, operations are traced with stand-ins, and writing becomes making anew.
+        results = tree_leaves(getattr(ctx, "op_output", None))
+        self._kept.update(result.untyped_storage()._cdata for result in results if type(result) is Tensor)
+        return CheckpointPolicy.MUST_SAVE
+
+    def _check_writes(self, operation: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        given = zip(operation._schema.arguments, args, strict=False)
+        named = ((argument, kwargs.get(argument.name)) for argument in operation._schema.arguments)
+        for argument, value in (*given, *named):
+            if argument.alias_info is None or not argument.alias_info.is_write:
+                continue
+            if any(type(one) is Tensor and one.untyped_storage()._cdata in self._kept for one in tree_leaves(value)):
+                raise SettingsError(
+                    "--gradient_checkpointing_level selective keeps the results of matrix products, and something in a"
+                    f" block (the network module, as a rule) writes over one ({operation}), so that gradients would be"
+                    " wrong; use --gradient_checkpointing_level full"
+                )
+
+
+def _keeps(operation: Any, args: tuple[Any, ...]) -> bool:
     if operation in _PRODUCTS:
-        kept = _is_narrow(args[0].shape[1], args[1].shape[1])
-    else:
-        kept = operation in _ATTENTION or getattr(operation, "namespace", "") in _ATTENTION_NAMESPACES
-    return CheckpointPolicy.MUST_SAVE if kept else CheckpointPolicy.PREFER_RECOMPUTE
+        return _is_narrow(args[0].shape[1], args[1].shape[1])
+    return operation in _ATTENTION or getattr(operation, "namespace", "") in _ATTENTION_NAMESPACES
 
 
 def _is_narrow(width_in: int, width_out: int) -> bool:

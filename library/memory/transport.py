@@ -50,12 +50,15 @@ class Transport(Protocol):
     def host_buffer(self, num_bytes: int) -> Tensor:
         """Returns (num_bytes,) uint8 in host memory that copies can read and write without the host's help.
 
+        It need not begin where its storage does.
+
         Raises:
             SettingsError: there is not that much.
         """
 
     def device_buffer(self, num_bytes: int) -> Tensor:
-        """Returns (num_bytes,) uint8 on the device; the computation may have used this memory for something else."""
+        """Returns (num_bytes,) uint8 on the device, a storage of its own; the computation may have used this memory for
+        something else."""
 
     def mark(self) -> Any:
         """Returns a token for all that the computation has been told so far."""

@@ -9,7 +9,7 @@ from torch import Tensor
 
 
 class View(NamedTuple):
-    """A tensor's place in a storage."""
+    """A tensor's place in a storage, or in a buffer."""
 
     dtype: torch.dtype
     offset: int
@@ -23,9 +23,15 @@ class View(NamedTuple):
         return cls(tensor.dtype, int(tensor.storage_offset()), tuple(tensor.shape), tensor.stride())
 
     def into(self, buffer: Tensor) -> Tensor:
-        """Returns the tensor that lies at this place of the storage of ``buffer``, whatever that one's dtype is."""
+        """Returns the tensor that lies at this place of ``buffer``, counted from its first byte, whatever its dtype is.
+
+        A buffer need not begin where its storage does: pinned memory begins at the first whole page.
+        """
+        begin, rest = divmod(int(buffer.storage_offset()) * buffer.element_size(), self.dtype.itemsize)
+        if rest:
+            raise RuntimeError(f"a buffer that begins at byte {rest} of a {self.dtype} cannot hold such numbers")
         tensor = torch.empty(0, dtype=self.dtype, device=buffer.device)
-        return tensor.set_(buffer.untyped_storage(), self.offset, self.shape, self.stride)
+        return tensor.set_(buffer.untyped_storage(), begin + self.offset, self.shape, self.stride)
 
 
 def is_plain(tensor: Tensor) -> bool:
@@ -36,4 +42,5 @@ def is_plain(tensor: Tensor) -> bool:
 def whole_storage(tensor: Tensor) -> Tensor:
     """Returns all bytes of a tensor's storage as (num_bytes,) uint8, without copying."""
     storage = tensor.untyped_storage()
-    return View(torch.uint8, 0, (storage.nbytes(),), (1,)).into(tensor.detach())
+    bytes_of = torch.empty(0, dtype=torch.uint8, device=tensor.device)
+    return bytes_of.set_(storage, 0, (storage.nbytes(),), (1,))

@@ -104,6 +104,11 @@ class BaseWeights:
             if reaches and weight.multiplier:
                 self._reaching_text_encoder.append(weight)
 
+    @property
+    def merge_behind_reading(self) -> bool:
+        """Whether :meth:`merge_into_models` has something to do, on the CPU."""
+        return bool(self.weights) and not self._fits_without_weights
+
     def text_encoder_change(self) -> Callable[[str, Tensor], Tensor]:
         """Returns what each tensor of the text encoder becomes as it is read, a function of its name and itself."""
         return self._change(self._reaching_text_encoder, of_text_encoder=True)

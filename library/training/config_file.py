@@ -122,6 +122,16 @@ def _hint(text: str, message: str) -> str:
         return ". TOML has no word for nothing; remove the line"
     if re.search(r"=\s*(True|False)\b", line):
         return ". Write true and false in small letters"
+    if re.search(
+        "[\N{LEFT DOUBLE QUOTATION MARK}\N{RIGHT DOUBLE QUOTATION MARK}\N{DOUBLE LOW-9 QUOTATION MARK}]", line
+    ):
+        return '. Write straight quotes: "text"'
+    if "overwrite" in message:
+        return ". The key stands there a second time; keep one of the lines"
+    if re.match(r"\s*\w+\s*:", line):
+        return ". Write key = value, with an equals sign"
+    if re.search(r"=\s*[A-Za-z/~.]", line):
+        return '. Put texts in quotes: key = "text"'
     return ""
 
 

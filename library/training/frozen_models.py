@@ -7,14 +7,14 @@ This is policy that holds for every model family, between its hooks (:class:`Mod
 from __future__ import annotations
 
 import gc
-from collections.abc import Callable
-from functools import partial
-from typing import TYPE_CHECKING
+from collections.abc import Callable, Sequence
+from typing import TYPE_CHECKING, Any
 
 from library.errors import SettingsError
 from library.training.arguments import TrainConfig
 from library.training.base_weights import BaseWeights
 from library.training.hooks import ModelFamily, PictureEncoder, Reading, TextEncoder
+from library.training.out_of_memory import raise_where_a_caption_was_too_long
 
 if TYPE_CHECKING:
     import torch
@@ -93,6 +93,23 @@ class FrozenModels(ModelFamily):
         asked = bool(self.config.memory.blocks_to_swap)
         return asked and not self.config.trains_text_encoder and can_stream(self.device)
 
+    def encode_captions(self, captions: Sequence[str], template: Any = None) -> list[Tensor]:
+        """Returns the text encoder's features of captions that are encoded ahead of training.
+
+        Args:
+            captions: one batch.
+            template: of texts that are no captions.
+
+        Raises:
+            SettingsError: memory is too small for one of them.
+        """
+        encoder = self.ready_text_encoder()
+        try:
+            return encoder.encode(captions, template)
+        except RuntimeError as error:
+            raise_where_a_caption_was_too_long(error, captions, self.config, self.device)
+            raise
+
     def _read_text_encoder(self) -> TextEncoder:
         import torch
 
@@ -107,11 +124,13 @@ class FrozenModels(ModelFamily):
         self, change: Callable[[str, Tensor], Tensor], kind: Quantisation | None, home: torch.device
     ) -> Reading:
         """Returns what is done with weights as they are read: merge into a tensor, quantise its block and leave it there."""
-        if kind is None:
-            return Reading(change)
-        from library.memory.quantised import quantise_block
+        import torch
 
-        return Reading(change, partial(quantise_block, kind=kind, device=self.device, place=home))
+        from library.memory.quantised import finish_of
+
+        if self.base_weights.merge_behind_reading:
+            home = torch.device("cpu")  # that is where they merge
+        return Reading(change, finish_of(kind, self.device, home))
 
     def ready_autoencoder(self) -> PictureEncoder:
         """Returns the autoencoder on the device, read when it is first needed."""
@@ -135,9 +154,13 @@ class FrozenModels(ModelFamily):
         """
         import torch
 
+        from library.memory.shortage import is_out_of_memory
+
         try:
             return self.ready_autoencoder().encode(pixels)
-        except torch.OutOfMemoryError as error:
+        except RuntimeError as error:
+            if not is_out_of_memory(error):
+                raise
             remedies = ["a smaller --resolution needs less memory"]
             if self.autoencoder_dtype == torch.float32:
                 remedies.insert(0, "bf16 (--mixed_precision bf16 without --no_half_vae) needs half of it")
@@ -179,6 +202,9 @@ class FrozenModels(ModelFamily):
     def _free(self) -> None:
         import torch
 
+        from library.memory.host_memory import give_freed_memory_back
+
         gc.collect()
+        give_freed_memory_back()
         if self.device.type == "cuda":
             torch.cuda.empty_cache()

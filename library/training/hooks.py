@@ -103,8 +103,8 @@ class ModelFamily(abc.ABC):
         """Returns the autoencoder on the CPU, frozen."""
 
     @abc.abstractmethod
-    def latent_fingerprint(self) -> str:
-        """Returns what every cached latent depends on apart from the picture."""
+    def latent_fingerprint(self, size_px: tuple[int, int]) -> str:
+        """Returns what the cached latents of pictures of this size (width, height) depend on apart from the picture."""
 
     @abc.abstractmethod
     def load_model(self, dtype: torch.dtype, reading: Reading) -> nn.Module:

@@ -32,7 +32,6 @@ if TYPE_CHECKING:
     from pathlib import Path
 
     from PIL.Image import Image
-    from torch import Tensor
 
     from library.data.cache import Sharing
     from library.data.dataset import TrainingData
@@ -70,6 +69,7 @@ class NetworkTrainer(FrozenModels):
                 self.finish()
                 return
             self.fit_memory()
+            self.log_settings()
             self.cache_latents()
             self.plan_steps()
             self.cache_text()
@@ -82,7 +82,7 @@ class NetworkTrainer(FrozenModels):
             self.report_memory()
         except BaseException as error:
             self.trackers.flush()  # what has been reported so far must not be lost
-            raise_where_memory_was_short(error, self.config)
+            raise_where_memory_was_short(error, self.config, self.device)
             raise
         self.finish()
 
@@ -112,24 +112,23 @@ class NetworkTrainer(FrozenModels):
             from library.keyed_random import key
             from library.memory.attention import choose_attention
             from library.memory.prepare import warn_where_useless
+            from library.memory.quantised import require_quantisation
             from library.training import optimizers
             from library.training.cpu_use import use_cpu_well
             from library.training.hub import HubUploads
-            from library.training.processes import Processes, start_accelerator
-            from library.training.trackers import Trackers, logged_settings
+            from library.training.processes import Processes, start_accelerator, warn_of_launcher
+            from library.training.trackers import Trackers
 
             optimizers.rehearse(config.optimizer)
+            warn_of_launcher(config.memory)
             self.accelerator = start_accelerator(config.memory.mixed_precision, config.schedule.ddp_timeout, config.log)
         self.processes = Processes(self.accelerator)
         self.device = self.accelerator.device
         if config.memory.torch_compile:
             from library.memory.compilation import check_backend
 
-            check_backend(config.memory.dynamo_backend)
-        if config.quantisation.fp8_fast:
-            from library.memory.fp8 import require_fp8_products
-
-            require_fp8_products(self.device)
+            check_backend(config.memory.dynamo_backend, self.device)
+        require_quantisation(config.quantisation.transformer, self.device)
         self.weight_dtype = torch.bfloat16 if config.memory.mixed_precision == "bf16" else torch.float32
         self.resuming.find(self.processes, StateNames(self.output_dir(), config.output.output_name))
         seed = config.schedule.seed if config.schedule.seed is not None else self.resuming.seed
@@ -140,7 +139,7 @@ class NetworkTrainer(FrozenModels):
         torch.manual_seed(key("torch", seed))
         # Tried before anything is read or encoded: what is missing must show now.
         self.attention = choose_attention(config.attention, self._attention_work(), "--mixed_precision bf16")
-        self.trackers = Trackers(self.accelerator, config.log, logged_settings(config))
+        self.trackers = Trackers(self.accelerator, config.log)
         uploads = self.processes.is_main and not config.data.debug_dataset
         self.uploads = HubUploads(config.hub) if uploads else None
         where = torch.cuda.get_device_name() if self.device.type == "cuda" else self.device.type
@@ -173,10 +172,19 @@ class NetworkTrainer(FrozenModels):
         asked = self.config.memory.vram_gb
         if asked is None:
             return
+        from library.memory.quantised import require_quantisation
         from library.training.memory_fit import fitted_settings
 
         memory, quantisation = fitted_settings(self, asked)
+        require_quantisation(quantisation.transformer, self.device)
         self.config = dataclasses.replace(self.config, memory=memory, quantisation=quantisation)
+
+    def log_settings(self) -> None:
+        """Stores the run's settings in the trackers, where asked for: the final ones."""
+        from library.training.trackers import logged_settings
+
+        if self.config.log.log_config:
+            self.trackers.log_settings(logged_settings(self.config))
 
     @property
     def num_processes(self) -> int:
@@ -211,7 +219,7 @@ class NetworkTrainer(FrozenModels):
         """Encodes the pictures that have no cache entry yet, if they are to be cached, and lets the autoencoder go."""
         if not self.config.data.cache_latents:
             return
-        self.data.fill_latents(self.encode_pictures, self.latent_fingerprint(), self.sharing())
+        self.data.fill_latents(self.encode_pictures, self.latent_fingerprint, self.sharing())
         self.autoencoder = None
         self._free()
 
@@ -240,13 +248,10 @@ class NetworkTrainer(FrozenModels):
 
         from library.training.caption_report import warn_of_many_captions
 
-        def encode(captions: Sequence[str]) -> list[Tensor]:
-            return self.ready_text_encoder().encode(captions)
-
         warn_of_many_captions(self.data, self.plan.num_epochs, self.text_cache_bytes)
         self.data.fill_captions(
             range(1, self.plan.num_epochs + 1),
-            encode,
+            self.encode_captions,
             self.text_fingerprint(),
             self.sharing(),
             length_of=lambda caption: self.text_cache_bytes([caption]),

@@ -155,7 +155,8 @@ def require_package(settings: OptimizerSettings) -> None:
     """
     name = settings.resolved_optimizer
     source = OPTIMIZERS.get(name.lower())
-    if source is not None and importlib.util.find_spec(source.module.partition(".")[0]) is None:
+    # torch itself, which has no package to name here, is missed as soon as the program starts it.
+    if source is not None and source.package and importlib.util.find_spec(source.module.partition(".")[0]) is None:
         raise missing_package(name, source)
     paths = {"--lr_scheduler_type": settings.lr_scheduler_type, "--optimizer_type": "" if source else name}
     for flag, path in paths.items():

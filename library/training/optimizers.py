@@ -69,8 +69,15 @@ def optimizer_class(settings: OptimizerSettings) -> type[Optimizer]:
 def _built_in_class(name: str, source: OptimizerSource) -> type[Optimizer]:
     try:
         module = importlib.import_module(source.module)
-    except ImportError as error:
-        raise missing_package(name, source) from error
+    except Exception as error:  # whatever a package raises that does not go with this torch or this GPU's driver
+        if isinstance(error, ModuleNotFoundError) and error.name == source.module.partition(".")[0]:
+            raise missing_package(name, source) from error
+        reason = next(iter(str(error).strip().splitlines()), type(error).__name__)
+        raise SettingsError(
+            f"--optimizer_type: {name} comes from {source.package or source.module}, which is installed but cannot be"
+            f" loaded ({reason}); install it anew in a version for this torch ({torch.__version__}), or use another"
+            " optimizer such as AdamW"
+        ) from error
     return getattr(module, source.class_name)
 
 

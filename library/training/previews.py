@@ -13,6 +13,7 @@ import torch
 from library.errors import DrawingError
 from library.files import write_with
 from library.keyed_random import key
+from library.memory.shortage import is_out_of_memory
 from library.prompts import Prompt
 from library.training.contact_sheet import Entry, contact_sheet
 
@@ -141,13 +142,15 @@ class Previews:
         try:
             pictures = self._draw(prompts, [self._seeds[index] for index in indexes])
             return list(zip(indexes, pictures, strict=True))
-        except torch.OutOfMemoryError:
+        except DrawingError as error:
+            problem = str(error)
+        except RuntimeError as error:
+            if not is_out_of_memory(error):
+                raise
             problem = (
                 f"there is too little memory for a preview of {prompts[0].width}x{prompts[0].height};"
                 " training goes on without it"
             )
-        except DrawingError as error:
-            problem = str(error)
         # Out of the handlers: an exception that is being handled holds the tensors of its frames.
         if self._processes.on_cuda:
             torch.cuda.empty_cache()

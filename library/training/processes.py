@@ -21,6 +21,8 @@ from library.training.trackers import accelerate_arguments
 if TYPE_CHECKING:
     from accelerate import Accelerator
 
+    from library.memory.settings import MemorySettings
+
 logger = logging.getLogger(__name__)
 
 
@@ -47,6 +49,27 @@ def _leave_sharding_out() -> None:
                 " frozen model smaller",
                 name,
             )
+
+
+def warn_of_launcher(memory: MemorySettings) -> None:
+    """Warns where accelerate's configuration asks for a precision or a compiler that this program's flags do not.
+
+    Both would act on models that are handed over to accelerate, and none is.
+    """
+    precision = os.environ.get("ACCELERATE_MIXED_PRECISION", "no").lower()
+    if precision not in ("", "no", memory.mixed_precision):
+        logger.warning(
+            "accelerate is configured for the mixed precision %s, which has no effect: --mixed_precision of this program is"
+            " %s; add --mixed_precision bf16 there if you want bf16",
+            precision,
+            memory.mixed_precision,
+        )
+    backend = os.environ.get("ACCELERATE_DYNAMO_BACKEND", "no").lower()
+    if backend not in ("", "no") and not memory.torch_compile:
+        logger.warning(
+            "accelerate is configured for the compiler %s, which has no effect: this program compiles with --torch_compile",
+            backend,
+        )
 
 
 def start_accelerator(precision: str, timeout_minutes: int | None, log: LogSettings) -> Accelerator:

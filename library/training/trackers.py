@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+import contextlib
 import time
 import tomllib
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from typing import TYPE_CHECKING, Any
 
 from library.errors import SettingsError
@@ -36,7 +37,11 @@ def accelerate_arguments(settings: LogSettings) -> dict[str, Any]:
     installed = {"tensorboard": is_tensorboard_available, "wandb": is_wandb_available}
     for name in names:
         if not installed[name]():
-            raise SettingsError(f"--log_with: {name} is not installed; run: pip install {name}")
+            origin = "--logging_dir" if settings.log_with is None else f"--log_with {settings.log_with}"
+            raise SettingsError(
+                f"{origin}: {name} is not installed, so nothing can be logged there; run: pip install {name}, or leave the"
+                " flag out"
+            )
     if settings.logging_dir is None:
         return {"log_with": names}
     folder = settings.logging_dir / f"{settings.log_prefix or ''}{time.strftime('%Y%m%d%H%M%S')}"
@@ -92,13 +97,12 @@ def tracker_arguments(settings: LogSettings) -> dict[str, dict[str, Any]]:
 class Trackers:
     """Where numbers and pictures of a run are reported; does nothing where no tracker was asked for."""
 
-    def __init__(self, accelerator: Accelerator, settings: LogSettings, run_settings: Mapping[str, Any]) -> None:
+    def __init__(self, accelerator: Accelerator, settings: LogSettings) -> None:
         """Starts the trackers.
 
         Args:
             accelerator: made with :func:`accelerate_arguments`.
             settings: names and keys.
-            run_settings: from :func:`logged_settings`, stored with ``--log_config``.
 
         Raises:
             SettingsError: ``--log_tracker_config`` or ``--wandb_api_key`` is wrong.
@@ -109,15 +113,36 @@ class Trackers:
         arguments = tracker_arguments(settings)
         if settings.wandb_api_key is not None and settings.log_with in ("wandb", "all") and accelerator.is_main_process:
             _log_in(settings.wandb_api_key)
-        config = dict(run_settings) if settings.log_config else None
+        self._folder = settings.logging_dir
         try:
-            accelerator.init_trackers(
-                settings.log_tracker_name or "network_train", config=config, init_kwargs=arguments
-            )
+            with self._writing():
+                accelerator.init_trackers(settings.log_tracker_name or "network_train", init_kwargs=arguments)
         except (TypeError, AttributeError) as error:
             if settings.log_tracker_config is None:
                 raise
             raise SettingsError(f"--log_tracker_config: {settings.log_tracker_config}: {error}") from error
+
+    def log_settings(self, run_settings: Mapping[str, Any]) -> None:
+        """Stores the settings of a run, from :func:`logged_settings`; once, before anything else is reported."""
+        with self._writing():
+            for tracker in self._accelerator.trackers:
+                tracker.store_init_configuration(dict(run_settings))
+
+    @contextlib.contextmanager
+    def _writing(self) -> Iterator[None]:
+        """Names the flag where the block cannot write the first files.
+
+        Raises:
+            SettingsError: it cannot.
+        """
+        try:
+            yield
+        except OSError as error:
+            reason = error.strerror or error
+            raise SettingsError(
+                f"--logging_dir: {self._folder} cannot be written to ({reason}); free some space there, or give another"
+                " folder"
+            ) from error
 
     def flush(self) -> None:
         """Closes the trackers' files where a run ends early; a run that ends well closes them with its processes."""

@@ -229,7 +229,7 @@ CONDITIONS: tuple[tuple[tuple[str, ...], str, Callable[[TrainConfig], bool]], ..
     (
         ("gradient_checkpointing_level",),
         "nothing is computed again without --gradient_checkpointing",
-        lambda c: c.memory.gradient_checkpointing,
+        lambda c: c.memory.gradient_checkpointing or c.memory.vram_gb is not None,
     ),
     (("lr_scheduler",), "--lr_scheduler_type goes before it", lambda c: not c.optimizer.lr_scheduler_type),
     (("no_half_vae",), "--mixed_precision no computes in float32 anyway", lambda c: c.memory.mixed_precision != "no"),

@@ -6,7 +6,7 @@
 Prints one JSON object: seconds of a forward pass alone, and of forward and backward together, for batches without padding
 and for ragged ones (captions of 128, 96, 64 and 32 tokens in turn), with the share of the run's matmul ceiling that is
 reached: 4 S^2 E FLOPs a head forward (S the sample's real tokens), twice that backward. A kernel that cannot be used stands
-there with the reason.
+there with the reason. A process that is ended by SIGTERM prints the cases that it has.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ import time
 from collections.abc import Callable
 
 import torch
-from measuring import ROOT, circumstances
+from measuring import ROOT, Stopped, circumstances, stop_when_asked
 from torch import Tensor
 
 sys.path.insert(0, str(ROOT))
@@ -120,13 +120,28 @@ def main() -> None:
     device, dtype = torch.device(arguments.device), getattr(torch, arguments.dtype)
     torch.manual_seed(0)
     ceiling = _matmul_ceiling(device, dtype, arguments.matmul_size, arguments.repeats)
-    cases = []
-    for num_image in arguments.tokens:
-        for batch in arguments.batch:
-            for ragged in (False, True) if batch > 1 else (False,):
-                case, lengths = _case(num_image, batch, ragged, device, dtype)
-                rows = [_row(name, case, lengths, ceiling, device, arguments.repeats) for name in arguments.kernels]
-                cases.append({"image_tokens": num_image, "batch": batch, "ragged": ragged, "kernels": rows})
+    # All cases of a kernel, then the next one: what has to be compiled comes last and takes longest.
+    kernels = sorted(arguments.kernels, key=lambda name: name == "flex")
+    sizes = [
+        (num_image, batch, ragged)
+        for num_image in arguments.tokens
+        for batch in arguments.batch
+        for ragged in ((False, True) if batch > 1 else (False,))
+    ]
+    cases: list[dict] = [
+        {"image_tokens": num_image, "batch": batch, "ragged": ragged, "kernels": []}
+        for num_image, batch, ragged in sizes
+    ]
+    is_whole = False
+    stop_when_asked()
+    try:
+        for name in kernels:
+            for size, entry in zip(sizes, cases, strict=True):
+                case, lengths = _case(*size, device, dtype)
+                entry["kernels"].append(_row(name, case, lengths, ceiling, device, arguments.repeats))
+        is_whole = True
+    except Stopped:
+        print("stopped before all was measured", file=sys.stderr)
     result = {
         **circumstances(),
         "device": torch.cuda.get_device_name(device) if device.type == "cuda" else "cpu",
@@ -137,6 +152,8 @@ def main() -> None:
         "cases": cases,
     }
     print(json.dumps(result, indent=2))
+    if not is_whole:
+        sys.exit(1)
 
 
 if __name__ == "__main__":

@@ -5,7 +5,8 @@
     python tests/bench/bench_gpu_memory.py --size 64 --shrink 8 --layers 4   # tries the script, also on a CPU
 
 Every row is one run of ``lumina_train_network.py``: one picture, batch 1, a preview of the same size before and after the
-steps. Prints one JSON object; a peak is what the program itself reports (``max_memory_reserved``), null on a CPU.
+steps. Prints one JSON object; a peak is what the program itself reports (``max_memory_reserved``), null on a CPU. A process
+that is ended by SIGTERM prints the rows that it has.
 """
 
 from __future__ import annotations
@@ -20,7 +21,7 @@ import time
 from pathlib import Path
 
 from make_full_size import make
-from measuring import ROOT, circumstances
+from measuring import ROOT, Stopped, circumstances, stop_when_asked
 from PIL import Image, ImageDraw
 
 ROWS: dict[str, tuple[float, list[str]]] = {
@@ -89,33 +90,44 @@ def main() -> None:
     parser.add_argument("--shrink", type=int, default=1, help="make models of widths divided by this")
     parser.add_argument("--limit_s", type=float, default=150, help="seconds that a run may take")
     options = parser.parse_args()
-    rows = []
+    rows: list[dict[str, object]] = []
+    made_s = None
+    stop_when_asked()
     with tempfile.TemporaryDirectory() as folder:
         scratch = Path(folder)
-        started = time.monotonic()
-        models = _models(options, scratch)
-        made_s = round(time.monotonic() - started, 1)
-        _make_job(scratch, options.size)
-        for number, (name, (target, given)) in enumerate(ROWS.items()):
-            flags = [flag.format(layers=options.layers or 26) for flag in given]
-            command = _command(models, scratch, scratch / f"out{number}", options.size, flags)
+        try:
             started = time.monotonic()
-            row: dict[str, object] = {"name": name, "flags": flags, "target_gib": target}
-            try:
-                done = subprocess.run(
-                    command, cwd=ROOT, capture_output=True, text=True, timeout=options.limit_s, check=False
-                )
-            except subprocess.TimeoutExpired:
-                row["error"] = f"took more than {options.limit_s:g} s"
-            else:
-                peak = _PEAK.search(done.stderr)
-                row |= {"reserved_gib": float(peak[1]), "in_tensors_gib": float(peak[2])} if peak else {}
-                if done.returncode != 0:
-                    row["error"] = done.stderr[-2000:]
-            rows.append({**row, "seconds": round(time.monotonic() - started, 1)})
+            models = _models(options, scratch)
+            made_s = round(time.monotonic() - started, 1)
+            _make_job(scratch, options.size)
+            for number, (name, (target, given)) in enumerate(ROWS.items()):
+                flags = [flag.format(layers=options.layers or 26) for flag in given]
+                rows.append({"name": name, "flags": flags, "target_gib": target, "error": "stopped"})
+                command = _command(models, scratch, scratch / f"out{number}", options.size, flags)
+                rows[-1] = {**rows[-1], **_run(command, options.limit_s)}
+                if rows[-1]["error"] is None:
+                    del rows[-1]["error"]
+        except Stopped:
+            print("stopped before all was measured", file=sys.stderr)
     print(json.dumps({"size_px": options.size, "models_made_s": made_s, "rows": rows, **circumstances()}, indent=1))
-    if any("error" in row for row in rows):
+    if len(rows) < len(ROWS) or any("error" in row for row in rows):
         sys.exit(1)
+
+
+def _run(command: list[str], limit_s: float) -> dict[str, object]:
+    """Returns a run's peaks, its time, and its error or None."""
+    started = time.monotonic()
+    found: dict[str, object] = {"error": None}
+    try:
+        done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=limit_s, check=False)
+    except subprocess.TimeoutExpired:
+        found["error"] = f"took more than {limit_s:g} s"
+    else:
+        peak = _PEAK.search(done.stderr)
+        found |= {"reserved_gib": float(peak[1]), "in_tensors_gib": float(peak[2])} if peak else {}
+        if done.returncode != 0:
+            found["error"] = done.stderr[-2000:]
+    return {**found, "seconds": round(time.monotonic() - started, 1)}
 
 
 if __name__ == "__main__":

@@ -2,10 +2,11 @@
 
     python tests/bench/bench_memory_table.py --compute       # on any machine, minutes: rehearses every row
     python tests/bench/bench_memory_table.py --measure       # on a CUDA GPU: trains every row in a process of its own
+    python tests/bench/bench_memory_table.py --sample        # the same with five rows, printed as JSON
     python tests/bench/bench_memory_table.py --write_docs    # the table in docs/memory.md from the file
 
-Both write ``library/memory/memory_table.json``, which the program reads too: measured rows replace what ``--vram_gb``
-allows for workspaces and fragmentation. A row that does not fit the card is recorded as such.
+The first two write ``library/memory/memory_table.json``, which the program reads too: measured rows replace what
+``--vram_gb`` allows for workspaces and fragmentation. A row that does not fit the card is recorded as such.
 """
 
 from __future__ import annotations
@@ -23,15 +24,15 @@ from typing import Any
 
 import torch
 from bench_step import RandomModelTrainer, batch_of, trainer_of, unstarted
-from measuring import ROOT, circumstances
+from measuring import ROOT, Stopped, circumstances, stop_when_asked
 from timing import timed
 
 from library.files import write_text
 from library.lumina.next_dit import NextDiT
 from library.memory.fit import GIB, QUALITY, TABLE_FILE, Allowance, Need, Row
-from library.training.memory_fit import META, rehearse
 from library.training.processes import Processes
 from library.training.step import TrainStep
+from library.training.step_rehearsal import META, rehearse
 
 logger = logging.getLogger(__name__)
 
@@ -49,6 +50,14 @@ FLAG_SETS: dict[str, Row] = {
     "`--gradient_checkpointing --blocks_to_swap=26`": Row(checkpointing="full", blocks_to_swap=26),
     "all three, 26 blocks": Row(checkpointing="full", offload=True, blocks_to_swap=26),
 }
+SAMPLE = (
+    Row(checkpointing="full"),
+    Row("fp8", "full", True, 26),
+    Row(checkpointing="selective"),
+    Row(),
+    Row("fp8", "full"),
+)
+"""Rows whose needs are of different kinds, at 1024 px."""
 _QUANTISATION_FLAGS = {None: [], "fp8": ["--fp8_base_unet"], "nf4": ["--nf4_base"]}
 _KIND_NAMES = {None: "bf16", "fp8": "fp8", "nf4": "nf4"}
 _ASSUMED = Allowance(share=0.08, context_gib=0.5)
@@ -142,7 +151,8 @@ def measure_one(size_px: int, row: Row, folder: Path, preset: str = "full") -> d
         trainer = trainer_of(preset, "bf16", folder, [f"--network_dim={RANK}", *flags_of(row)])
         step = TrainStep(trainer.losses_of, trainer.updater, Processes(trainer.accelerator))
         seconds = []
-        torch.cuda.reset_peak_memory_stats()  # reading the weights is not part of it
+        torch.cuda.empty_cache()  # reading the weights is not part of it, nor what it left reserved
+        torch.cuda.reset_peak_memory_stats()
         for number in range(1, _WARM_UP + _STEPS + 1):
             batch = batch_of(trainer.dit, size_px, size_px, [CAPTION_TOKENS] * BATCH, number)
             seconds.append(timed(lambda batch=batch, number=number: step([batch], BATCH, number), trainer.device))
@@ -168,11 +178,7 @@ def measure(table: dict[str, Any], preset: str = "full") -> dict[str, Any]:
     if not torch.cuda.is_available():
         sys.exit("--measure needs a CUDA GPU; --compute runs anywhere")
     for row in table["rows"]:
-        command = [sys.executable, __file__, f"--preset={preset}", "--row", json.dumps(row)]
-        done = subprocess.run(command, capture_output=True, text=True, check=False)
-        if done.returncode != 0:
-            sys.exit(f"{row}:\n{done.stderr}")
-        row["measured"] = json.loads(done.stdout.splitlines()[-1])
+        row["measured"] = _measured(row, preset)
         logger.info("%s", row)
     measured = [row for row in table["rows"] if "reserved_gib" in row["measured"]]
     if not measured:
@@ -184,6 +190,35 @@ def measure(table: dict[str, Any], preset: str = "full") -> dict[str, Any]:
     }
     about = {name: value for name, value in circumstances().items() if name in ("date", "commit", "torch")}
     return table | {"kind": "measured", "card": torch.cuda.get_device_name(), **about}
+
+
+def _measured(row: dict[str, Any], preset: str) -> dict[str, Any]:
+    command = [sys.executable, __file__, f"--preset={preset}", "--row", json.dumps(row)]
+    done = subprocess.run(command, capture_output=True, text=True, check=False)
+    if done.returncode != 0:
+        sys.exit(f"{row}:\n{done.stderr}")
+    return json.loads(done.stdout.splitlines()[-1])
+
+
+def sample(table: dict[str, Any], preset: str = "full") -> bool:
+    """Prints some rows of the table with what is measured of them; returns whether it came to the end.
+
+    A process that is ended by SIGTERM prints the rows that it has.
+    """
+    found = {json.dumps({name: row[name] for name in key(0, Row())}): row for row in table["rows"]}
+    rows: list[dict[str, Any]] = []
+    is_whole = False
+    stop_when_asked()
+    try:
+        for row in SAMPLE:
+            entry = found[json.dumps(key(1024, row))]
+            rows.append({**entry, "measured": _measured(entry, preset)})
+        is_whole = True
+    except Stopped:
+        logger.warning("stopped before all was measured")
+    finally:
+        print(json.dumps({"rows": rows, "allowance": table["allowance"], **circumstances()}, indent=1))
+    return is_whole
 
 
 # ---- the page ----
@@ -252,6 +287,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description="Makes the memory table.")
     parser.add_argument("--compute", action="store_true", help="rehearse every row and write the file")
     parser.add_argument("--measure", action="store_true", help="measure every row on this GPU and write the file")
+    parser.add_argument("--sample", action="store_true", help="measure five rows on this GPU and print them")
     parser.add_argument("--write_docs", action="store_true", help="write the table into docs/memory.md")
     parser.add_argument("--preset", default="full", help="of the model that is measured; another one is for trying out")
     parser.add_argument("--row", help="measure this row in this process and print what is found (for --measure)")
@@ -264,6 +300,8 @@ def main() -> None:
             flags = Row(row["quantisation"], row["checkpointing"], row["offload"], row["blocks_to_swap"])
             print(json.dumps(measure_one(row["size_px"], flags, folder, options.preset)))
             return
+        if options.sample:
+            sys.exit(not sample(json.loads(TABLE_FILE.read_text(encoding="utf-8")), options.preset))
         if options.compute:
             write_text(TABLE_FILE, json.dumps(compute(folder), indent=1) + "\n")
         if options.measure:

@@ -49,7 +49,7 @@ def _run(rank: int, options: argparse.Namespace, folder: str) -> None:
         "nccl" if on_cuda else "gloo", f"file://{folder}/meeting", rank=rank, world_size=options.processes
     )
     sizes = presets.config(options.preset)
-    model = presets.build(sizes, torch.bfloat16, device)
+    model = presets.random_next_dit(sizes, torch.bfloat16, device=device)
     network = lora_lumina.create_network(1.0, options.rank, options.rank, None, [], model)
     network.apply_to([], model)
     network.to(device).train()

@@ -144,7 +144,8 @@ def measure(options: argparse.Namespace, folder: Path) -> dict[str, object]:
         torch.cuda.reset_peak_memory_stats()
     first = timed(lambda: step([batch_of(model, width, height, captions, 1)], options.batch, 1), device)
     step([batch_of(model, width, height, captions, 2)], options.batch, 2)
-    host_gib = host_peak_gib()  # before the ceiling's matrices are made
+    host_gib = host_peak_gib()  # both before the ceiling's matrices are made
+    device_gib = torch.cuda.max_memory_reserved() / 2**30 if device.type == "cuda" else None
     ceiling = Ceiling(DTYPES[options.precision], device)
     seconds, ceilings, losses = [], [ceiling.measure()], []
     for number in range(3, 3 + options.warmup + options.steps):
@@ -179,9 +180,9 @@ def measure(options: argparse.Namespace, folder: Path) -> dict[str, object]:
         "last_loss": losses[-1],
         "host_peak_gib": round(host_gib, 2),
     }
-    if device.type == "cuda":
+    if device_gib is not None:
         figures["device"] = torch.cuda.get_device_name()
-        figures["device_peak_gib"] = round(torch.cuda.max_memory_reserved() / 2**30, 2)
+        figures["device_peak_gib"] = round(device_gib, 2)
     return figures | {"threads": torch.get_num_threads(), **circumstances()}
 
 

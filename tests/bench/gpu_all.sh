@@ -5,8 +5,8 @@
 #     bash tests/bench/gpu_all.sh --quick [FOLDER]  # tries the scripts with tiny sizes, also on a CPU; measures nothing
 #
 # FOLDER (default: $OUT, else ./output/gpu) gets results.json (what every part printed), summary.md (targets and what was
-# reached) and log.txt (everything that was said). They are written anew after each part, so a run that is cut off leaves
-# what it has. Every part is a process of its own with a limit in seconds; one that fails does not stop the others. Parts
+# reached), log.txt (everything that was said) and tests.txt. They are written anew after each part, so a run that is cut
+# off leaves what it has. Every part is a process of its own with a limit in seconds; one that fails does not stop the others. Parts
 # stand in the order of their importance, and none begins in the last 20 of BUDGET_S (default 480) seconds. ONLY="NAME NAME"
 # runs some parts alone, such as what an earlier run had no time for.
 #
@@ -46,12 +46,14 @@ has() { "$python" -c "import importlib.util, sys; sys.exit(importlib.util.find_s
 summarise() {
     "$python" tests/bench/gpu_summary.py "$work/parts" "$folder"
     cp "$work/log.txt" "$folder/log.txt"
+    if [ -f "$work/parts/tests.out" ]; then cp "$work/parts/tests.out" "$folder/tests.txt"; fi
 }
 
 # part NAME LIMIT_S COMMAND...: runs a command; its output is the part's result.
 part() {
-    local name=$1 limit=$2 began=$SECONDS status
+    local name=$1 limit=$2 began=$SECONDS status signal=TERM
     shift 2
+    [ "$name" = tests ] && signal=INT # pytest then says what it has found so far
     case " ${ONLY:-$name} " in *" $name "*) ;; *) return 0 ;; esac
     if [ $((budget - SECONDS)) -lt 20 ]; then
         skip "$name" "no time was left of $budget s"
@@ -59,7 +61,7 @@ part() {
     fi
     [ "$limit" -gt $((budget - SECONDS)) ] && limit=$((budget - SECONDS))
     echo "== $name: $*" | tee -a "$work/log.txt" >&2
-    timeout --kill-after=10 "$limit" "$@" >"$work/parts/$name.out" 2>"$work/stderr"
+    timeout --signal=$signal --kill-after=10 "$limit" "$@" >"$work/parts/$name.out" 2>"$work/stderr"
     status=$?
     cat "$work/stderr" >>"$work/log.txt"
     printf '%s\n%s\n' "$status" $((SECONDS - began)) >"$work/parts/$name.status"
@@ -126,16 +128,14 @@ step step_fp8 "$large" "${fast[@]}"
 step step_bf16_small "$small" "${same[@]}"
 step step_fp8_small "$small" "${fast[@]}"
 
-ignored=()
-has diffusers || ignored+=(--ignore=tests/gpu/test_caching_gpu.py --ignore=tests/gpu/test_programs_gpu.py)
 workers=()
 has xdist && workers=(-n 4) # most of them start programs, and wait for imports
 if ! has pytest; then
     skip tests "the package pytest is missing"
 elif [ $quick -eq 1 ]; then
-    part tests 100 "$python" -m pytest tests/gpu -m gpu --collect-only "${ignored[@]}"
+    part tests 100 "$python" -m pytest tests/gpu -m gpu --collect-only
 else
-    part tests 200 "$python" -m pytest tests/gpu -m gpu -rfEs --tb=short "${workers[@]}" "${ignored[@]}"
+    part tests 200 "$python" -m pytest tests/gpu -m gpu -vv -rfEs --tb=short "${workers[@]}"
 fi
 
 for kernel in cudnn flash; do
@@ -147,7 +147,7 @@ for kernel in cudnn flash; do
         step "step_$kernel" "$large" --attn_mode "$kernel"
     fi
 done
-part attention 60 "$python" tests/bench/bench_attention.py "${attention[@]}"
+part attention 120 "$python" tests/bench/bench_attention.py "${attention[@]}"
 if has bitsandbytes; then
     part quantisation 120 "$python" tests/bench/bench_quantisation.py "${quantisation[@]}"
 else
@@ -158,7 +158,7 @@ if [ ! -f tests/bench/bench_memory_table.py ]; then
 elif [ $quick -eq 1 ]; then
     part memory_table 100 "$python" tests/bench/bench_memory_table.py --help
 else
-    part memory_table 120 "$python" tests/bench/bench_memory_table.py
+    part memory_table 150 "$python" tests/bench/bench_memory_table.py --sample
 fi
 
 cat "$folder/summary.md"

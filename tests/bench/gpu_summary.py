@@ -95,7 +95,8 @@ def summary(parts: Parts) -> str:
     for name, part in parts.items():
         outcome = f"left out: {part['skipped']}" if "skipped" in part else "done"
         if "error" in part:
-            last = next(reversed(part["error"].strip().splitlines()), "no message")
+            said = part["error"].strip().splitlines() or part.get("output", [])  # pytest reports on stdout
+            last = next(reversed(said), "no message")
             outcome = f"failed ({part['exit_code']}): {last}"
         elif part.get("output"):
             outcome = part["output"][-1]

@@ -3,8 +3,8 @@
     python tests/bench/make_full_size.py --output_dir DIR            # 2.6 B transformer, Gemma-2-2B, FLUX autoencoder: 11 GB
     python tests/bench/make_full_size.py --output_dir DIR --layers 2  # the same widths, few layers
 
-Tensors are drawn and written one by one, so this needs little memory. The tokenizer is a small one: its tokens are among
-the model's 256000.
+Precisions are those of the usual files: bf16, fp16, float32. Tensors are drawn and written one by one, so this needs little
+memory. The tokenizer is a small one: its tokens are among the model's 256000.
 """
 
 from __future__ import annotations
@@ -31,7 +31,7 @@ from library.files import write_with
 from library.lumina.configs import AutoencoderConfig, Gemma2TextConfig, NextDiTConfig, Shape
 from library.lumina.key_maps import original_autoencoder_name
 
-_DTYPES = {"BF16": (torch.bfloat16, 2), "F32": (torch.float32, 4)}
+_DTYPES = {"BF16": (torch.bfloat16, 2), "F16": (torch.float16, 2), "F32": (torch.float32, 4)}
 _CHUNK = 2**24  # numbers drawn at a time
 _ALIGNMENT = 64  # of the data's start
 
@@ -49,7 +49,7 @@ def write_random(
     Args:
         path: where to.
         shapes: names and shapes.
-        dtype: ``BF16`` or ``F32``.
+        dtype: ``BF16``, ``F16`` or ``F32``.
         norms_at: value of weights with one axis (Gemma's norms multiply by 1 + weight).
         metadata: string metadata of the file.
         spiece: becomes the tensor ``spiece_model``.
@@ -120,7 +120,7 @@ def make(output_dir: Path, layers: int | None = None, shrink: int = 1) -> tuple[
     write_random(paths[0], dit.tensor_shapes(), "BF16", 1.0, {})
     shapes = {f"model.{name}": shape for name, shape in (gemma2.tensor_shapes() | gemma2.unused_shapes()).items()}
     config = {"config": json.dumps({"model_type": "gemma2", **dataclasses.asdict(gemma2)})}
-    write_random(paths[1], shapes, "BF16", 0.0, config, spiece)
+    write_random(paths[1], shapes, "F16", 0.0, config, spiece)
     levels = len(ae.block_out_channels)
     originals = {original_autoencoder_name(name, levels): shape for name, shape in ae.tensor_shapes().items()}
     config = {"config": json.dumps({"_class_name": "AutoencoderKL", **dataclasses.asdict(ae)})}

@@ -5,6 +5,7 @@ from __future__ import annotations
 import importlib.metadata
 import os
 import platform
+import signal
 import subprocess
 import time
 from datetime import date
@@ -14,11 +15,27 @@ ROOT = Path(__file__).resolve().parents[2]
 _FIELDS = ("RssAnon", "RssFile", "RssShmem")
 
 
+class Stopped(BaseException):
+    """The process was asked to end; what has been measured so far can still be printed."""
+
+
+def stop_when_asked() -> None:
+    """Has :class:`Stopped` raised where the process is asked to end, as ``timeout`` does when time is up."""
+
+    def stop(number: int, frame: object) -> None:
+        raise Stopped
+
+    signal.signal(signal.SIGTERM, stop)
+
+
 def circumstances() -> dict[str, object]:
     """Returns date, commit, machine and versions."""
-    commit = subprocess.run(
-        ["git", "describe", "--always", "--dirty"], cwd=ROOT, capture_output=True, text=True, check=False
-    ).stdout.strip()
+    try:
+        commit = subprocess.run(
+            ["git", "describe", "--always", "--dirty"], cwd=ROOT, capture_output=True, text=True, check=False
+        ).stdout.strip()
+    except OSError:  # a machine without git; what was measured must not be lost by it
+        commit = ""
     packages = ("torch", "transformers", "diffusers", "accelerate", "safetensors")
     flags = _cpu_line("flags").split()
     return {

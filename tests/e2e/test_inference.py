@@ -155,5 +155,5 @@ def test_too_little_memory_for_quantised_blocks_is_told(
         raise torch.OutOfMemoryError("CUDA out of memory")
 
     monkeypatch.setattr("library.memory.quantised.quantise_block", short)
-    with pytest.raises(DrawingError, match="too small for the three models; --offload"):
+    with pytest.raises(DrawingError, match="too small for the three models; close other programs"):
         draw("--fp8_base")

@@ -181,7 +181,6 @@ def test_pictures(draw: Callable, job: Job, tmp_path: Path) -> None:
         assert not numpy.array_equal(found, base)
         # A random model's picture of 4 steps; another prompt changes it by far more.
         assert numpy.abs(found - base).mean() < 20
-        assert numpy.array_equal(draw(*flags, "--offload"), found)
     trainer = made_trainer(job.train_flags(tmp_path), last="build_network")
     fill_network(trainer.network, size=0.3)
     lora = tmp_path / "lora.safetensors"

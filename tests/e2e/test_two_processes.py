@@ -39,10 +39,12 @@ def test_two_processes_equal_one_with_twice_the_batch(job: Job, tmp_path: Path, 
     more = ["--gradient_accumulation_steps=2", "--network_dim=64"] if caching else []
     more += EVERYTHING_DRAWN
     cached = ["--cache_latents", "--cache_text_encoder_outputs"] if caching else []
+    # Of the two processes alone: computing again in backward must not disturb the sums that begin there.
+    again = ["--gradient_checkpointing", f"--gradient_checkpointing_level={'full' if caching else 'selective'}"]
     two = launch(
         *TWO,
         "lumina_train_network.py",
-        *job.train_flags(tmp_path / "two", "--train_batch_size=1", *cached, *more),
+        *job.train_flags(tmp_path / "two", "--train_batch_size=1", *cached, *more, *again),
         environment=ON_CPU,
     )
     assert two.returncode == 0, two.stderr

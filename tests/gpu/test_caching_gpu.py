@@ -23,6 +23,7 @@ pytestmark = [
     pytest.mark.gpu,
     pytest.mark.skipif(not torch.cuda.is_available(), reason="needs CUDA"),
 ]
+pytest.importorskip("diffusers", reason="the autoencoder is its")
 CUDA = torch.device("cuda")
 CAPTIONS = ["a red disc on a blue background", "", "ring"]
 

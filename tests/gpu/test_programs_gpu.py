@@ -16,6 +16,7 @@ pytestmark = [
 
 @pytest.fixture(scope="module")
 def job(tmp_path_factory: pytest.TempPathFactory) -> Job:
+    pytest.importorskip("diffusers", reason="the programs need it for the autoencoder")
     return make_job(tmp_path_factory.mktemp("job"))
 
 

@@ -136,6 +136,7 @@ def test_loading_never_puts_the_model_on_the_device_in_bf16(tmp_path: Path, kind
 
 @pytest.fixture(scope="module")
 def job(tmp_path_factory: pytest.TempPathFactory) -> Job:
+    pytest.importorskip("diffusers", reason="the programs need it for the autoencoder")
     return make_job(tmp_path_factory.mktemp("job"))
 
 

@@ -95,6 +95,12 @@ OPTIONS: dict[str, dict[str, Any]] = {
     "checkpointing, offload": {"cpu_offload_checkpointing": True, "gradient_checkpointing": True},
     "all": {"blocks_to_swap": 8, "cpu_offload_checkpointing": True, "gradient_checkpointing": True},
     "streaming, offload": {"blocks_to_swap": 8, "cpu_offload_checkpointing": True},
+    "selective, streaming 8, offload": {
+        "blocks_to_swap": 8,
+        "cpu_offload_checkpointing": True,
+        "gradient_checkpointing": True,
+        "gradient_checkpointing_level": "selective",
+    },
 }
 
 
@@ -108,7 +114,7 @@ def host_never_waits() -> Iterator[None]:
 @pytest.mark.parametrize("late", [False, True], ids=["", "late"])
 @pytest.mark.parametrize("options", OPTIONS.values(), ids=OPTIONS)
 def test_same_bits_and_no_wait(options: dict[str, Any], late: bool, monkeypatch: pytest.MonkeyPatch) -> None:
-    plain = Run(MemorySettings(gradient_checkpointing=options.get("gradient_checkpointing", False)))
+    plain = Run(MemorySettings(**{name: options[name] for name in options if name.startswith("gradient_")}))
     expected = plain.step()
     for name, value in plain.step().items():
         assert torch.equal(value, expected[name]), f"{name} is not the same twice, so nothing can be compared"
@@ -194,6 +200,7 @@ def test_weights_elsewhere_are_an_error_while_they_are_not_present() -> None:
 
 @pytest.fixture(scope="module")
 def job(tmp_path_factory: pytest.TempPathFactory) -> Job:
+    pytest.importorskip("diffusers", reason="the programs need it for the autoencoder")
     folder = tmp_path_factory.mktemp("job")
     make_pictures(folder / "pictures")
     return Job(folder, ROOT / "configs" / "quickstart" / "models", folder / "pictures")  # they have 4 layers

@@ -40,6 +40,7 @@ NEEDS_FP8 = pytest.mark.skipif(
 
 @pytest.fixture(scope="module")
 def job(tmp_path_factory: pytest.TempPathFactory) -> Job:
+    pytest.importorskip("diffusers", reason="the programs need it for the autoencoder")
     folder = tmp_path_factory.mktemp("job")
     make_pictures(folder / "pictures")
     return Job(folder, ROOT / "configs" / "quickstart" / "models", folder / "pictures")  # they have 4 layers
@@ -70,13 +71,23 @@ def trainer_of(job: Job, folder: Path, flags: list[str]) -> Any:
     [
         [],
         ["--gradient_checkpointing", *DROPOUTS],
+        ["--gradient_checkpointing", "--gradient_checkpointing_level=selective"],
         ["--fp8_base", "--gradient_checkpointing"],
         pytest.param(["--fp8_base", "--fp8_fast"], marks=NEEDS_FP8),
         ["--blocks_to_swap=4", "--gradient_checkpointing", "--cpu_offload_checkpointing"],
         ["--ip_noise_gamma=0.1", "--ip_noise_gamma_random_strength", "--attn_mode=sdpa"],
         ["--model_prediction_type=sigma_scaled", "--loss_type=huber", "--huber_schedule=snr"],
     ],
-    ids=["plain", "checkpointing, dropouts", "fp8", "fp8_fast", "streaming, offload", "perturbed", "huber"],
+    ids=[
+        "plain",
+        "checkpointing, dropouts",
+        "selective",
+        "fp8",
+        "fp8_fast",
+        "streaming, offload",
+        "perturbed",
+        "huber",
+    ],
 )
 @pytest.mark.parametrize("preserves", [False, True], ids=["", "preserved"])
 def test_losses_and_gradients_wait_for_nothing(job: Job, tmp_path: Path, flags: list[str], preserves: bool) -> None:

@@ -10,6 +10,7 @@ from safetensors.torch import save_file
 from torch import nn
 from torch.utils.checkpoint import checkpoint
 
+from library.lumina.filling import in_turn
 from networks.lora import DropoutKeys, LoRAModule
 from networks.lora_lumina import create_network, create_network_from_weights
 
@@ -106,6 +107,23 @@ def test_several_loras_attached_equal_several_merged():
     once = small_next_dit()
     load(once, 1.5).merge_to()
     assert largest_relative_difference(velocity(once, recorded), velocity(attached, recorded)) < 1e-5
+
+
+def test_several_merged_while_reading_are_rounded_once():
+    model = small_next_dit()
+    name, weight = "layers.0.attention.qkv.weight", model.layers[0].attention.qkv.weight.detach().bfloat16()
+    changes = [load(model, multiplier).weight_changes(model) for multiplier in (1.0, -0.7, 0.4)]
+    expected = weight.float()
+    for change in changes:
+        expected = change[name](expected)
+    merged = in_turn(changes)(name, weight)
+    assert torch.equal(merged, expected.bfloat16())
+    rounded_each_time = weight
+    for change in changes:
+        rounded_each_time = change[name](rounded_each_time)
+    assert not torch.equal(merged, rounded_each_time), "the test would not see rounding in between"
+    assert torch.equal(in_turn(changes[:1])(name, weight), changes[0][name](weight))
+    assert in_turn(changes)("other", weight) is weight
 
 
 def test_quantised_weights_take_no_merge():

@@ -23,7 +23,6 @@ from library.lumina.gemma2 import LARGE_MATRICES as OF_GEMMA2
 from library.lumina.next_dit import LARGE_MATRICES, NextDiT, NextDiTConfig
 from library.memory import fp8
 from library.memory.quantised import QuantisedLinear, quantise_block
-from library.memory.recompute import recompute_in_backward
 from networks import lora_lumina
 
 KINDS = ["fp8", "fp8_fast", "nf4"]
@@ -130,26 +129,6 @@ def test_it_is_the_model_with_the_dequantised_weights(kind: str) -> None:
 
 def _is_code(tensor: Tensor) -> bool:
     return tensor.dtype in (torch.uint8, torch.float8_e4m3fn)
-
-
-@pytest.mark.parametrize("kind", KINDS)
-def test_recomputed_and_compiled_blocks_give_the_same(kind: str) -> None:
-    model = quantised(realistic_next_dit(), kind)
-    expected = results(*_both(copy.deepcopy(model)))
-    recomputed = copy.deepcopy(model)
-    network = with_lora(recomputed)
-    recompute_in_backward(blocks_of(recomputed), preserve_rng_state=False)
-    for ours, one in zip(results(recomputed, network), expected, strict=True):
-        assert torch.equal(ours, one)
-    torch._dynamo.reset()
-    compiled = copy.deepcopy(model)
-    network = with_lora(compiled)
-    block = compiled.layers[0]
-    block.forward = torch.compile(block.forward, fullgraph=True, backend="aot_eager")  # type: ignore[operator]
-    for ours, one in zip(results(compiled, network), expected, strict=True):
-        # Float32 sums in another order; a value at the edge between two codes then takes another one, which is a step of up
-        # to 12 % of it. Measured 0.014.
-        assert relative_error(ours, one) < (0.03 if kind == "fp8_fast" else 1e-5)
 
 
 @pytest.mark.parametrize("kind", [None, "fp8", "fp8_fast", "nf4"])

@@ -1,4 +1,7 @@
-"""Block streaming and activation offload train and draw bit for bit what a run without them does."""
+"""Block streaming and activation offload fulfil the contract of copies, and train bit for bit what a run without them does.
+
+With all other switches: ``test_training_switches.py``, where nobody watches single operations.
+"""
 
 from __future__ import annotations
 
@@ -11,8 +14,9 @@ from lora_helpers import cases, fill, velocity
 from torch import Tensor, nn
 from transport_helpers import LateTransport
 
-from library.lumina.next_dit import NextDiT, NextDiTConfig
+from library.lumina.next_dit import LARGE_MATRICES, NextDiT, NextDiTConfig
 from library.memory import activation_offload, prepare
+from library.memory.quantised import quantise_block
 from library.memory.settings import MemorySettings
 from networks import lora_lumina
 
@@ -51,7 +55,6 @@ class Run:
         settings: MemorySettings,
         change: Callable[[nn.Module], Any] = lambda model: None,
         dtype: torch.dtype = torch.float32,
-        compiled: bool = False,
     ) -> None:
         torch.manual_seed(0)
         self.model = NextDiT(CONFIG).to(dtype).requires_grad_(False)
@@ -61,9 +64,6 @@ class Run:
         self.network.apply_to([], self.model, False, True)
         fill(self.network)
         self.network.train()
-        if compiled:
-            for block in self.model.layers:
-                block.forward = torch.compile(block.forward, backend="aot_eager", fullgraph=True)
         blocks = [*self.model.noise_refiner, *self.model.context_refiner, *self.model.layers]
         self.stream = prepare.prepare_blocks(
             blocks, settings, CPU, streamed=streamed, resident=self.network.parameters()
@@ -102,41 +102,13 @@ def assert_same(found: dict[str, Tensor], expected: dict[str, Tensor]) -> None:
         assert torch.equal(found[name], value), name
 
 
-def quantised(model: nn.Module) -> None:
-    """Gives the large matrices of the blocks fp8 weights with scales, as a stand-in for any quantised module."""
+def quantised(model: NextDiT) -> None:
+    """Gives the large matrices of the blocks fp8 weights with scales."""
     for block in model.layers:
-        for parent in (block.attention, block.feed_forward):
-            for name, linear in list(parent.named_children()):
-                if isinstance(linear, nn.Linear):
-                    setattr(parent, name, ScaledLinear(linear))
+        quantise_block(block, LARGE_MATRICES, "fp8", CPU)
 
 
-class ScaledLinear(nn.Module):
-    """A Linear with fp8 weights, which keeps nothing for the backward pass but them."""
-
-    def __init__(self, linear: nn.Linear) -> None:
-        super().__init__()
-        self.in_features, self.out_features = linear.in_features, linear.out_features
-        scale = linear.weight.abs().amax(dim=1, keepdim=True) / 448
-        self.weight = nn.Parameter((linear.weight / scale).to(torch.float8_e4m3fn), requires_grad=False)
-        self.register_buffer("scale", scale)
-
-    def forward(self, x: Tensor) -> Tensor:
-        return ScaledMatmul.apply(x, self.weight, self.scale)
-
-
-class ScaledMatmul(torch.autograd.Function):
-    @staticmethod
-    def forward(ctx: Any, x: Tensor, weight: Tensor, scale: Tensor) -> Tensor:
-        ctx.save_for_backward(weight, scale)
-        return x @ (weight.to(x.dtype) * scale).t()
-
-    @staticmethod
-    def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor, None, None]:
-        weight, scale = ctx.saved_tensors
-        return gradient @ (weight.to(gradient.dtype) * scale), None, None
-
-
+SELECTIVE = {"gradient_checkpointing": True, "gradient_checkpointing_level": "selective"}
 OPTIONS = {
     "streaming": {"blocks_to_swap": 3},
     "offload": {"cpu_offload_checkpointing": True},
@@ -144,6 +116,8 @@ OPTIONS = {
     "checkpointing, offload": {"gradient_checkpointing": True, "cpu_offload_checkpointing": True},
     "streaming, offload": {"blocks_to_swap": 4, "cpu_offload_checkpointing": True},
     "all": {"gradient_checkpointing": True, "blocks_to_swap": 3, "cpu_offload_checkpointing": True},
+    "selective, streaming": {**SELECTIVE, "blocks_to_swap": 3},
+    "selective, all": {**SELECTIVE, "blocks_to_swap": 4, "cpu_offload_checkpointing": True},
 }
 
 
@@ -151,39 +125,43 @@ OPTIONS = {
     ("weights", "name"),
     [
         *(("float32", name) for name in OPTIONS),
-        *(("bf16", name) for name in ("streaming", "all")),
-        *(("fp8", name) for name in ("streaming, offload", "all")),
+        ("bf16", "all"),
+        ("fp8", "all"),
+        ("fp8", "selective, all"),
     ],
 )
 def test_training_is_the_same(transport: LateTransport, weights: str, name: str) -> None:
     options = OPTIONS[name]
     change = quantised if weights == "fp8" else lambda model: None
     dtype = torch.bfloat16 if weights == "bf16" else torch.float32
-    checkpointing = options.get("gradient_checkpointing", False)
+    recomputation = {key: value for key, value in options.items() if key in SELECTIVE}
     # Observed like the other one: a LoRA adds its part in another operation where operations are observed.
     with LateTransport().watched():
-        expected = Run(MemorySettings(gradient_checkpointing=checkpointing), change, dtype).train()
+        expected = Run(MemorySettings(**recomputation), change, dtype).train()
     run = Run(MemorySettings(**options), change, dtype)
     with transport.watched():
         found = run.train()
     assert_same(found, expected)
 
 
-@pytest.mark.parametrize("name", ["streaming, offload", "all"])
-def test_compiled_blocks(transport: LateTransport, name: str) -> None:
-    """Whatever a compiled block saves comes through the same handler. The stand-in's clock does not see into compiled
-    code; its NaNs do."""
-    options = OPTIONS[name]
-    checkpointing = options.get("gradient_checkpointing", False)
+@pytest.mark.parametrize("options", [OPTIONS["streaming"], OPTIONS["all"]], ids=["streaming", "all"])
+def test_selective_recomputation_does_not_mind_in_which_order_weights_come(
+    transport: LateTransport, options: dict[str, Any]
+) -> None:
+    selective: dict[str, Any] = {"gradient_checkpointing": True, "gradient_checkpointing_level": "selective"}
 
-    def gradients(settings: MemorySettings) -> dict[str, Tensor]:
-        torch.compiler.reset()
-        run = Run(settings, compiled=True)
+    def gradients(run: Run) -> dict[str, Tensor]:
         run.network.set_dropout_keys(torch.arange(cases()["ragged.latents"].shape[0]))
+        # Backward of the first pass finds other blocks in the ring than its forward did.
         losses = [velocity(run.model, cases()).square().mean() for _ in range(2)]
-        for loss in losses:
+        for loss in reversed(losses):
             loss.backward()
         found = {name: value.grad for name, value in run.network.named_parameters() if value.grad is not None}
         return {**found, "loss": losses[1].detach()}
 
-    assert_same(gradients(MemorySettings(**options)), gradients(MemorySettings(gradient_checkpointing=checkpointing)))
+    plain, run = Run(MemorySettings(**selective)), Run(MemorySettings(**{**options, **selective}))
+    with LateTransport().watched():
+        expected = gradients(plain)
+    with transport.watched():
+        found = gradients(run)
+    assert_same(found, expected)

@@ -42,6 +42,13 @@ def test_log_file_keeps_errors_on_the_screen(tmp_path: Path, capsys: pytest.Capt
     assert (tmp_path / "logs" / "run.log").read_text(encoding="utf-8") == "WARNING: careful\nERROR: wrong\n"
 
 
+def test_a_log_file_that_cannot_be_written_is_a_users_error(tmp_path: Path) -> None:
+    (tmp_path / "file").write_text("in the way", encoding="utf-8")
+    for path in (tmp_path, tmp_path / "file" / "run.log"):
+        with pytest.raises(SettingsError, match=r"^--console_log_file: .* cannot be written .*give another file"):
+            set_up_logging("WARNING", path)
+
+
 def test_the_training_program_takes_the_console_flags(tmp_path: Path, capsys: pytest.CaptureFixture) -> None:
     import lumina_train_network
 
@@ -140,6 +147,62 @@ def test_a_file_that_cannot_be_opened_is_one_line(capsys: pytest.CaptureFixture,
     assert "No such file" in capsys.readouterr().err
 
 
+def test_a_full_disk_is_one_line_whatever_file_it_was(capsys: pytest.CaptureFixture) -> None:
+    def main() -> None:
+        raise OSError(28, "No space left on device")
+
+    with pytest.raises(SystemExit) as caught:
+        run_program(main)
+    assert caught.value.code == 2
+    assert "ERROR: a file cannot be written: No space left on device; free some space" in capsys.readouterr().err
+
+
+def test_another_error_of_the_system_is_a_defect() -> None:
+    def main() -> None:
+        raise OSError(22, "Invalid argument")
+
+    with pytest.raises(OSError, match="Invalid argument"):
+        run_program(main)
+
+
+@pytest.mark.parametrize(
+    ("statement", "says"),
+    [
+        ("import no_such_package.part", "the package no_such_package is not installed in this Python"),
+        (
+            "from json import no_such_name",
+            "a package of this Python cannot be loaded (cannot import name 'no_such_name'",
+        ),
+        (
+            "import json.no_such_module",
+            "a package of this Python cannot be loaded (No module named 'json.no_such_module'",
+        ),
+    ],
+)
+def test_a_package_that_is_missing_or_broken_is_one_line(
+    statement: str, says: str, capsys: pytest.CaptureFixture
+) -> None:
+    with pytest.raises(SystemExit) as caught:
+        run_program(lambda: exec(statement))
+    assert caught.value.code == 2
+    screen = capsys.readouterr().err
+    assert says in screen
+    assert f'"{sys.executable}" -m pip install -r requirements.txt' in screen
+    assert "Traceback" not in screen
+
+
+def test_a_module_of_ours_that_is_missing_is_a_defect() -> None:
+    with pytest.raises(ImportError):
+        run_program(lambda: exec("from library.errors import no_such_name"))
+
+
+def test_the_screen_needs_no_package(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture) -> None:
+    set_up_logging(simple=True)
+    monkeypatch.setitem(sys.modules, "tqdm", None)  # as if it were not installed
+    logger.error("tqdm is missing")
+    assert capsys.readouterr().err == "ERROR: tqdm is missing\n"
+
+
 def test_a_defect_keeps_its_traceback() -> None:
     def main() -> None:
         raise RuntimeError("ours")
@@ -156,6 +219,20 @@ def test_old_python_ends_in_one_sentence(monkeypatch: pytest.MonkeyPatch) -> Non
         with pytest.raises(SystemExit) as caught:
             runpy.run_path(str(Path(__file__).resolve().parents[2] / script))
         assert caught.value.code == "This program needs Python 3.11 or newer; this is Python 3.10."
+
+
+def test_who_waits_for_a_step_to_end_is_told(monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture) -> None:
+    """While a step is compiled that takes minutes, in which Ctrl+C seemed to do nothing."""
+    monkeypatch.setattr(console, "_stopped", threading.Event())
+    monkeypatch.setattr(console, "_signals", [])
+    with console.uninterrupted():
+        console._stop()
+        console._stop()
+    assert capfd.readouterr().err.count("Stopping as soon as this step is done") == 1
+    console._signals.clear()
+    with pytest.raises(KeyboardInterrupt):
+        console._stop()
+    assert capfd.readouterr().err == ""
 
 
 def test_ctrl_c_is_put_off_unless_it_comes_again_and_again(monkeypatch: pytest.MonkeyPatch) -> None:

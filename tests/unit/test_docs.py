@@ -10,7 +10,7 @@ import pytest
 
 from library import prompts
 from library.inference.settings import ModelFlags, PictureFlags
-from library.memory.settings import QuantisationSettings
+from library.memory.settings import MemorySettings, QuantisationSettings
 from library.settings import specs_of
 from library.training.arguments import all_specs
 
@@ -46,6 +46,8 @@ SCRIPTS = {
     "train_dit_steps",
     "waiting",
     "preset",
+    "batch",
+    "warmup",
     "tokens",
     "negative_tokens",
     "rank",
@@ -113,6 +115,14 @@ def test_a_missing_table_is_an_error() -> None:
 def test_every_flag_of_the_trainer_is_in_the_tables() -> None:
     text = _make_tables().FLAGS_FILE.read_text(encoding="utf-8")
     assert [name for name in all_specs() if f"`--{name}`" not in text] == []
+
+
+def test_what_each_switch_does_to_the_result_is_told() -> None:
+    """For the flags of what a step costs, but those that say how another one works."""
+    text = (ROOT / "docs" / "speed.md").read_text(encoding="utf-8").partition("## What changes the result")[2]
+    specs = [spec for settings in (MemorySettings, QuantisationSettings) for spec in specs_of(settings)]
+    untold = {spec.name for spec in specs if f"--{spec.name}" not in text}
+    assert untold == {"dynamo_backend"}
 
 
 @pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)

@@ -66,6 +66,27 @@ def test_what_safetensors_cannot_write_is_an_oserror(tmp_path: Path, monkeypatch
     assert list(tmp_path.iterdir()) == []
 
 
+def test_what_safetensors_says_of_the_system_is_read(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    import safetensors.torch
+
+    def full(*_: object, **__: object) -> None:
+        raise safetensors.SafetensorError("Error while serializing: I/O error: No space left on device (os error 28)")
+
+    monkeypatch.setattr(safetensors.torch, "save_file", full)
+    with pytest.raises(OSError, match=r"^\[Errno 28\] No space left on device: '.*a\.safetensors'$"):
+        files.write_safetensors(tmp_path / "a.safetensors", {"t": torch.zeros(1)}, None)
+
+
+def test_an_error_of_an_open_file_gets_the_files_name(tmp_path: Path) -> None:
+    def full(_: Path) -> None:
+        raise OSError(28, "No space left on device")
+
+    with pytest.raises(OSError, match=r"a\.png") as caught:
+        files.write_with(tmp_path / "a.png", full)
+    assert (caught.value.errno, caught.value.filename) == (28, str(tmp_path / "a.png"))
+    assert list(tmp_path.iterdir()) == []
+
+
 def test_folders_are_tried_before_they_are_needed(tmp_path: Path) -> None:
     files.check_writable("--output_dir", tmp_path / "a" / "b")
     assert list((tmp_path / "a" / "b").iterdir()) == []

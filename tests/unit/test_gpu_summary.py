@@ -32,10 +32,12 @@ def test_reached_figures_stand_beside_their_targets(tmp_path: Path) -> None:
 
 def test_what_failed_or_was_left_out_says_why(tmp_path: Path) -> None:
     write_part(tmp_path, "tests", "....\n3 failed, 97 passed", code=1, error="one\ntwo | three")
+    write_part(tmp_path, "quiet", "....\n3 failed, 97 passed", code=1, error="")
     write_part(tmp_path, "sampling", "", code=124, error="")
     (tmp_path / "step_flash.skipped").write_text("the package flash_attn is missing\n", encoding="utf-8")
     text = summary(read_parts(tmp_path))
     assert "| tests | 7 | failed (1): two / three |" in text
+    assert "| quiet | 7 | failed (1): 3 failed, 97 passed |" in text
     assert "| sampling | 7 | failed (124): timed out |" in text
     assert "| step_flash |  | left out: the package flash_attn is missing |" in text
 

@@ -1,5 +1,6 @@
 """Limits of the inference program's flags, the same as those of prompt lines, and of the device's memory."""
 
+import re
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -9,8 +10,10 @@ import torch
 
 from library.errors import DrawingError, SettingsError
 from library.inference.interactive import interact
-from library.inference.models import DrawingModels
+from library.inference.loras import LoraFiles
+from library.inference.models import DrawingModels, _device
 from library.inference.settings import PictureFlags, split_lora
+from library.memory.settings import QuantisationSettings
 from library.prompts import PromptError, parse_line
 
 
@@ -31,14 +34,74 @@ def test_home_folders_of_lora_files() -> None:
         split_lora("~no_such_user_here/a.safetensors")
 
 
-@pytest.mark.parametrize(("offload", "remedy"), [(False, "--offload keeps only"), (True, "--image_width")])
-def test_too_little_memory_names_what_helps(offload: bool, remedy: str) -> None:
-    models: Any = SimpleNamespace(_offload=offload, device=torch.device("cuda"))
-    with (
-        pytest.raises(DrawingError, match=f"the memory of cuda is too small for a picture of 64x96; .*{remedy}"),
-        DrawingModels.enough_memory(models, "a picture of 64x96"),
-    ):
-        raise torch.OutOfMemoryError("CUDA out of memory")
+def test_the_gpu_that_is_named_becomes_the_current_one(monkeypatch: pytest.MonkeyPatch) -> None:
+    current: list[torch.device] = []
+    monkeypatch.setattr(torch, "ones", lambda *sizes, device: torch.zeros(1))  # as if there were two
+    monkeypatch.setattr(torch.cuda, "set_device", current.append)
+    for name in ("cuda:1", "cuda", "cpu"):
+        assert _device(name) == torch.device(name)
+    assert current == [torch.device("cuda:1")]
+
+
+@pytest.mark.parametrize(
+    ("name", "says"),
+    [
+        ("gpu", "'gpu' is no name of a device; give one such as cuda"),
+        ("", "'' is no name of a device"),
+        ("cuda:-1", "'cuda:-1' is no name of a device"),
+        (
+            "meta",
+            r"'meta' cannot be used here \(Tensor.item\(\) cannot be called on meta tensors\); leave the flag out",
+        ),
+        ("mkldnn", "'mkldnn' cannot be used here"),
+        ("privateuseone", "'privateuseone' cannot be used here"),
+        (
+            "xla",
+            r"'xla' cannot be used here \([^.]*aten::[^.]*\.memory_format' with arguments from the 'XLA' backend\);",
+        ),
+    ],
+)
+def test_a_device_that_does_not_compute_is_named(name: str, says: str) -> None:
+    with pytest.raises(SettingsError, match=f"^--device: {says}"):
+        _device(name)
+    assert _device("cpu") == torch.device("cpu")
+
+
+def test_merging_nothing_is_told(caplog: pytest.LogCaptureFixture) -> None:
+    files: Any = None  # nothing is read
+    assert LoraFiles((), merged=True, read=lambda *_: None, system_prompt="").check(files) == (None, None)
+    assert "--merge_lora_weights: no effect without --lora_weights" in caplog.text
+    caplog.clear()
+    LoraFiles((), merged=False, read=lambda *_: None, system_prompt="").check(files)
+    assert not caplog.text
+
+
+@pytest.mark.parametrize(
+    ("device", "flags", "names"),
+    [
+        ("cuda", {}, ["--offload", "--blocks_to_swap", "--fp8_base"]),
+        ("cuda", {"offload": True, "blocks_to_swap": 26, "dtype": "fp32"}, ["--fp8_base", "--dtype bf16"]),
+        ("mps", {"nf4_base": True}, ["--offload"]),
+        ("cpu", {"nf4_base": True}, []),
+    ],
+)
+def test_too_little_memory_names_what_helps(device: str, flags: dict, names: list[str]) -> None:
+    values = {"offload": False, "blocks_to_swap": None, "dtype": "bf16", **flags}
+    quantisation = QuantisationSettings(nf4_base=flags.get("nf4_base", False))
+    models: Any = SimpleNamespace(_flags=SimpleNamespace(**values), _quantisation=quantisation)
+    models.device, models._remedies = torch.device(device), lambda: DrawingModels._remedies(models)
+    for error in (torch.OutOfMemoryError("CUDA out of memory"), RuntimeError("DefaultCPUAllocator: can't allocate")):
+        with (
+            pytest.raises(
+                DrawingError, match=f"^the memory of {device} is too small for a picture of 64x96; "
+            ) as caught,
+            DrawingModels.enough_memory(models, "a picture of 64x96", "a smaller one needs less"),
+        ):
+            raise error
+        assert re.findall(r"--\w+(?: bf16)?", str(caught.value)) == names
+        assert str(caught.value).endswith("a smaller one needs less")
+    with pytest.raises(RuntimeError, match="a defect"), DrawingModels.enough_memory(models, "x"):
+        raise RuntimeError("a defect")
 
 
 @pytest.mark.parametrize("offload", [True, False])

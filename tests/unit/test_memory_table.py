@@ -45,17 +45,40 @@ def test_the_file_says_what_a_rehearsal_finds(row: Row, tmp_path: Path) -> None:
     assert found["tensors_gib"] == pytest.approx(need.bytes_with(row.blocks_to_swap) / 2**30, rel=0.01)
 
 
+def test_a_sample_that_is_stopped_prints_what_it_has(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    measured: list[dict[str, Any]] = []
+
+    def measure(row: dict[str, Any], preset: str) -> dict[str, Any]:
+        if len(measured) == 2:
+            raise bench.Stopped
+        measured.append(row)
+        return {"reserved_gib": 1.0}
+
+    monkeypatch.setattr(bench, "_measured", measure)
+    monkeypatch.setattr(bench, "stop_when_asked", lambda: None)
+    assert not bench.sample(TABLE)
+    printed = json.loads(capsys.readouterr().out)
+    assert [row["measured"] for row in printed["rows"]] == [{"reserved_gib": 1.0}] * 2
+    monkeypatch.setattr(bench, "_measured", lambda row, preset: {"reserved_gib": 1.0})
+    assert bench.sample(TABLE)
+    printed = json.loads(capsys.readouterr().out)
+    assert len(printed["rows"]) == len(bench.SAMPLE)  # all of them are in the table
+    assert all(row["size_px"] == 1024 for row in printed["rows"])
+
+
 def test_operations_are_those_of_the_flop_model(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    from library.training import memory_fit
+    from library.training import step_rehearsal
 
     counters = []
 
-    class Kept(memory_fit.LiveBytes):
+    class Kept(step_rehearsal.LiveBytes):
         def __init__(self, *arguments: Any) -> None:
             super().__init__(*arguments)
             counters.append(self)
 
-    monkeypatch.setattr(memory_fit, "LiveBytes", Kept)
+    monkeypatch.setattr(step_rehearsal, "LiveBytes", Kept)
     sizes = presets.config("medium")
     counted = flops.count(sizes, flops.image_tokens(512, 512), [bench.CAPTION_TOKENS])
     for level, expected in (("none", counted.step), ("full", counted.step + counted.blocks_forward)):

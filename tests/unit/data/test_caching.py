@@ -68,6 +68,15 @@ def test_what_is_cached_is_what_the_encoder_gives(tmp_path: Path, to_disk: bool,
     assert (tmp_path / "lumina_cache").exists() is to_disk
 
 
+@pytest.mark.parametrize("to_disk", [False, True])
+def test_an_encoder_that_changes_for_one_size_encodes_that_size_again(tmp_path: Path, to_disk: bool) -> None:
+    make_pictures(tmp_path, {"a.png": (64, 64), "b.png": (64, 64), "wide.png": (128, 64)})
+    data = build(tmp_path, **BUCKETS, **(DISK if to_disk else {"cache_latents": True}))
+    data.fill_latents(FakeAutoencoder(), "ae-1")
+    assert data.missing_latents(lambda size_px: "ae-1") == 0
+    assert data.missing_latents(lambda size_px: "ae-2" if size_px[0] > size_px[1] else "ae-1") == 1
+
+
 def test_pictures_of_one_bucket_are_encoded_together(tmp_path: Path) -> None:
     make_pictures(tmp_path, {f"{n}.png": (64, 64) for n in range(5)} | {"w.png": (128, 64)})
     data = build(tmp_path, cache_latents=True, vae_batch_size=2, **BUCKETS)
@@ -284,7 +293,7 @@ def test_cache_dir_takes_everything_and_pictures_stay_untouched(tmp_path: Path) 
     assert len(list(cache.glob("pictures-*.json"))) == 2
 
 
-def test_a_folder_that_cannot_be_written_to_names_cache_dir(tmp_path: Path) -> None:
+def test_a_folder_that_cannot_be_written_to_names_cache_dir(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
     make_pictures(tmp_path, SIZES)
     # A file where the cache folder would be fails for every user, root included.
     (tmp_path / "lumina_cache").write_bytes(b"")
@@ -292,6 +301,7 @@ def test_a_folder_that_cannot_be_written_to_names_cache_dir(tmp_path: Path) -> N
     encoder = FakeAutoencoder()
     with pytest.raises(DatasetError, match=r"lumina_cache cannot be written to \(.*\), .* --cache_dir"):
         data.fill_latents(encoder, "ae-1")
+    assert caplog.text.count("pictures.json cannot be written") == 1
     with pytest.raises(DatasetError, match="--cache_dir"):
         data.fill_text(data.caption_folders([1]), FakeTextEncoder(), "te-1")
     assert encoder.encoded == 0

@@ -1,10 +1,16 @@
 from __future__ import annotations
 
+import dataclasses
+from pathlib import Path
+
 import pytest
 import torch
-from models_helpers import tiny_models
+from models_helpers import tiny_models, write_tiny_files
+from safetensors import safe_open
+from safetensors.torch import load_file, save_file
 
 from library.lumina.gemma2 import Gemma2Encoder, GemmaTokenizer, PromptTemplate, build_gemma2, pad_features
+from library.lumina.loading import inspect_models, load_gemma2
 
 CAPTIONS = ["a red disc on a blue background", "", "ring", "a yellow cross, drawn in the centre of a dark picture"]
 
@@ -174,6 +180,36 @@ def test_embedding_apart_gives_the_same_bits_and_stays_where_it_is(
     assert encoder.model.rotary_emb.inv_freq.device.type == "meta"
     assert {tensor.device.type for block in encoder.blocks for tensor in block.parameters()} == {"meta"}
     assert len(encoder.blocks) == models.gemma2_config.num_layers_used
+
+
+@pytest.mark.parametrize("stored", [torch.float16, torch.bfloat16, torch.float32])
+def test_the_embedding_is_left_in_the_file_and_gives_the_same_bits(tmp_path: Path, stored: torch.dtype) -> None:
+    """It is a quarter of the model, and captions need a few hundred of its rows: a copy would be made for nothing."""
+    paths = write_tiny_files(tmp_path, stored)
+    features = {}
+    for mmap in (True, False):
+        files = inspect_models(dataclasses.replace(paths, mmap=mmap))
+        encoder = load_gemma2(files, torch.bfloat16, 40, "Draw well.")
+        assert encoder.model.embed_tokens.weight.dtype == (stored if mmap else torch.bfloat16)
+        assert {tensor.dtype for block in encoder.blocks for tensor in block.parameters()} == {torch.bfloat16}
+        features[mmap] = encoder.encode(CAPTIONS)
+    for left, converted in zip(features[True], features[False], strict=True):
+        assert left.dtype == torch.bfloat16
+        assert torch.equal(left, converted)
+
+
+def test_a_scaled_embedding_is_converted(tmp_path: Path) -> None:
+    paths = write_tiny_files(tmp_path)
+    assert paths.gemma2 is not None
+    tensors = {name: tensor.clone() for name, tensor in load_file(paths.gemma2).items()}
+    name = next(name for name in tensors if name.endswith("embed_tokens.weight"))
+    tensors[name] = tensors[name].to(torch.float8_e4m3fn)
+    tensors[name.replace("weight", "scale_weight")] = torch.tensor(0.5)
+    with safe_open(paths.gemma2, "pt") as file:
+        metadata = file.metadata()
+    save_file(tensors, paths.gemma2, metadata)
+    embedding = load_gemma2(inspect_models(paths), torch.bfloat16, 40, "").model.embed_tokens.weight
+    assert torch.equal(embedding, (tensors[name].float() * 0.5).bfloat16())
 
 
 def test_streamed_layers_stay_where_they_are() -> None:

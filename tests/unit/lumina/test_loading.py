@@ -195,6 +195,36 @@ def test_a_file_of_the_wanted_dtype_is_used_in_place(tmp_path: Path) -> None:
     assert weight.abs().max() == 0
 
 
+@pytest.mark.parametrize("mmap", [True, False])
+@pytest.mark.parametrize("layout", [three_files, root_folder])
+def test_what_is_converted_or_joined_is_not_mapped_and_keeps_no_file(
+    tmp_path: Path, layout: Callable[[Path], ModelPaths], mmap: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Mapped pages would count as memory beside the converted copy."""
+    import safetensors
+
+    opened = []
+
+    def counted(path: Path, framework: str) -> object:
+        opened.append(path)
+        return original(path, framework=framework)
+
+    original = safetensors.safe_open
+    paths = dataclasses.replace(layout(tmp_path), mmap=mmap)
+    monkeypatch.setattr("safetensors.safe_open", counted)
+    monkeypatch.setattr("library.lumina.tensor_reader._PART_BYTES", 4096)  # so that tensors come in several parts
+    files = inspect_models(paths)
+    for component, expected in ((files.dit, tiny_models().dit), (files.ae, tiny_models().ae)):
+        in_other_precision = {name: tensor.bfloat16() for name, tensor in expected.items()}
+        in_other_precision.pop("norm_final.weight", None)  # a folder has none
+        read = component.tensors(torch.bfloat16)
+        read.pop("norm_final.weight", None)
+        assert_same(read, in_other_precision)
+    assert not opened
+    files.dit.tensors(torch.float32)
+    assert len(opened) == mmap  # each file once
+
+
 def test_fingerprints_differ_for_other_weights_and_only_then(tmp_path: Path) -> None:
     first = inspect_models(three_files(tmp_path / "a"))
     again = inspect_models(all_in_one(tmp_path))

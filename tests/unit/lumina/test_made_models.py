@@ -17,6 +17,9 @@ from library.lumina.loading import ModelPaths, inspect_models, load_gemma2, load
 def test_full_size_models_with_fewer_layers_and_widths_load(tmp_path: Path) -> None:
     files = inspect_models(ModelPaths(*make(tmp_path, layers=1, shrink=8)))
     assert files.dit.config.num_layers == 1
+    # As in the usual files: a run in bf16 converts Gemma2 and the autoencoder.
+    for component, dtype in ((files.dit, "BF16"), (files.gemma2, "F16"), (files.ae, "F32")):
+        assert {entry.dtype for source in component.sources.values() for entry in source.entries} == {dtype}
     weights = files.dit.tensors(torch.bfloat16)
     assert abs(weights["layers.0.feed_forward.w2.weight"].float().std().item() * 1152**0.5 - 1) < 0.02
     assert weights["norm_final.weight"].eq(1).all()

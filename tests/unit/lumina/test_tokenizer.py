@@ -6,13 +6,15 @@ import shutil
 from pathlib import Path
 
 import pytest
+import torch
 from models_helpers import tiny_models, write_tiny_files
 from safetensors.torch import load_file, save_file
 
 from configs.quickstart.make_models import train_tokenizer, write_folder
 from library.errors import ModelFileError
-from library.lumina.loading import ModelFiles, ModelPaths, inspect_models
+from library.lumina.loading import ModelFiles, ModelPaths, gemma2_fingerprint, inspect_models
 from library.lumina.tokenizer import GemmaTokenizer
+from library.lumina.weighted_captions import WeightedTokenizer
 
 
 @pytest.fixture
@@ -107,6 +109,28 @@ def test_a_tokenizer_in_the_models_folder_is_found(tmp_path: Path, place: str, g
     put(tmp_path / place / "tokenizer.model")
     files = inspect_models(ModelPaths(dit=tmp_path, gemma2=tmp_path / given))
     assert files.tokenizer.proto == tiny_models().tokenizer
+
+
+@pytest.mark.parametrize("weighted", [False, True])
+def test_the_pieces_are_read_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, weighted: bool) -> None:
+    """Gemma's own 256,000 take a tenth of a second and more each time."""
+    import sentencepiece
+
+    read = []
+    original = sentencepiece.SentencePieceProcessor.LoadFromSerializedProto
+
+    def counted(processor: object, proto: bytes) -> object:
+        read.append(len(proto))
+        return original(processor, proto)
+
+    monkeypatch.setattr(sentencepiece.SentencePieceProcessor, "LoadFromSerializedProto", counted)
+    files = inspect_models(dataclasses.replace(write_tiny_files(tmp_path), weighted_captions=weighted))
+    short, long = files.load_tokenizer(3), files.load_tokenizer(500)
+    assert gemma2_fingerprint(files, torch.bfloat16, 3, "") != gemma2_fingerprint(files, torch.bfloat16, 500, "")
+    assert len(read) == 1
+    assert type(short) is type(long) is (WeightedTokenizer if weighted else GemmaTokenizer)
+    assert short.encode("a red disc on a blue background") == long.encode("a red disc on a blue background")[:3]
+    assert short.fingerprint == long.fingerprint
 
 
 def test_a_failed_download_says_what_to_do(paths: ModelPaths, monkeypatch: pytest.MonkeyPatch) -> None:

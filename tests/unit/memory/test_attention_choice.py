@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import dataclasses
 import logging
 import math
 import re
 import sys
+from typing import NoReturn
 
 import pytest
 import torch
@@ -69,6 +71,28 @@ def test_auto_takes_sdpa_where_flash_kernels_cannot(monkeypatch: pytest.MonkeyPa
         chosen = choose(of=of)
         assert (chosen.equal, chosen.ragged) == ("sdpa", "sdpa")
         assert chosen.function is sdpa_attention
+
+
+@pytest.mark.parametrize(("capability", "kv_heads"), [(TURING, 6), (ADA, 2)])
+def test_heads_are_shared_only_where_a_kernel_can(
+    monkeypatch: pytest.MonkeyPatch, capability: tuple[int, int], kv_heads: int
+) -> None:
+    pretend_cuda(monkeypatch, capability)
+    chosen = choose("sdpa")
+    seen: list[tuple[int, bool]] = []
+    real = torch.nn.functional.scaled_dot_product_attention
+
+    def spy(
+        q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, *, enable_gqa: bool = False, **more: object
+    ) -> torch.Tensor:
+        seen.append((k.shape[1], enable_gqa))
+        return real(q, k, v, enable_gqa=enable_gqa, **more)  # type: ignore[arg-type]
+
+    monkeypatch.setattr(torch.nn.functional, "scaled_dot_product_attention", spy)
+    q, k, v = (torch.randn(2, 9, heads, 8) for heads in (6, 2, 2))
+    # Float32; a fused kernel sums in blocks.
+    torch.testing.assert_close(chosen.function(q, k, v, None), written_out(q, k, v, None), rtol=1e-4, atol=2e-5)
+    assert seen == [(kv_heads, kv_heads == 2)]
 
 
 def test_a_mode_means_its_kernels(monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture) -> None:
@@ -232,3 +256,41 @@ def test_flags_that_mean_a_mode(flags: dict[str, object], mode: str, given_as: s
 def test_flags_that_contradict_each_other(flags: dict[str, object], says: str) -> None:
     with pytest.raises(SettingsError, match=says):
         AttentionSettings(**flags)  # type: ignore[arg-type]
+
+
+def unloadable(*_: object) -> NoReturn:
+    raise RuntimeError("libcudart.so.11: cannot open shared object file")
+
+
+def test_a_package_that_does_not_go_with_this_torch_is_passed_over(
+    monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    pretend_cuda(monkeypatch, ADA, "flash_attn")
+    monkeypatch.setitem(KERNELS, "flash2", dataclasses.replace(KERNELS["flash2"], make=unloadable))
+    assert choose().equal == "sdpa"
+    assert (
+        "FlashAttention 2 cannot be used: it does not go with this torch (libcudart.so.11: cannot open" in caplog.text
+    )
+    with pytest.raises(SettingsError, match=r"^--attn_mode flash: .*FlashAttention 2 cannot be used: it does not go"):
+        choose("flash")
+
+
+def test_a_package_that_fails_in_its_own_way_when_it_is_imported(monkeypatch: pytest.MonkeyPatch) -> None:
+    pretend_cuda(monkeypatch, ADA, "flash_attn")
+    monkeypatch.setattr("library.memory.attention_kernels.importlib.import_module", unloadable)
+    assert KERNELS["flash2"].unsuitable(work()) == (
+        "it cannot be imported (libcudart.so.11: cannot open shared object file; pip install flash-attn"
+        " --no-build-isolation)"
+    )
+
+
+def test_a_kernel_that_is_compiled_first_is_announced(
+    monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    monkeypatch.setattr(attention_module, "failure_of", lambda *_: None)
+    caplog.set_level(logging.INFO)
+    choose("flex", work("cpu", torch.float32, training=False))
+    assert "trying torch's flex_attention, which is compiled first" in caplog.text
+    caplog.clear()
+    choose("auto", work("cpu", torch.float32, training=False))
+    assert "trying" not in caplog.text

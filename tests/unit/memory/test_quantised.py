@@ -6,7 +6,8 @@ import pytest
 import torch
 from torch import nn
 
-from library.memory.quantised import QuantisedLinear, quantise_block
+from library.errors import SettingsError
+from library.memory.quantised import QuantisedLinear, quantise_block, require_quantisation
 from library.memory.settings import QuantisationSettings
 
 
@@ -65,3 +66,21 @@ def test_what_is_no_linear_without_bias_is_refused() -> None:
 def test_which_flags_quantise_what(given: dict[str, bool], transformer: str | None, text_encoder: str | None) -> None:
     settings = QuantisationSettings(**given)
     assert (settings.transformer, settings.text_encoder) == (transformer, text_encoder)
+
+
+def test_a_bitsandbytes_that_cannot_be_used_shows_at_once(monkeypatch: pytest.MonkeyPatch) -> None:
+    pytest.importorskip("bitsandbytes")
+    from library.memory import nf4
+
+    require_quantisation("nf4", torch.device("cpu"))
+
+    def fail(*_: object) -> None:
+        raise RuntimeError("no kernel for this GPU\nand much more")
+
+    monkeypatch.setattr(nf4.Nf4Linear, "forward", fail)
+    with pytest.raises(SettingsError, match=r"--nf4_base: .* cannot be used on cpu \(no kernel for this GPU\)"):
+        require_quantisation("nf4", torch.device("cpu"))
+    require_quantisation("fp8", torch.device("cpu"))
+    require_quantisation(None, torch.device("cpu"))
+    with pytest.raises(SettingsError, match="--fp8_fast"):
+        require_quantisation("fp8_fast", torch.device("cpu"))

@@ -1,8 +1,10 @@
 """Recomputation gives the same gradients and keeps less."""
 
+import pytest
 import torch
 from torch import nn
 
+from library.errors import SettingsError
 from library.memory.recompute import recompute_in_backward
 
 
@@ -46,3 +48,47 @@ def test_activations_are_not_kept() -> None:
     with torch.autograd.graph.saved_tensors_hooks(lambda t: (kept.append(t.numel()), t)[1], lambda t: t):
         block(x)
     assert sum(kept) <= x.numel()  # the input at most
+
+
+class WritesOver(nn.Module):
+    """A Linear's result is changed in place, as some network modules do; on a tensor (B,S,in) it is a view of a product."""
+
+    def __init__(self, how: str) -> None:
+        super().__init__()
+        self.linear = nn.Linear(8, 8, bias=False)
+        self.how = how
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        result = self.linear(x)
+        if self.how == "method":
+            return result.add_(torch.tanh(x))
+        if self.how == "of a part":
+            result[..., :4].mul_(2)
+            return result
+        if self.how == "out":
+            torch.add(x.detach(), 1, out=result.detach())
+            return result
+        return (result * 2).add_(1)
+
+
+@pytest.mark.parametrize("how", ["method", "of a part", "out"])
+@pytest.mark.parametrize("shape", [(2, 3, 8), (6, 8)])
+def test_selective_refuses_what_writes_over_a_result_that_it_keeps(how: str, shape: tuple[int, ...]) -> None:
+    block = WritesOver(how)
+    recompute_in_backward([block], preserve_rng_state=False, level="selective")
+    with pytest.raises(SettingsError, match="--gradient_checkpointing_level full"):
+        block(torch.ones(shape, requires_grad=True))
+
+
+def test_selective_lets_other_results_be_written_over() -> None:
+    torch.manual_seed(0)
+    gradients = []
+    block = WritesOver("not what is kept")
+    x = torch.randn(2, 3, 8)
+    for level in ("none", "selective"):
+        if level == "selective":
+            recompute_in_backward([block], preserve_rng_state=False, level="selective")
+        block.zero_grad()
+        block(x).square().sum().backward()
+        gradients.append(block.linear.weight.grad)
+    assert torch.equal(*gradients)

@@ -284,6 +284,7 @@ def test_help_and_wrong_flags_import_nothing_heavy(script: str, argument: str, c
         (["--vae_batch_size=4"], "latents are not cached"),
         (["--lr_scheduler=cosine", "--lr_scheduler_power=2"], "--lr_scheduler is not polynomial"),
         (["--log_prefix=a"], "there is no tracker"),
+        (["--gradient_checkpointing_level=selective"], "without --gradient_checkpointing"),
     ],
 )
 def test_flags_without_effect_are_named(argv: list[str], named: str, caplog: pytest.LogCaptureFixture) -> None:
@@ -296,6 +297,13 @@ def test_flags_without_effect_are_named(argv: list[str], named: str, caplog: pyt
 
 def test_a_plain_run_names_none(caplog: pytest.LogCaptureFixture) -> None:
     config = parse("--huber_c=0.1", "--sigmoid_scale=1.0", "--timestep_sampling=nextdit_shift")
+    assert config is not None
+    warn_of_unused(config, all_specs())
+    assert not caplog.records
+
+
+def test_a_level_is_of_use_where_checkpointing_may_be_chosen(caplog: pytest.LogCaptureFixture) -> None:
+    config = parse("--gradient_checkpointing_level=selective", "--vram_gb=8")
     assert config is not None
     warn_of_unused(config, all_specs())
     assert not caplog.records

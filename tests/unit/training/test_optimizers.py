@@ -1,6 +1,7 @@
 """Optimizers and schedules by name."""
 
 import math
+from pathlib import Path
 
 import pytest
 import torch
@@ -74,6 +75,32 @@ def test_a_missing_package_names_its_install_line(monkeypatch: pytest.MonkeyPatc
         optimizer_names.require_package(settings)  # before anything is imported
     with pytest.raises(SettingsError, match="pip install lion-pytorch"):
         optimizers.optimizer_class(settings)
+
+
+@pytest.mark.parametrize(
+    ("first_line", "reason"),
+    [
+        ("raise OSError('libcuda.so: undefined symbol')", "undefined symbol"),
+        ("import no_such_part_of_it", "No module named 'no_such_part_of_it'"),
+    ],
+)
+def test_a_broken_package_is_not_called_missing(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path, first_line: str, reason: str
+) -> None:
+    (tmp_path / "broken_lion.py").write_text(first_line, encoding="utf-8")
+    monkeypatch.syspath_prepend(tmp_path)
+    broken = optimizer_names.OptimizerSource("broken_lion", "Lion", "lion-pytorch")
+    monkeypatch.setitem(optimizer_names.OPTIMIZERS, "lion", broken)
+    settings = OptimizerSettings(optimizer_type="Lion")
+    optimizer_names.require_package(settings)
+    with pytest.raises(SettingsError, match=f"lion-pytorch, which is installed but cannot be loaded .*{reason}"):
+        optimizers.optimizer_class(settings)
+
+
+def test_torch_is_not_missed_as_an_optimizers_package(monkeypatch: pytest.MonkeyPatch) -> None:
+    """It has no package to install under --optimizer_type; whoever imports it says that it is missing."""
+    monkeypatch.setattr(optimizer_names.importlib.util, "find_spec", lambda name: None)
+    optimizer_names.require_package(OptimizerSettings(optimizer_type="AdamW"))
 
 
 @pytest.mark.parametrize(

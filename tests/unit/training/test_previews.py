@@ -146,14 +146,18 @@ def test_processes_share_the_prompts(tmp_path: Path) -> None:
         assert len(names(tmp_path)) == (2, 3)[rank]
 
 
+@pytest.mark.parametrize(
+    "error",
+    [torch.OutOfMemoryError("CUDA out of memory"), RuntimeError("MPS backend out of memory (MPS allocated: 9 GB)")],
+)
 def test_too_little_memory_for_a_preview_does_not_end_the_training(
-    tmp_path: Path, caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
+    tmp_path: Path, caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch, error: RuntimeError
 ) -> None:
     monkeypatch.setattr(torch.cuda, "empty_cache", lambda: None)
 
     def draw(prompts: Sequence[Prompt], seeds: Sequence[int]) -> list[Image.Image]:
         if prompts[0].width == 4096:
-            raise torch.OutOfMemoryError("CUDA out of memory")
+            raise error
         return blank(prompts, seeds)
 
     one = previews(tmp_path, draw, [Prompt("a", width=4096), Prompt("b")], sample_every_n_steps=1)

@@ -12,6 +12,7 @@ import torch
 from torch import distributed
 
 from library.errors import SettingsError, UserError
+from library.memory.settings import MemorySettings
 from library.training import processes
 from library.training.settings import LogSettings
 
@@ -47,6 +48,39 @@ def test_no_driver_no_warning(monkeypatch: pytest.MonkeyPatch, caplog: pytest.Lo
 
 
 @pytest.mark.parametrize(
+    ("variable", "value", "settings", "says"),
+    [
+        (
+            "ACCELERATE_MIXED_PRECISION",
+            "bf16",
+            MemorySettings(),
+            "configured for the mixed precision bf16, which has no",
+        ),
+        ("ACCELERATE_MIXED_PRECISION", "fp16", MemorySettings(mixed_precision="bf16"), "of this program is bf16"),
+        ("ACCELERATE_MIXED_PRECISION", "bf16", MemorySettings(mixed_precision="bf16"), ""),
+        ("ACCELERATE_MIXED_PRECISION", "no", MemorySettings(mixed_precision="bf16"), ""),
+        ("ACCELERATE_DYNAMO_BACKEND", "INDUCTOR", MemorySettings(), "compiler inductor, which has no effect"),
+        ("ACCELERATE_DYNAMO_BACKEND", "INDUCTOR", MemorySettings(torch_compile=True), ""),
+        ("ACCELERATE_DYNAMO_BACKEND", "NO", MemorySettings(), ""),
+    ],
+)
+def test_what_the_launcher_asks_for_and_this_program_does_not(
+    variable: str,
+    value: str,
+    settings: MemorySettings,
+    says: str,
+    monkeypatch: pytest.MonkeyPatch,
+    caplog: pytest.LogCaptureFixture,
+) -> None:
+    monkeypatch.delenv("ACCELERATE_MIXED_PRECISION", raising=False)
+    monkeypatch.delenv("ACCELERATE_DYNAMO_BACKEND", raising=False)
+    monkeypatch.setenv(variable, value)
+    processes.warn_of_launcher(settings)
+    assert bool(caplog.messages) == bool(says)
+    assert says in caplog.text
+
+
+@pytest.mark.parametrize(
     ("variable", "name"), [("ACCELERATE_USE_FSDP", "FSDP"), ("ACCELERATE_USE_DEEPSPEED", "DeepSpeed")]
 )
 def test_sharding_in_accelerates_configuration_is_a_warning(
@@ -69,7 +103,7 @@ def test_more_processes_started_than_seen(monkeypatch: pytest.MonkeyPatch) -> No
 
 def test_missing_tracker_package(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("accelerate.utils.imports.is_wandb_available", lambda: False)
-    with pytest.raises(SettingsError, match=r"^--log_with: wandb is not installed; run: pip install wandb"):
+    with pytest.raises(SettingsError, match=r"^--log_with wandb: wandb is not installed, .* run: pip install wandb"):
         processes.start_accelerator("no", None, LogSettings(log_with="wandb"))
 
 

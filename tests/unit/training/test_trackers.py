@@ -17,7 +17,7 @@ from library.settings import specs_of
 from library.training.arguments import GROUPS, parse_arguments
 from library.training.processes import start_accelerator
 from library.training.settings import LogSettings
-from library.training.trackers import Trackers, logged_settings, tracker_arguments
+from library.training.trackers import Trackers, accelerate_arguments, logged_settings, tracker_arguments
 
 FAKE_WANDB = """
 calls = []
@@ -84,7 +84,9 @@ def run(settings: LogSettings, run_settings: dict[str, Any] | None = None) -> No
     """Starts the trackers, reports a little, and ends them."""
     fresh_accelerate()
     accelerator = start_accelerator("no", None, settings)
-    trackers = Trackers(accelerator, settings, run_settings or {})
+    trackers = Trackers(accelerator, settings)
+    if run_settings is not None:
+        trackers.log_settings(run_settings)
     trackers.log({"loss/current": 0.5}, 3)
     trackers.log({}, 4)
     trackers.log_picture("preview", Image.new("RGB", (8, 4)), 3)
@@ -141,6 +143,33 @@ def test_tensorboard_takes_all_settings(tmp_path: Path) -> None:
     text = stored.read_text(encoding="utf-8")
     assert "seed: null" in text
     assert "network_args: attn_dim=4 mlp_dim=8" in text
+
+
+@pytest.mark.parametrize(
+    ("settings", "says"),
+    [
+        (LogSettings(logging_dir=Path("logs")), "--logging_dir: tensorboard is not installed"),
+        (LogSettings(log_with="all", logging_dir=Path("logs")), "--log_with all: tensorboard is not installed"),
+    ],
+)
+def test_a_missing_tracker_is_named_by_the_flag_that_asks_for_it(
+    settings: LogSettings, says: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("accelerate.utils.imports.is_tensorboard_available", lambda: False)
+    with pytest.raises(SettingsError, match=f"^{says}.* pip install tensorboard, or leave the flag out"):
+        accelerate_arguments(settings)
+
+
+@pytest.mark.parametrize("method", ["start", "store_init_configuration"])
+def test_a_folder_that_cannot_be_written_to_is_named(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, method: str
+) -> None:
+    def full(*_: object) -> None:
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(f"accelerate.tracking.TensorBoardTracker.{method}", full)
+    with pytest.raises(SettingsError, match=r"^--logging_dir: .* cannot be written to \(No space left on device\)"):
+        run(LogSettings(logging_dir=tmp_path, log_config=True), {"seed": 1})
 
 
 def test_a_key_that_wandb_refuses(wandb: Any) -> None:
