@@ -227,16 +227,26 @@ class Gemma2Encoder:
         weights = [self.tokenizer.weights(text) for text in texts]
         longest = max(map(len, tokens))
         padded = [ids + [self.tokenizer.pad_id] * (longest - len(ids)) for ids in tokens]
-        if any(weights):
-            padded.append([self.tokenizer.bos_id] + [self.tokenizer.pad_id] * (longest - 1))  # an empty text
-        embedded = copied_to(self._embedded(torch.tensor(padded)), self.device)  # (B,L,D), or (B+1,L,D)
-        hidden = self.model(inputs_embeds=embedded, use_cache=False).last_hidden_state
+        empty = [self.tokenizer.bos_id] + [self.tokenizer.pad_id] * (longest - 1)
+        if not any(weights):
+            hidden, empties = self._hidden(padded), None
+        elif torch.is_grad_enabled():
+            # A network may be trained, whose dropouts belong to the samples of a batch: each has an empty text of its own.
+            hidden, empties = self._hidden(padded), self._hidden([empty] * len(padded))
+        else:
+            hidden = self._hidden([*padded, empty])
+            empties = hidden[-1:].expand(len(padded), -1, -1)
         # Cloned: a view would keep the whole padded batch in memory.
         features = [hidden[index, : len(ids)].clone() for index, ids in enumerate(tokens)]
         return [
-            feature if weight is None else weigh(feature, hidden[-1, : len(weight)], weight)
-            for feature, weight in zip(features, weights, strict=True)
+            feature if weight is None or empties is None else weigh(feature, empties[index, : len(weight)], weight)
+            for index, (feature, weight) in enumerate(zip(features, weights, strict=True))
         ]
+
+    def _hidden(self, tokens: list[list[int]]) -> Tensor:
+        """Returns what the last layer gives (B,L,D) for tokens (B,L)."""
+        embedded = copied_to(self._embedded(torch.tensor(tokens)), self.device)
+        return self.model(inputs_embeds=embedded, use_cache=False).last_hidden_state
 
     def _embedded(self, tokens: Tensor) -> Tensor:
         """Returns what goes into the first layer (B,L,D) for tokens (B,L), in our dtype, where the embedding is."""

@@ -7,11 +7,13 @@ from pathlib import Path
 
 import pytest
 import torch
+from lora_helpers import fill, small_next_dit
 from models_helpers import tiny_models, write_tiny_files
 
 from library.lumina.gemma2 import Gemma2Encoder, GemmaTokenizer, build_gemma2
 from library.lumina.loading import gemma2_fingerprint, inspect_models
 from library.lumina.weighted_captions import WeightedTokenizer, parse_weights, weigh
+from networks import lora_lumina
 
 
 def runs(caption: str) -> list[tuple[str, float]]:
@@ -123,6 +125,25 @@ def test_features_move_away_from_an_empty_texts() -> None:
     torch.testing.assert_close(feature[is_red], moved[is_red], rtol=1e-4, atol=1e-5)
     torch.testing.assert_close(other, expected_other, rtol=1e-4, atol=1e-5)
     torch.testing.assert_close(neutral, expected, rtol=1e-4, atol=1e-5)
+
+
+def test_dropouts_of_the_empty_text_belong_to_samples() -> None:
+    models = tiny_models()
+    encoder, dit = _encoder(WeightedTokenizer(models.tokenizer, 64)), small_next_dit()
+    network = lora_lumina.create_network(1.0, 4, 4.0, None, [encoder.model], dit, neuron_dropout=0.5)
+    network.apply_to([encoder.model], dit, True, False)
+    fill(network)
+    network.train()
+    captions, keys = ["a (red:1.5) disc", "a [blue] one"], torch.tensor([11, 12])
+    network.set_dropout_keys(keys)
+    together = encoder.encode(captions)
+    for index, feature in enumerate(together):
+        network.set_dropout_keys(keys[index : index + 1])
+        (alone,) = encoder.encode(captions[index : index + 1])
+        torch.testing.assert_close(feature, alone, rtol=1e-4, atol=1e-5)  # float32, in a batch of another size
+        network.set_dropout_keys(keys[index : index + 1] + 5)
+        (other,) = encoder.encode(captions[index : index + 1])
+        assert (feature - other).norm() > 0.01 * feature.norm()
 
 
 def test_the_transformer_sees_it_and_would_not_see_a_scale() -> None:
