@@ -26,6 +26,9 @@ def uncollected_imports() -> Iterator[None]:
         yield
     finally:
         if len(sys.modules) > num_modules:
+            # An import that failed on its way holds the frames of all callers, in a cycle: frozen, it would keep for good
+            # whatever they go on to make, such as a model. What the block made is young, so no more is looked at.
+            gc.collect(0)
             gc.freeze()
         if was_enabled:
             gc.enable()
