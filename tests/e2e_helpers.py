@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import socket
 import subprocess
 import sys
 from dataclasses import dataclass
@@ -106,8 +107,20 @@ def python(script: str, *flags: str, **how: object) -> subprocess.CompletedProce
 
 def launch(*arguments: str, **how: object) -> subprocess.CompletedProcess[str]:
     """Runs ``accelerate launch`` of the same environment."""
+    return run(*launch_command(), *arguments, **how)  # type: ignore[arg-type]
+
+
+def launch_command() -> list[str]:
+    """Returns the command of ``accelerate launch``, whose processes meet at a port of their own: tests run side by side."""
     program = "from accelerate.commands.accelerate_cli import main; main()"
-    return run(sys.executable, "-c", program, "launch", *arguments, **how)  # type: ignore[arg-type]
+    return [sys.executable, "-c", program, "launch", "--main_process_port", free_port()]
+
+
+def free_port() -> str:
+    """Returns a port that nobody listens at."""
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        return str(free.getsockname()[1])
 
 
 def log_lines(done: subprocess.CompletedProcess[str]) -> list[str]:

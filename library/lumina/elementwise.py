@@ -34,6 +34,8 @@ from torch import Tensor
 
 __all__ = ["normalise_and_rotate", "rms_factor", "scaled_norm", "swiglu"]
 
+_fused_rms_norm, _fused_rms_norm_backward = torch.ops.aten._fused_rms_norm, torch.ops.aten._fused_rms_norm_backward
+
 
 def scaled_norm(x: Tensor, factor: Tensor, eps: float, residual: Tensor | None = None) -> Tensor:
     """Returns residual + x / sqrt(mean(x^2) + eps) * factor, the mean over the last axis, in ``x``'s dtype.
@@ -121,7 +123,7 @@ class _ScaledNorm(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, x: Tensor, factor: Tensor, eps: float, residual: Tensor | None) -> Tensor:
         if _is_half_on_gpu(x):
-            normed, rms = torch.ops.aten._fused_rms_norm(x.contiguous(), [x.shape[-1]], None, eps)
+            normed, rms = _fused_rms_norm(x.contiguous(), [x.shape[-1]], None, eps)
             ctx.save_for_backward(x, factor, rms)
             if residual is None:
                 return torch.mul(normed, factor, out=normed)
@@ -143,9 +145,7 @@ class _ScaledNorm(torch.autograd.Function):
                 of_factor = _sum_to((x * rms).mul_(gradient), factor.shape)
             if ctx.needs_input_grad[0]:
                 of_normed = _product(gradient, factor, x.dtype)
-                of_x, _ = torch.ops.aten._fused_rms_norm_backward(
-                    of_normed, x.contiguous(), [x.shape[-1]], rms, None, [True, False]
-                )
+                of_x, _ = _fused_rms_norm_backward(of_normed, x.contiguous(), [x.shape[-1]], rms, None, [True, False])
             return of_x, of_factor, None, of_residual
         wide = _wide(gradient)
         normed = _wide(x) * rms

@@ -2,7 +2,6 @@
 
 import os
 import signal
-import socket
 import subprocess
 import sys
 import time
@@ -11,7 +10,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from e2e_helpers import ROOT, Job, launch, log_lines
+from e2e_helpers import ROOT, Job, free_port, launch, launch_command, log_lines
 from safetensors.torch import load_file
 
 CONFIGS = ROOT / "configs" / "accelerate"
@@ -57,8 +56,7 @@ def process_of_rank(launcher: int, rank: int) -> int:
 @pytest.mark.skipif(not sys.platform.startswith("linux"), reason="reads /proc")
 def test_what_was_trained_is_saved_when_another_process_is_killed(job: Job, tmp_path: Path) -> None:
     output = tmp_path / "out"
-    program = "from accelerate.commands.accelerate_cli import main; main()"
-    command = [sys.executable, "-c", program, "launch", "--config_file", str(CONFIGS / "multi_gpu.yaml")]
+    command = [*launch_command(), "--config_file", str(CONFIGS / "multi_gpu.yaml")]
     flags = [*flags_of(job, output), "--max_train_epochs=5000"]
     variables = {**os.environ, **ON_CPU, "OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1"}
     with (tmp_path / "said").open("wb") as said:
@@ -96,12 +94,9 @@ def test_sharding_is_warned_about_and_trains_the_same(job: Job, trained_on_one_m
 
 
 def test_two_machines_train_what_one_machine_trains(job: Job, trained_on_one_machine: Path, tmp_path: Path) -> None:
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        port = str(free.getsockname()[1])
     output = tmp_path / "out"
     config = ["--config_file", str(CONFIGS / "multi_machine.yaml"), "--num_processes", "2"]
-    where = ["--main_process_ip", "127.0.0.1", "--main_process_port", port]
+    where = ["--main_process_ip", "127.0.0.1", "--main_process_port", free_port()]
 
     def start(machine: int) -> subprocess.CompletedProcess[str]:
         flags = [*config, *where, "--machine_rank", str(machine), "lumina_train_network.py", *flags_of(job, output)]

@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 from e2e.test_two_processes import ON_CPU, TWO
-from e2e_helpers import ROOT, Job, launch, python
+from e2e_helpers import ROOT, Job, launch, launch_command, python
 from resume_helpers import assert_same_files
 from safetensors.torch import load_file
 
@@ -60,8 +60,7 @@ def test_ctrl_c_in_two_processes_and_resume(job: Job, tmp_path: Path) -> None:
         "--max_train_epochs=40",
         "--resume=latest",
     ]
-    program = "from accelerate.commands.accelerate_cli import main; main()"
-    command = [sys.executable, "-c", program, "launch", *TWO, "lumina_train_network.py"]
+    command = [*launch_command(), *TWO, "lumina_train_network.py"]
     output = tmp_path / "parts"
     code, said = interrupted([*command, *job.train_flags(output, *flags)], signal.SIGINT, whole_group=True)
     assert code != 0

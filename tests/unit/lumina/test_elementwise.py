@@ -27,7 +27,7 @@ def take_the_way_of_gpus(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(elementwise, "_is_half_on_gpu", lambda x: True)
     backward = torch._decomp.get_decompositions([torch.ops.aten._fused_rms_norm_backward])
     written_out = backward[torch.ops.aten._fused_rms_norm_backward.default]  # torch's own, for compilers
-    monkeypatch.setattr(torch.ops.aten, "_fused_rms_norm_backward", written_out)
+    monkeypatch.setattr(elementwise, "_fused_rms_norm_backward", written_out)
 
 
 def numbers(*shape: int, seed: int = 0, dtype: torch.dtype = torch.float64) -> Tensor:
