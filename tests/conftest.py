@@ -3,7 +3,10 @@
 import os
 import sys
 import tempfile
+from collections.abc import Iterator
 from pathlib import Path
+
+import pytest
 
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 # Before torch is imported. The tests' models are so small that threads wait for each other longer than they compute, and
@@ -16,3 +19,13 @@ TESTS = Path(__file__).resolve().parent
 for folder in (TESTS.parent, TESTS):
     if str(folder) not in sys.path:
         sys.path.insert(0, str(folder))
+
+
+@pytest.fixture(scope="module", autouse=True)
+def _accelerate_forgets() -> Iterator[None]:
+    """Lets no file of tests find the state of accelerate, of which a process has only one, that another file left."""
+    yield
+    if "accelerate.state" in sys.modules:
+        from trainer_helpers import fresh_accelerate
+
+        fresh_accelerate()

@@ -13,6 +13,7 @@ import torch
 from e2e_helpers import ROOT
 from safetensors import safe_open
 from safetensors.torch import load_file
+from trainer_helpers import fresh_accelerate
 
 TIMES = ("time", "speed", "images_per_second", "seconds", "memory")  # what no two runs have in common
 
@@ -32,16 +33,14 @@ class Run:
 
 @contextmanager
 def _apart(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
-    from accelerate.state import AcceleratorState, PartialState
-
     monkeypatch.chdir(ROOT)
+    fresh_accelerate()  # which tests in any order may have left behind
     handlers = list(logging.getLogger().handlers)
     try:
         yield
     finally:
         logging.getLogger().handlers[:] = handlers
-        AcceleratorState._reset_state(True)
-        PartialState._reset_state()
+        fresh_accelerate()
 
 
 def train(

@@ -111,10 +111,9 @@ class NetworkTrainer(FrozenModels):
 
             from library.keyed_random import key
             from library.memory.attention import choose_attention
-            from library.memory.prepare import warn_where_useless
             from library.memory.quantised import require_quantisation
             from library.training import optimizers
-            from library.training.cpu_use import use_cpu_well
+            from library.training.device_use import use_device
             from library.training.hub import HubUploads
             from library.training.processes import Processes, start_accelerator, warn_of_launcher
             from library.training.trackers import Trackers
@@ -142,11 +141,7 @@ class NetworkTrainer(FrozenModels):
         self.trackers = Trackers(self.accelerator, config.log)
         uploads = self.processes.is_main and not config.data.debug_dataset
         self.uploads = HubUploads(config.hub) if uploads else None
-        where = torch.cuda.get_device_name() if self.device.type == "cuda" else self.device.type
-        count = self.processes.count
-        logger.info("Device: %s, %d process%s; seed %d", where, count, "es" if count > 1 else "", seed)
-        warn_where_useless(config.memory, self.device)
-        use_cpu_well(config.memory, self.device, count)
+        use_device(config.memory, self.device, self.processes.count, seed)
 
     def _attention_work(self) -> Workload:
         from library.memory.attention import Workload

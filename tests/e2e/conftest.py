@@ -17,12 +17,13 @@ def train(monkeypatch: pytest.MonkeyPatch) -> Iterator[Callable[..., None]]:
     """Runs the training program in this process: the imports are paid once, and coverage of errors is cheap."""
     import logging
 
-    from accelerate.state import AcceleratorState, PartialState
     from e2e_helpers import ROOT
+    from trainer_helpers import fresh_accelerate
 
     import lumina_train_network
 
     monkeypatch.chdir(ROOT)
+    fresh_accelerate()  # which tests in any order may have left behind
     handlers = list(logging.getLogger().handlers)
 
     def run(flags: list[str]) -> None:
@@ -30,8 +31,7 @@ def train(monkeypatch: pytest.MonkeyPatch) -> Iterator[Callable[..., None]]:
 
     yield run
     logging.getLogger().handlers[:] = handlers
-    AcceleratorState._reset_state(True)
-    PartialState._reset_state()
+    fresh_accelerate()
 
 
 @pytest.fixture

@@ -6,6 +6,7 @@ Numbers are not looked at. ``tests/gpu`` does that on a real one.
 from __future__ import annotations
 
 import dataclasses
+import gc
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
@@ -34,6 +35,7 @@ HALF = torch.bfloat16
 def cuda() -> Iterator[FakeCuda]:
     with fake_cuda() as mode:
         yield mode
+        gc.collect()  # what a test streamed ends here, and not as a wait in another test
 
 
 @pytest.fixture(scope="module")
