@@ -5,7 +5,8 @@
 
 Behind ``--`` come flags of the trainer. Between steps a large matrix product of the same dtype is timed: that is the
 machine's ceiling of this very moment. Prints one JSON object; ``mfu`` is the step's necessary operations
-(``tests/bench/flops.py``) over its time, over the ceiling. Memory is the peak of the whole process.
+(``tests/bench/flops.py``) over its time, over the ceiling. Memory is the peak of the whole process. With ``--kernels 20``
+one more step says which 20 kernels (on a CPU: operations) take longest, and for how long the device has work at all.
 """
 
 from __future__ import annotations
@@ -26,7 +27,7 @@ import flops
 import presets
 import torch
 from measuring import circumstances
-from timing import DTYPES, Ceiling, timed
+from timing import DTYPES, Ceiling, longest, timed
 from torch import nn
 
 from library.console import run_program
@@ -141,6 +142,7 @@ def measure(options: argparse.Namespace, folder: Path) -> dict[str, object]:
     counted = flops.count(model.config, flops.image_tokens(width, height), captions, lora_ranks(trainer.network, model))
     step = TrainStep(trainer.losses_of, trainer.updater, Processes(trainer.accelerator))
     if device.type == "cuda":
+        torch.cuda.empty_cache()  # the weights were drawn there
         torch.cuda.reset_peak_memory_stats()
     first = timed(lambda: step([batch_of(model, width, height, captions, 1)], options.batch, 1), device)
     step([batch_of(model, width, height, captions, 2)], options.batch, 2)
@@ -180,6 +182,9 @@ def measure(options: argparse.Namespace, folder: Path) -> dict[str, object]:
         "last_loss": losses[-1],
         "host_peak_gib": round(host_gib, 2),
     }
+    if options.kernels:
+        batch = batch_of(model, width, height, captions, 1000)
+        figures |= longest(lambda: step([batch], options.batch, 1000), device, options.kernels)
     if device_gib is not None:
         figures["device"] = torch.cuda.get_device_name()
         figures["device_peak_gib"] = round(device_gib, 2)
@@ -200,6 +205,7 @@ def main() -> None:
     parser.add_argument("--precision", default="bf16", choices=list(DTYPES))
     parser.add_argument("--steps", type=int, default=5, help="steps that count")
     parser.add_argument("--warmup", type=int, default=1, help="steps before them, besides the first")
+    parser.add_argument("--kernels", type=int, default=0, help="list this many kernels of a step, the longest first")
     parser.add_argument("more", nargs="*", help="flags of the trainer, behind --")
     options = parser.parse_args()
     logging.basicConfig(level=logging.WARNING, stream=sys.stderr)

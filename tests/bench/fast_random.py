@@ -16,9 +16,9 @@ _STEP = 2_750_159  # between two uses, so that tensors of one size do not hold t
 class NormalNumbers:
     """Numbers from N(0, 1), the same at every start."""
 
-    def __init__(self, drawn: int = _DRAWN) -> None:
-        """Draws ``drawn`` numbers, all that there are."""
-        self._numbers = torch.randn(drawn, generator=torch.Generator().manual_seed(0))
+    def __init__(self, drawn: int = _DRAWN, device: torch.device | str = "cpu") -> None:
+        """Draws ``drawn`` numbers, all that there are, the same on every ``device``."""
+        self._numbers = torch.randn(drawn, generator=torch.Generator().manual_seed(0)).to(device)
         self._rounded = {self._numbers.dtype: self._numbers}
         self._begin = 0
 
@@ -28,7 +28,7 @@ class NormalNumbers:
         if dtype not in self._rounded:
             self._rounded[dtype] = self._numbers.to(dtype)
         numbers = self._rounded[dtype]
-        taken = torch.empty(count, dtype=dtype)
+        taken = torch.empty(count, dtype=dtype, device=numbers.device)
         at, begin = 0, self._begin
         while at < count:
             part = numbers[begin : begin + count - at]

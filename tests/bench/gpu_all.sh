@@ -8,7 +8,7 @@
 # reached), log.txt (everything that was said) and tests.txt. They are written anew after each part, so a run that is cut
 # off leaves what it has. Every part is a process of its own with a limit in seconds; one that fails does not stop the others. Parts
 # stand in the order of their importance, and none begins in the last 20 of BUDGET_S (default 480) seconds. ONLY="NAME NAME"
-# runs some parts alone, such as what an earlier run had no time for.
+# runs some parts alone, such as what an earlier run had no time for. COMMIT names the commit where git's folder is missing.
 #
 # Commit results.json as docs/benchmarks/gpu_<date>.json, and the table of summary.md in docs/benchmarks/README.md.
 #
@@ -82,7 +82,7 @@ step() { # NAME SIZE FLAGS...: a training step of the full model at batch 4
     # Nearly all of an H100's memory is needed, so none may be lost between blocks of the allocator.
     part "$name" 150 env PYTORCH_CUDA_ALLOC_CONF=expandable_segments:True \
         "$python" tests/bench/bench_step.py --preset "$preset" --size "$size" --batch "$batch" --precision bf16 \
-        --steps "$steps" -- "$@"
+        --steps "$steps" --kernels 25 -- "$@"
 }
 
 : >"$work/log.txt"
@@ -113,8 +113,11 @@ step step_checkpointing "$large" --gradient_checkpointing
 step step_streaming "$large" --gradient_checkpointing --blocks_to_swap "$streamed"
 
 # The whole program. It needs the autoencoder, and so diffusers.
+room=$(df --output=avail -k /dev/shm 2>/dev/null | tail -n 1)
+models=$work
+if [ "${room:-0}" -gt $((16 * 1024 * 1024)) ]; then models=/dev/shm; fi # 11 GB are written there sooner than to a disk
 if has diffusers; then
-    part memory 180 "$python" tests/bench/bench_gpu_memory.py "${memory[@]}"
+    part memory 180 env TMPDIR="$models" "$python" tests/bench/bench_gpu_memory.py "${memory[@]}"
 else
     skip memory "the package diffusers is missing"
 fi

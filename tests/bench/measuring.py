@@ -29,11 +29,14 @@ def stop_when_asked() -> None:
 
 
 def circumstances() -> dict[str, object]:
-    """Returns date, commit, machine and versions."""
+    """Returns date, commit, machine and versions. The variable COMMIT names the commit of a copy without git's folder."""
     try:
-        commit = subprocess.run(
-            ["git", "describe", "--always", "--dirty"], cwd=ROOT, capture_output=True, text=True, check=False
-        ).stdout.strip()
+        commit = (
+            os.environ.get("COMMIT")
+            or subprocess.run(
+                ["git", "describe", "--always", "--dirty"], cwd=ROOT, capture_output=True, text=True, check=False
+            ).stdout.strip()
+        )
     except OSError:  # a machine without git; what was measured must not be lost by it
         commit = ""
     packages = ("torch", "transformers", "diffusers", "accelerate", "safetensors")

@@ -57,11 +57,11 @@ def random_next_dit(
         dtype: of its weights.
         attention: see ``library.lumina.next_dit.AttentionFn``.
         device: where to.
-        finish: quantises and places each block, as while a model is read; on the CPU until then.
+        finish: quantises and places each block, as while a model is read.
     """
     with torch.device("meta"):
         model = NextDiT(sizes, attention)
-    numbers = NormalNumbers()
+    numbers = NormalNumbers(device="cuda" if torch.cuda.is_available() else "cpu")  # the faster of both
     tensors = {}
     for name, parameter in model.named_parameters():
         if parameter.dim() > 1:

@@ -3,13 +3,17 @@
 from __future__ import annotations
 
 import time
+from collections import defaultdict
 from collections.abc import Callable
 
 import torch
+from torch.autograd import DeviceType
+from torch.profiler import ProfilerActivity, profile
 
 DTYPES = {"bf16": torch.bfloat16, "fp32": torch.float32}
 _CEILING_SIDE = {"cpu": 3072, "cuda": 8192}
 _PRODUCTS = {"cpu": 1, "cuda": 10}
+_NAME_LENGTH = 120  # of a kernel; C++ templates have names of pages
 
 
 def timed(work: Callable[[], object], device: torch.device) -> float:
@@ -40,3 +44,38 @@ class Ceiling:
                 torch.mm(self._a, self._b, out=self._out)
 
         return self._products * 2 * self._side**3 / timed(work, self._device) / 1e12
+
+
+def longest(work: Callable[[], object], device: torch.device, count: int) -> dict[str, object]:
+    """Returns what a piece of work spends its time on: ``busy_s`` and ``kernels``, [name, calls, milliseconds] each.
+
+    Args:
+        work: run once, with the profiler on.
+        device: where it computes; of a GPU its kernels and copies are listed, of a CPU torch's operations.
+        count: how many are listed, the longest first.
+    """
+    on_gpu = device.type == "cuda"
+    with profile(activities=[ProfilerActivity.CUDA if on_gpu else ProfilerActivity.CPU]) as found:
+        timed(work, device)
+    if not on_gpu:
+        events = sorted(found.key_averages(), key=lambda event: event.self_cpu_time_total, reverse=True)
+        rows = [[event.key, event.count, round(event.self_cpu_time_total / 1e3, 3)] for event in events[:count]]
+        return {"busy_s": round(sum(event.self_cpu_time_total for event in events) / 1e6, 4), "kernels": rows}
+    spans = [event for event in found.events() if event.device_type == DeviceType.CUDA]
+    times: dict[str, list[float]] = defaultdict(list)
+    for event in spans:
+        times[event.name[:_NAME_LENGTH]].append(event.time_range.elapsed_us() / 1e3)
+    rows = sorted(([name, len(each), round(sum(each), 3)] for name, each in times.items()), key=lambda row: -row[2])
+    return {
+        "busy_s": round(_covered([(e.time_range.start, e.time_range.end) for e in spans]) / 1e6, 4),
+        "kernels": rows[:count],
+    }
+
+
+def _covered(spans: list[tuple[float, float]]) -> float:
+    """Returns the length of the union of (begin, end)."""
+    total, reached = 0.0, float("-inf")
+    for begin, end in sorted(spans):
+        total += max(0.0, end - max(begin, reached))
+        reached = max(reached, end)
+    return total
