@@ -14,7 +14,7 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from library.lumina.next_dit import AttentionFn, NextDiT, NextDiTConfig, plain_attention
 from library.memory import prepare
-from library.memory.attention_kernels import by_sequences
+from library.memory.attention_masks import by_sequences
 from library.memory.settings import MemorySettings
 from networks import lora_lumina
 
