@@ -19,17 +19,22 @@ from library.memory.attention import AttentionChoice, Workload, choose_attention
 from library.memory.attention_kernels import KERNELS, AttentionFn, Kernel, sdpa_attention
 from library.memory.settings import AttentionSettings
 
-ADA, HOPPER, BLACKWELL, TURING = (8, 9), (9, 0), (12, 0), (7, 5)
+ADA, HOPPER, BLACKWELL, DATA_CENTRE_BLACKWELL, TURING = (8, 9), (9, 0), (12, 0), (10, 0), (7, 5)
 PACKAGES = ("flash_attn", "flash_attn_interface", "sageattention")
 
 
-def pretend_cuda(monkeypatch: pytest.MonkeyPatch, capability: tuple[int, int], *installed: str) -> None:
-    """Makes the choice as on a GPU of this capability with these packages; kernels are not tried."""
+def pretend_cuda(
+    monkeypatch: pytest.MonkeyPatch, capability: tuple[int, int], *installed: str, picks: str = "flash"
+) -> None:
+    """Makes the choice as on a GPU of this capability with these packages; kernels are not tried.
+
+    ``picks`` is the kernel that torch picks there where nothing is padded.
+    """
     monkeypatch.setattr(torch.version, "hip", None)
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: capability)
     monkeypatch.setattr(torch.cuda, "get_device_name", lambda device: "Some GPU")
     monkeypatch.setattr(attention_module, "failure_of", lambda *_: None)
-    monkeypatch.setattr(attention_module, "sdpa_kernel_name", lambda work, ragged: "cudnn" if ragged else "flash")
+    monkeypatch.setattr(attention_module, "sdpa_kernel_name", lambda work, ragged: "efficient" if ragged else picks)
     for name in PACKAGES:
         module = fake_sage() if name == "sageattention" else fake_flash(name, with_sums=False)
         monkeypatch.setitem(sys.modules, name, module if name in installed else None)  # None: import fails
@@ -62,6 +67,41 @@ def test_auto_on_cuda(
     pretend_cuda(monkeypatch, capability, *installed)
     chosen = choose()
     assert (chosen.equal, chosen.ragged) == (equal, ragged)
+
+
+@pytest.mark.parametrize(
+    ("capability", "installed", "equal", "ragged"),
+    [
+        (HOPPER, PACKAGES, "flash3", "flash3"),
+        (HOPPER, ("flash_attn",), "sdpa", "cudnn"),
+        (DATA_CENTRE_BLACKWELL, PACKAGES, "sdpa", "cudnn"),
+        (HOPPER, (), "sdpa", "cudnn"),
+    ],
+)
+def test_auto_where_torch_picks_cudnn(
+    monkeypatch: pytest.MonkeyPatch, capability: tuple[int, int], installed: tuple[str, ...], equal: str, ragged: str
+) -> None:
+    pretend_cuda(monkeypatch, capability, *installed, picks="cudnn")
+    chosen = choose()
+    assert (chosen.equal, chosen.ragged) == (equal, ragged)
+    assert choose("varlen").ragged == "varlen"  # what is asked for comes first
+
+
+def test_what_stands_in_for_cudnn_where_it_fails_with_padding(
+    monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    pretend_cuda(monkeypatch, HOPPER, picks="cudnn")
+    no_channels = "a try ended with an error (No available kernel)"
+    monkeypatch.setattr(
+        attention_module,
+        "failure_of",
+        lambda kernel, function, work, ragged: no_channels if ragged and "cuDNN" in kernel.label else None,
+    )
+    for mode, equal in (("auto", "sdpa"), ("cudnn", "cudnn")):
+        chosen = choose(mode)
+        assert (chosen.equal, chosen.ragged) == (equal, "varlen")
+        assert f"cuDNN's attention cannot be used where captions differ in length: {no_channels}" in caplog.text
+        caplog.clear()
 
 
 def test_auto_takes_sdpa_where_flash_kernels_cannot(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -122,7 +162,7 @@ def test_the_choice_is_logged_with_what_ragged_batches_get(
     assert caplog.messages == [
         f"Attention: {sdpa} (flash kernel)",
         f"Attention: {sdpa} (flash kernel); where captions differ in length torch's varlen_attn",
-        f"Attention: {sdpa} (flash kernel); where captions differ in length {sdpa} (cudnn kernel)",
+        f"Attention: {sdpa} (flash kernel); where captions differ in length {sdpa} (efficient kernel)",
         "Attention: FlashAttention 2",
     ]
 
