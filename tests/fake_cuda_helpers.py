@@ -201,12 +201,19 @@ def _sdpa(
     """Runs the kernel that CUDA's ``scaled_dot_product_attention`` picks for (B,heads,S,E).
 
     Raises:
-        AssertionError: none but the one that writes out the S x S matrix would do.
+        AssertionError: none but the one that writes out the S x S matrix would do; or cuDNN is asked for what it cannot.
     """
     if not q.is_cuda:
         return _REAL_SDPA(q, k, v, attn_mask, *given, enable_gqa=enable_gqa, **more)
     is_half, grouped = q.dtype in (torch.bfloat16, torch.float16), q.shape[1] != k.shape[1]
     assert enable_gqa or not grouped
+    if not torch.backends.cuda.flash_sdp_enabled():  # inside sdpa_kernel
+        assert is_half
+        assert attn_mask is None
+        assert max(q.shape[-1], v.shape[-1]) <= 128
+        assert q.shape[-1] % 8 == v.shape[-1] % 8 == 0
+        needs_gradients = torch.is_grad_enabled() and q.requires_grad
+        return _aten._scaled_dot_product_cudnn_attention(q, k, v, None, needs_gradients, scale=more["scale"])[0]
     if is_half and attn_mask is None and q.shape[-1] <= 256:
         padding = -q.shape[-1] % 8
         q, k, v = (torch.nn.functional.pad(x, (0, padding)) if padding else x for x in (q, k, v))

@@ -54,15 +54,15 @@ def trainer_of(cuda: FakeCuda, job: Job, folder: Path, *flags: str, fast: bool =
     return trainer
 
 
-def bring_to(cuda: FakeCuda, trainer: Any) -> None:
+def bring_to(cuda: FakeCuda, trainer: Any, kernel: str = "varlen") -> None:
     """Reads the models to the device, with the kernels that are taken there where nothing is installed."""
     trainer.device = DEVICE
-    equal, ragged = KERNELS["sdpa"].make(), KERNELS["varlen"].make()
+    equal, ragged = KERNELS["sdpa"].make(), KERNELS[kernel].make()
 
     def attention(q: Tensor, k: Tensor, v: Tensor, key_mask: Tensor | None) -> Tensor:
         return equal(q, k, v, None) if key_mask is None else ragged(q, k, v, key_mask)
 
-    trainer.attention = AttentionChoice(attention, "sdpa", "varlen", "")
+    trainer.attention = AttentionChoice(attention, "sdpa", kernel, "")
     with cuda.meta_is_meta():
         trainer.load_models()
         trainer.build_network()
@@ -96,11 +96,13 @@ CASES: dict[str, list[str]] = {
 }  # fmt: skip
 
 
-@pytest.mark.parametrize("name", CASES)
-def test_a_step_waits_once(cuda: FakeCuda, job: Job, tmp_path: Path, name: str) -> None:
+@pytest.mark.parametrize(
+    ("name", "kernel"), [*((name, "varlen") for name in CASES), ("plain", "cudnn"), ("selective", "cudnn")]
+)
+def test_a_step_waits_once(cuda: FakeCuda, job: Job, tmp_path: Path, name: str, kernel: str) -> None:
     flags = CASES[name]
     trainer = trainer_of(cuda, job, tmp_path, *CACHES, *flags, fast=name == "fp8_fast")
-    bring_to(cuda, trainer)
+    bring_to(cuda, trainer, kernel)
     step = TrainStep(trainer.losses_of, trainer.updater, Processes(trainer.accelerator))
     height, width = batch_of(trainer).latents.shape[-2:]  # type: ignore[union-attr]
     batches = [batch_of(trainer, masks=torch.rand(2, height, width))]  # captions of different lengths
