@@ -20,6 +20,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from networks.lora_product import FrozenProduct, LinearWithLoRA, frozen_product, is_observed
+
 _GOLDEN_GAMMA = 0x9E3779B97F4A7C15 - 2**64
 _MIX_1 = 0xBF58476D1CE4E5B9 - 2**64
 _MIX_2 = 0x94D049BB133111EB - 2**64
@@ -61,12 +63,6 @@ def number_of(*parts: object) -> int:
     """Returns a 63-bit number that depends on all parts (BLAKE2b, the same on every machine)."""
     text = "\x1f".join(str(part) for part in parts)
     return int.from_bytes(hashlib.blake2b(text.encode(), digest_size=8).digest(), "little") >> 1
-
-
-def _may_be_needed(base: Tensor) -> bool:
-    """Whether somebody besides the LoRA may hold a Linear's output: behind a view, or as an observer of operations, such
-    as selective checkpointing, which keeps results for backward."""
-    return base._is_view() or torch._C._len_torch_dispatch_stack() > 0
 
 
 class _AddUp(torch.autograd.Function):
@@ -139,6 +135,7 @@ class LoRAModule(nn.Module):
         self.lora_name = lora_name
         self._org = (org_module,)  # in a tuple, so that it is not registered as a submodule
         self._org_forward: Callable[..., Tensor] | None = None
+        self._frozen: FrozenProduct | None = None
         self.multiplier = multiplier
         self.dropout, self.rank_dropout, self.module_dropout = (
             dropout or 0.0,
@@ -206,6 +203,7 @@ class LoRAModule(nn.Module):
         """Puts the LoRA in place: the Linear's ``forward`` becomes the LoRA's."""
         if self._org_forward is not None:
             raise RuntimeError(f"{self.lora_name} is applied already")
+        self._frozen = frozen_product(self.org_module)
         self._org_forward = self.org_module.forward
         self.org_module.forward = self.forward
 
@@ -213,6 +211,10 @@ class LoRAModule(nn.Module):
         """Returns the Linear's output with the LoRA's part added; ``x`` is (B,in) or (B,S,in)."""
         if self._org_forward is None:
             raise RuntimeError(f"{self.lora_name} is not applied to its Linear")
+        if self._is_one_function():
+            frozen, strength = self._frozen, self.multiplier * self.scale
+            operands = frozen.operands()  # type: ignore[union-attr]
+            return LinearWithLoRA.apply(x, self.lora_down.weight, self.lora_up.weight, strength, frozen, *operands)
         base = self._org_forward(x)
         if self.multiplier == 0:
             return base
@@ -221,16 +223,33 @@ class LoRAModule(nn.Module):
         hidden = self._drop(hidden) * (self.multiplier * self.scale)
         return self._add_up(base, hidden.to(base.dtype))
 
+    def _is_one_function(self) -> bool:
+        """Whether the Linear and the LoRA are computed as one function: in training without dropouts, not compiled.
+
+        A compiler fuses by itself; and a pass without gradients makes no nodes.
+        """
+        return (
+            self._frozen is not None
+            and not torch.compiler.is_compiling()
+            and torch.is_grad_enabled()
+            and self.multiplier != 0
+            and not (self.training and self._drops)
+        )
+
+    @property
+    def _drops(self) -> bool:
+        return bool(self.dropout or self.rank_dropout or self.module_dropout)
+
     def _add_up(self, base: Tensor, hidden: Tensor) -> Tensor:
         """Returns ``base`` + up(hidden)."""
         weight: Tensor = self.lora_up.weight  # type: ignore[assignment]
-        if torch.compiler.is_compiling() or _may_be_needed(base):
+        if torch.compiler.is_compiling() or base._is_view() or is_observed():  # somebody else may hold it
             return base + F.linear(hidden, weight.to(hidden.dtype))
         return _AddUp.apply(base, hidden, weight.to(hidden.dtype))
 
     def _drop(self, hidden: Tensor) -> Tensor:
         """Returns the rank activations with what is dropped set to zero; what is kept is scaled up by 1 / (1 - p)."""
-        if not self.training or not (self.dropout or self.rank_dropout or self.module_dropout):
+        if not self.training or not self._drops:
             return hidden
         keys = self.dropout_keys.keys
         if keys is None:
@@ -343,6 +362,9 @@ class SplitLoRAModule(LoRAModule):
     def rank_text(self) -> str:
         """The rank as the log shows it."""
         return f"{len(self.rows)} x {self.part_rank}"
+
+    def _is_one_function(self) -> bool:
+        return False
 
     def _up_weights(self) -> list[Tensor]:
         return list(self.lora_up.parameters())

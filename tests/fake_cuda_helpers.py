@@ -32,7 +32,7 @@ from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode, unset_fake
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves, tree_map_only
 
-from networks import lora
+from networks import lora, lora_product
 
 DEVICE = torch.device("cuda", 0)
 _aten = torch.ops.aten
@@ -309,7 +309,8 @@ def fake_cuda() -> Iterator[FakeCuda]:
         patch.setattr(FakeTensor, "tolist", values)
         patch.setattr(torch.nn.functional, "scaled_dot_product_attention", _sdpa)
         # A fake tensor's mode is no observer that may hold an operation's result.
-        patch.setattr(lora, "_may_be_needed", lambda base: base._is_view() or _num_observers() > 0)
+        for module in (lora, lora_product):
+            patch.setattr(module, "is_observed", lambda: _num_observers() > 0)
         patch.setattr(fake_tensor, "init_gpu_context", lambda device: None, raising=False)
         patch.setattr(torch.utils, "swap_tensors", _swapped)
         for name, stand_in in _stand_ins(mode).items():

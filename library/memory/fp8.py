@@ -26,7 +26,6 @@ Shapes: M tokens of all samples, ``in`` and ``out`` features.
 from __future__ import annotations
 
 import math
-from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -80,41 +79,21 @@ def _dequantised(codes: Tensor, scale: Tensor, dtype: torch.dtype) -> Tensor:
     return codes.to(dtype).mul_(scale.to(dtype)[:, None])  # in place: one temporary of the weight's size, not two
 
 
-class _DequantisingProduct(torch.autograd.Function):
-    """x W', whose backward makes W again instead of keeping it."""
-
-    @staticmethod
-    def forward(ctx: Any, x: Tensor, codes: Tensor, scale: Tensor) -> Tensor:
-        ctx.save_for_backward(codes, scale)
-        return F.linear(x, _dequantised(codes, scale, x.dtype))
-
-    @staticmethod
-    def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor, None, None]:
-        (gradient,) = gradients
-        codes, scale = ctx.saved_tensors
-        return gradient @ _dequantised(codes, scale, gradient.dtype), None, None
+def _fast_product(x: Tensor, codes: Tensor, scale: Tensor) -> Tensor:
+    """Returns x W' with both operands in fp8."""
+    tokens, token_scale = quantise_rows(x.reshape(-1, x.shape[-1]))
+    product = scaled_product(tokens, codes, token_scale, scale[None, :], x.dtype)  # (M,out)
+    # As a Linear's output it is no view to autograd, so that a LoRA may add its part in place.
+    return torch.ops.aten._unsafe_view(product, (*x.shape[:-1], codes.shape[0]))
 
 
-class _Fp8Product(torch.autograd.Function):
-    """x W' with both operands in fp8, forward and backward."""
-
-    @staticmethod
-    def forward(ctx: Any, x: Tensor, codes: Tensor, scale: Tensor) -> Tensor:
-        ctx.save_for_backward(codes, scale)
-        tokens, token_scale = quantise_rows(x.reshape(-1, x.shape[-1]))
-        product = scaled_product(tokens, codes, token_scale, scale[None, :], x.dtype)  # (M,out)
-        # As a Linear's output it is no view to autograd, so that a LoRA may add its part in place.
-        return torch.ops.aten._unsafe_view(product, (*x.shape[:-1], codes.shape[0]))
-
-    @staticmethod
-    def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor, None, None]:
-        (gradient,) = gradients
-        codes, scale = ctx.saved_tensors
-        scaled = gradient.reshape(-1, gradient.shape[-1]) * scale.to(gradient.dtype)  # (M,out)
-        tokens, token_scale = quantise_rows(scaled)
-        ones = torch.ones(1, codes.shape[1], dtype=torch.float32, device=codes.device)
-        product = scaled_product(tokens, codes.t().contiguous(), token_scale, ones, gradient.dtype)  # (M,in)
-        return product.view(*gradient.shape[:-1], codes.shape[1]), None, None
+def _fast_input_gradient(gradient: Tensor, codes: Tensor, scale: Tensor) -> Tensor:
+    """Returns ``gradient`` W with both operands in fp8."""
+    scaled = gradient.reshape(-1, gradient.shape[-1]) * scale.to(gradient.dtype)  # (M,out)
+    tokens, token_scale = quantise_rows(scaled)
+    ones = torch.ones(1, codes.shape[1], dtype=torch.float32, device=codes.device)
+    product = scaled_product(tokens, codes.t().contiguous(), token_scale, ones, gradient.dtype)  # (M,in)
+    return product.view(*gradient.shape[:-1], codes.shape[1])
 
 
 class Fp8Linear(QuantisedLinear):
@@ -152,10 +131,21 @@ class Fp8Linear(QuantisedLinear):
         """Returns the weight (out,in) that the codes stand for, in ``dtype``, in new memory."""
         return _dequantised(self.weight, self.weight_scale, dtype)
 
-    def forward(self, x: Tensor) -> Tensor:
+    def operands(self) -> tuple[Tensor, ...]:
+        """Returns codes and scales."""
+        return self.weight, self.weight_scale
+
+    def product(self, x: Tensor, *operands: Tensor) -> Tensor:
         """Returns x W' (...,out) in the dtype of ``x`` (...,in); bfloat16 where it is fast."""
-        product = _Fp8Product if self.fast else _DequantisingProduct
-        return product.apply(x, self.weight, self.weight_scale)
+        codes, scale = operands
+        return _fast_product(x, codes, scale) if self.fast else F.linear(x, _dequantised(codes, scale, x.dtype))
+
+    def input_gradient(self, gradient: Tensor, *operands: Tensor) -> Tensor:
+        """Returns ``gradient`` W (...,in) for a gradient (...,out), multiplied as :meth:`product` does."""
+        codes, scale = operands
+        if self.fast:
+            return _fast_input_gradient(gradient, codes, scale)
+        return gradient @ _dequantised(codes, scale, gradient.dtype)
 
 
 def require_fp8_products(device: torch.device) -> None:

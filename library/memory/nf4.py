@@ -10,8 +10,6 @@ a Python object, where neither ``.to(device)`` nor block streaming finds them; h
 
 from __future__ import annotations
 
-from typing import Any
-
 import bitsandbytes  # noqa: F401 - registers the operators
 import torch
 import torch.nn.functional as F
@@ -25,22 +23,6 @@ _KIND = "nf4"
 
 def _dequantised(codes: Tensor, absmax: Tensor, shape: tuple[int, int], dtype: torch.dtype) -> Tensor:
     return torch.ops.bitsandbytes.dequantize_4bit(codes, absmax, BLOCK_SIZE, _KIND, list(shape), dtype)
-
-
-class _DequantisingProduct(torch.autograd.Function):
-    """x W', whose backward makes W again instead of keeping it."""
-
-    @staticmethod
-    def forward(ctx: Any, x: Tensor, codes: Tensor, absmax: Tensor, out_features: int, in_features: int) -> Tensor:
-        ctx.save_for_backward(codes, absmax)
-        ctx.shape = (out_features, in_features)
-        return F.linear(x, _dequantised(codes, absmax, ctx.shape, x.dtype))
-
-    @staticmethod
-    def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor, None, None, None, None]:
-        (gradient,) = gradients
-        codes, absmax = ctx.saved_tensors
-        return gradient @ _dequantised(codes, absmax, ctx.shape, gradient.dtype), None, None, None, None
 
 
 class Nf4Linear(QuantisedLinear):
@@ -67,9 +49,20 @@ class Nf4Linear(QuantisedLinear):
 
     def dequantised(self, dtype: torch.dtype) -> Tensor:
         """Returns the weight (out,in) that the codes stand for, in ``dtype``, in new memory."""
-        return _dequantised(self.weight, self.absmax, (self.out_features, self.in_features), dtype)
+        return self._of(self.operands(), dtype)
 
-    def forward(self, x: Tensor) -> Tensor:
+    def operands(self) -> tuple[Tensor, ...]:
+        """Returns codes and scales."""
+        return self.weight, self.absmax
+
+    def product(self, x: Tensor, *operands: Tensor) -> Tensor:
         """Returns x W' (...,out) in the dtype of ``x`` (...,in)."""
-        product = _DequantisingProduct.apply
-        return product(x, self.weight, self.absmax, self.out_features, self.in_features)
+        return F.linear(x, self._of(operands, x.dtype))
+
+    def input_gradient(self, gradient: Tensor, *operands: Tensor) -> Tensor:
+        """Returns ``gradient`` W (...,in) for a gradient (...,out)."""
+        return gradient @ self._of(operands, gradient.dtype)
+
+    def _of(self, operands: tuple[Tensor, ...], dtype: torch.dtype) -> Tensor:
+        codes, absmax = operands
+        return _dequantised(codes, absmax, (self.out_features, self.in_features), dtype)

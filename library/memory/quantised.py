@@ -17,7 +17,7 @@ from __future__ import annotations
 import abc
 from collections.abc import Callable, Sequence
 from functools import partial
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
@@ -49,8 +49,20 @@ class QuantisedLinear(nn.Module, abc.ABC):
         """Returns the weight (out,in) that the codes stand for, in ``dtype``, in new memory."""
 
     @abc.abstractmethod
+    def operands(self) -> tuple[Tensor, ...]:
+        """Returns the tensors that the weight is made of, as they are now."""
+
+    @abc.abstractmethod
+    def product(self, x: Tensor, *operands: Tensor) -> Tensor:
+        """Returns x W' (...,out) for ``x`` (...,in) and :meth:`operands`, in new memory; autograd sees single operations."""
+
+    @abc.abstractmethod
+    def input_gradient(self, gradient: Tensor, *operands: Tensor) -> Tensor:
+        """Returns the gradient of the input (...,in) in new memory, for the output's (...,out) and :meth:`operands`."""
+
     def forward(self, x: Tensor) -> Tensor:
         """Returns x W' (...,out) in the dtype of ``x`` (...,in)."""
+        return _Product.apply(x, self, *self.operands())
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> QuantisedLinear:
         def keeping_dtype(tensor: Tensor) -> Tensor:
@@ -64,6 +76,22 @@ class QuantisedLinear(nn.Module, abc.ABC):
     def extra_repr(self) -> str:
         """Returns the sizes, for ``print``."""
         return f"in_features={self.in_features}, out_features={self.out_features}"
+
+
+class _Product(torch.autograd.Function):
+    """x W', whose backward makes W again instead of keeping it."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, linear: QuantisedLinear, *operands: Tensor) -> Tensor:
+        ctx.save_for_backward(*operands)
+        ctx.linear = linear
+        return linear.product(x, *operands)
+
+    @staticmethod
+    def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor | None, ...]:
+        (gradient,) = gradients
+        operands = ctx.saved_tensors
+        return ctx.linear.input_gradient(gradient, *operands), None, *[None] * len(operands)
 
 
 def finish_of(
