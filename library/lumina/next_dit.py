@@ -62,14 +62,13 @@ class RMSNorm(nn.Module):
         self.weight = nn.Parameter(torch.ones(size))
 
     def forward(self, x: Tensor, scale: Tensor | None = None) -> Tensor:
-        """Returns the normalised ``x``, same shape and dtype, times 1 + ``scale`` (B,1,D)."""
-        weight = self.weight.float()
-        return scaled_norm(x, weight if scale is None else weight * (1 + scale.float()), self.eps)
+        """Returns the normalised ``x``, same shape and dtype, times 1 + ``scale`` (B,1,D) float32."""
+        factor = self.weight.float() if scale is None else torch.addcmul(self.weight, self.weight, scale)
+        return scaled_norm(x, factor, self.eps)
 
     def added_to(self, residual: Tensor, x: Tensor, gate: Tensor | None = None) -> Tensor:
-        """Returns ``residual`` (B,S,D) plus the normalised ``x``, times ``gate`` (B,1,D)."""
-        weight = self.weight.float()
-        return scaled_norm(x, weight if gate is None else weight * gate, self.eps, residual)
+        """Returns ``residual`` (B,S,D) plus the normalised ``x``, times ``gate`` (B,1,D) float32."""
+        return scaled_norm(x, self.weight.float() if gate is None else self.weight * gate, self.eps, residual)
 
 
 class TimestepEmbedder(nn.Module):
@@ -200,17 +199,17 @@ class Block(nn.Module):
             x: (B,S,D).
             rope: (B or 1,S,1,E/2,2) float32.
             key_mask: (B,S) bool, True = real token; None = no padding.
-            time: (B,T) time embedding; None for a block without modulation.
+            time: (B,T) silu of the time embedding; None for a block without modulation.
         """
         if not self.modulated:
             x = self.attention_norm2.added_to(x, self.attention(self.attention_norm1(x), rope, key_mask))
             return self.ffn_norm2.added_to(x, self.feed_forward(self.ffn_norm1(x)))
-        modulation = self.adaLN_modulation(time)[:, None]  # (B,1,4D)
+        modulation = self.adaLN_modulation[1](time)[:, None].float()  # (B,1,4D)
         attention_scale, attention_gate, ffn_scale, ffn_gate = modulation.chunk(4, dim=-1)
         attended = self.attention(self.attention_norm1(x, attention_scale), rope, key_mask)
-        x = self.attention_norm2.added_to(x, attended, attention_gate.float().tanh())
+        x = self.attention_norm2.added_to(x, attended, attention_gate.tanh())
         fed = self.feed_forward(self.ffn_norm1(x, ffn_scale))
-        return self.ffn_norm2.added_to(x, fed, ffn_gate.float().tanh())
+        return self.ffn_norm2.added_to(x, fed, ffn_gate.tanh())
 
 
 class FinalLayer(nn.Module):
@@ -222,8 +221,8 @@ class FinalLayer(nn.Module):
         self.adaLN_modulation = nn.Sequential(nn.SiLU(), nn.Linear(config.time_dim, config.dim))
 
     def forward(self, x: Tensor, time: Tensor) -> Tensor:
-        """Returns patches (B,N,4C) from ``x`` (B,N,D) and ``time`` (B,T)."""
-        scale = self.adaLN_modulation(time)[:, None]  # (B,1,D)
+        """Returns patches (B,N,4C) from ``x`` (B,N,D) and ``time`` (B,T), the silu of the time embedding."""
+        scale = self.adaLN_modulation[1](time)[:, None]  # (B,1,D)
         return self.linear(F.layer_norm(x, x.shape[-1:], eps=FINAL_NORM_EPS) * (1 + scale))
 
 
@@ -278,7 +277,7 @@ class NextDiT(nn.Module):
         # Copies: a view's strides would tell compiled blocks apart that are otherwise the same.
         image_rope, caption_rope = rope[:, :num_image].clone(), rope[:, num_image:].clone()
 
-        time = self.t_embedder(lumina_time, self.dtype)  # (B,T)
+        time = F.silu(self.t_embedder(lumina_time, self.dtype))  # (B,T); once instead of first in every modulation
         image = self.x_embedder(patchify(latents).to(self.dtype))  # (B,N,D)
         for block in self.noise_refiner:
             image = block(image, image_rope, None, time)

@@ -13,6 +13,7 @@ from torch.profiler import ProfilerActivity, profile
 DTYPES = {"bf16": torch.bfloat16, "fp32": torch.float32}
 _CEILING_SIDE = {"cpu": 3072, "cuda": 8192}
 _PRODUCTS = {"cpu": 1, "cuda": 10}
+_NUM_GAPS = 8
 _NAME_LENGTH = 120  # of a kernel; C++ templates have names of pages
 
 
@@ -49,6 +50,8 @@ class Ceiling:
 def longest(work: Callable[[], object], device: torch.device, count: int) -> dict[str, object]:
     """Returns what a piece of work spends its time on: ``busy_s`` and ``kernels``, [name, calls, milliseconds] each.
 
+    Of a GPU also ``idle``: where it waits for the host, [milliseconds, kernel before, kernel behind], the longest first.
+
     Args:
         work: run once, with the profiler on.
         device: where it computes; of a GPU its kernels and copies are listed, of a CPU torch's operations.
@@ -66,16 +69,22 @@ def longest(work: Callable[[], object], device: torch.device, count: int) -> dic
     for event in spans:
         times[event.name[:_NAME_LENGTH]].append(event.time_range.elapsed_us() / 1e3)
     rows = sorted(([name, len(each), round(sum(each), 3)] for name, each in times.items()), key=lambda row: -row[2])
+    idle = _gaps([(event.time_range.start, event.time_range.end, event.name) for event in spans])
+    whole = max(event.time_range.end for event in spans) - min(event.time_range.start for event in spans)
     return {
-        "busy_s": round(_covered([(e.time_range.start, e.time_range.end) for e in spans]) / 1e6, 4),
+        "busy_s": round((whole - sum(length for length, _, _ in idle)) / 1e6, 4),
         "kernels": rows[:count],
+        "idle": [[round(length / 1e3, 3), before[:40], behind[:40]] for length, before, behind in idle[:_NUM_GAPS]],
     }
 
 
-def _covered(spans: list[tuple[float, float]]) -> float:
-    """Returns the length of the union of (begin, end)."""
-    total, reached = 0.0, float("-inf")
-    for begin, end in sorted(spans):
-        total += max(0.0, end - max(begin, reached))
-        reached = max(reached, end)
-    return total
+def _gaps(spans: list[tuple[float, float, str]]) -> list[tuple[float, str, str]]:
+    """Returns (length, name before, name behind) of every gap between spans (begin, end, name), the longest first."""
+    gaps: list[tuple[float, str, str]] = []
+    reached, last = float("inf"), ""
+    for begin, end, name in sorted(spans):
+        if begin > reached:
+            gaps.append((begin - reached, last, name))
+        if end > reached or not last:
+            reached, last = end, name
+    return sorted(gaps, reverse=True)
