@@ -34,7 +34,10 @@ __all__ = ["NormaliseAndRotate", "ScaledNorm", "SwiGLU"]
 _HEADS_AT_ONCE = 8  # heads of a token that one pass of a program turns
 _SWIGLU_BLOCK = 2048
 _FEW_TOKENS = 8192  # of a batch
-_ROWS = (4, 16)  # whose part of a factor's gradient one program adds up: of few tokens, of more. Few sums, many programs
+_ROWS = (
+    4,
+    16,
+)  # whose part of a factor's gradient one program adds up: of few tokens, of more. Few sums, many programs
 _NO_GUARD = contextlib.nullcontext()
 
 
@@ -43,12 +46,12 @@ _NO_GUARD = contextlib.nullcontext()
 
 @triton.jit
 def _norm_forward(
-    x: Any,
-    factor: Any,
-    residual: Any,
-    out: Any,
-    factor_stride: Any,
-    eps: Any,
+    x: tl.tensor,
+    factor: tl.tensor,
+    residual: tl.tensor,
+    out: tl.tensor,
+    factor_stride: tl.tensor,
+    eps: tl.tensor,
     D: tl.constexpr,
     HEAD: tl.constexpr,
     TAIL: tl.constexpr,
@@ -83,14 +86,14 @@ def _norm_forward(
 
 @triton.jit(do_not_specialize=["tokens"])
 def _norm_backward(
-    x: Any,
-    factor: Any,
-    gradient: Any,
-    of_x: Any,
-    of_factor: Any,
-    tokens: Any,
-    factor_stride: Any,
-    eps: Any,
+    x: tl.tensor,
+    factor: tl.tensor,
+    gradient: tl.tensor,
+    of_x: tl.tensor,
+    of_factor: tl.tensor,
+    tokens: tl.tensor,
+    factor_stride: tl.tensor,
+    eps: tl.tensor,
     D: tl.constexpr,
     HEAD: tl.constexpr,
     TAIL: tl.constexpr,
@@ -143,15 +146,15 @@ def _norm_backward(
 
 @triton.jit
 def _rotate_forward(
-    x: Any,
-    weight: Any,
-    rope: Any,
-    out: Any,
-    sample_stride: Any,
-    token_stride: Any,
-    head_stride: Any,
-    rope_stride: Any,
-    eps: Any,
+    x: tl.tensor,
+    weight: tl.tensor,
+    rope: tl.tensor,
+    out: tl.tensor,
+    sample_stride: tl.tensor,
+    token_stride: tl.tensor,
+    head_stride: tl.tensor,
+    rope_stride: tl.tensor,
+    eps: tl.tensor,
     HEADS: tl.constexpr,
     E: tl.constexpr,
     NUM: tl.constexpr,
@@ -179,16 +182,16 @@ def _rotate_forward(
 
 @triton.jit
 def _rotate_backward(
-    x: Any,
-    weight: Any,
-    rope: Any,
-    gradient: Any,
-    of_x: Any,
-    sample_stride: Any,
-    token_stride: Any,
-    head_stride: Any,
-    rope_stride: Any,
-    eps: Any,
+    x: tl.tensor,
+    weight: tl.tensor,
+    rope: tl.tensor,
+    gradient: tl.tensor,
+    of_x: tl.tensor,
+    sample_stride: tl.tensor,
+    token_stride: tl.tensor,
+    head_stride: tl.tensor,
+    rope_stride: tl.tensor,
+    eps: tl.tensor,
     HEADS: tl.constexpr,
     E: tl.constexpr,
     NUM: tl.constexpr,
@@ -219,7 +222,7 @@ def _rotate_backward(
 
 
 @triton.jit
-def _swiglu_forward(gate: Any, value: Any, out: Any, count: Any, BLOCK: tl.constexpr) -> None:
+def _swiglu_forward(gate: tl.tensor, value: tl.tensor, out: tl.tensor, count: tl.tensor, BLOCK: tl.constexpr) -> None:
     """out = silu(gate) * value; a block of numbers a program."""
     start = tl.program_id(0).to(tl.int64) * BLOCK
     lane = tl.arange(0, BLOCK)
@@ -233,7 +236,13 @@ def _swiglu_forward(gate: Any, value: Any, out: Any, count: Any, BLOCK: tl.const
 
 @triton.jit
 def _swiglu_backward(
-    gate: Any, value: Any, gradient: Any, of_gate: Any, of_value: Any, count: Any, BLOCK: tl.constexpr
+    gate: tl.tensor,
+    value: tl.tensor,
+    gradient: tl.tensor,
+    of_gate: tl.tensor,
+    of_value: tl.tensor,
+    count: tl.tensor,
+    BLOCK: tl.constexpr,
 ) -> None:
     """Both gradients; a block of numbers a program."""
     start = tl.program_id(0).to(tl.int64) * BLOCK
@@ -313,7 +322,20 @@ class ScaledNorm(torch.autograd.Function):
         stride = _stride_of_samples(factor, width)
         with _on_device_of(x):
             _norm_backward[(groups, batch)](
-                x, scale, contiguous, of_x, partial, tokens, stride, ctx.eps, width, head, tail, rows, sums, num_warps=warps
+                x,
+                scale,
+                contiguous,
+                of_x,
+                partial,
+                tokens,
+                stride,
+                ctx.eps,
+                width,
+                head,
+                tail,
+                rows,
+                sums,
+                num_warps=warps,
             )
         of_factor = partial.sum_to_size(factor.shape).to(factor.dtype) if sums else None
         return of_x if ctx.needs_input_grad[0] else None, of_factor, None, of_residual
@@ -332,7 +354,17 @@ class NormaliseAndRotate(torch.autograd.Function):
         rope_stride = _stride_of_samples(rope, tokens * channels)
         with _on_device_of(x):
             _rotate_forward[(tokens, batch)](
-                x, weight, rope, out, *x.stride()[:3], rope_stride, eps, heads, channels, *_tile(heads, channels), num_warps=4
+                x,
+                weight,
+                rope,
+                out,
+                *x.stride()[:3],
+                rope_stride,
+                eps,
+                heads,
+                channels,
+                *_tile(heads, channels),
+                num_warps=4,
             )
         return out
 
