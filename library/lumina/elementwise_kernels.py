@@ -33,11 +33,8 @@ __all__ = ["NormaliseAndRotate", "ScaledNorm", "SwiGLU"]
 
 _HEADS_AT_ONCE = 8  # heads of a token that one pass of a program turns
 _SWIGLU_BLOCK = 2048
-_FEW_TOKENS = 8192  # of a batch
-_ROWS = (
-    4,
-    16,
-)  # whose part of a factor's gradient one program adds up: of few tokens, of more. Few sums, many programs
+_FEW_TOKENS = 8192  # of a batch: so few that programs of more rows would leave a large GPU idle
+_ROWS = (4, 8)  # whose part of a factor's gradient one program adds up: of few tokens, of more
 _NO_GUARD = contextlib.nullcontext()
 
 
@@ -112,7 +109,7 @@ def _norm_backward(
         inside = tail < D
         factor_tail = tl.load(factor + tail, mask=inside, other=0.0).to(tl.float32)
         sum_tail = tl.zeros([TAIL], tl.float32)
-    for step in range(ROWS):
+    for step in tl.range(ROWS, num_stages=2):  # the next row is on its way meanwhile
         token = group * ROWS + step
         row = (first_row + token) * D
         there = (token < tokens) & (head < D)  # what lies behind the last row counts as 0
