@@ -1,4 +1,7 @@
-"""Triton's kernels in its interpreter, on the CPU, against float64. In fp16: the interpreter cuts bf16 off."""
+"""Triton's kernels without a GPU: they compile for one, and its interpreter computes what float64 gives.
+
+In fp16, as the interpreter cuts bf16 off where a GPU rounds.
+"""
 
 from __future__ import annotations
 
@@ -8,6 +11,7 @@ import os
 import subprocess
 import sys
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -34,3 +38,41 @@ def test_results_and_gradients_are_rounded_no_more_than_they_have_to_be(
         assert len(results) > 1
         for off, allowed in results:
             assert off < allowed, name
+
+
+NORM = {"D": 2304, "HEAD": 2048, "TAIL": 256}
+HEADS = {"HEADS": 24, "E": 96, "NUM": 8, "WIDE": 128}
+INTEGERS = {"factor_stride", "tokens", "sample_stride", "token_stride", "head_stride", "rope_stride", "count"}
+
+
+@pytest.mark.parametrize("half", ["bf16", "fp16"])
+@pytest.mark.parametrize(
+    ("name", "constants"),
+    [
+        ("_norm_forward", {**NORM, "ADDS": True}),
+        ("_norm_backward", {**NORM, "ROWS": 1, "SUMS": False}),
+        ("_norm_backward", {**NORM, "ROWS": 8, "SUMS": True}),
+        ("_rotate_forward", HEADS),
+        ("_rotate_backward", HEADS),
+        ("_swiglu_forward", {"BLOCK": 2048}),
+        ("_swiglu_backward", {"BLOCK": 2048}),
+    ],
+)
+def test_kernels_compile_for_a_gpu(name: str, constants: dict[str, Any], half: str) -> None:
+    """The interpreter lets pass what the compiler does not know."""
+    import triton
+    from triton.backends.compiler import GPUTarget
+    from triton.compiler import ASTSource
+
+    from library.lumina import elementwise_kernels
+
+    def kind(argument: str) -> str:
+        if argument in constants:
+            return "constexpr"
+        if argument in INTEGERS:
+            return "i32"
+        return {"eps": "fp32", "factor": "*fp32", "rope": "*fp32", "of_factor": "*fp32"}.get(argument, f"*{half}")
+
+    kernel = getattr(elementwise_kernels, name)
+    source = ASTSource(kernel, {argument: kind(argument) for argument in kernel.arg_names}, constants)
+    assert triton.compile(source, target=GPUTarget("cuda", 90, 32)).asm["cubin"]
