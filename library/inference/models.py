@@ -67,6 +67,7 @@ class DrawingModels:
             from accelerate import PartialState
 
             from library.lumina import loading
+            from library.lumina.elementwise_trial import announce_kernels
             from library.memory.attention import Workload, choose_attention
             from library.memory.host_memory import keep_freed_memory
             from library.memory.prepare import prepare_blocks, streamed_blocks, warn_where_useless
@@ -84,6 +85,7 @@ class DrawingModels:
         heads = (sizes.num_heads, sizes.num_kv_heads, sizes.head_dim)
         work = Workload(self.device, dtype, *heads, training=False)
         chosen = choose_attention(attention, work, "--dtype bf16")
+        announce_kernels(self.device, dtype)
         memory = MemorySettings(blocks_to_swap=flags.blocks_to_swap)
         warn_where_useless(memory, self.device)
         if flags.offload and self.device.type == "cpu":

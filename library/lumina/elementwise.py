@@ -2,22 +2,24 @@
 
 Written out as single operations, these steps make autograd keep each of their results: more than the matrix products
 need. Here each step is one function with a gradient of its own, which keeps only its inputs (they are kept anyway) and a
-factor a row, and computes the rest again. Norms and rotation are float32 arithmetic with one rounding at the end, whatever
-the inputs are (on GPUs in half precision a norm is rounded once more on its way); SwiGLU rounds twice in bf16, once behind
-silu, as the reference program does.
+factor a row (Triton kernels not even that), and computes the rest again. Norms and rotation are float32 arithmetic with
+one rounding at the end, whatever the inputs are (torch's operations for halves on GPUs round a norm once more on its way);
+SwiGLU rounds twice in bf16, once behind silu, as the reference program does.
 
-On a GPU these steps take as long as they move bytes, and float32 intermediates move most. There, halves go through torch's
-fused norm and through operations that read halves, compute in float32 and write halves: torch converts in the registers
-of such a kernel, where on a CPU it would make the float32 copies after all. Bytes of traffic an element of the result:
+On a GPU these steps take as long as they move bytes. There, halves go through Triton kernels (``elementwise_kernels``) that
+read each input once and write each result once, where Triton can compile (``elementwise_trial``). Where it cannot, as on
+Windows without its package, they go through torch's fused norm and through operations that read halves, compute in float32
+and write halves: torch converts in the registers of such a kernel, where on a CPU it would make the float32 copies after
+all. Bytes of traffic an element of the result, in halves; 1 or 2 more where kernels add up the gradient of a norm's factor:
 
-    ==================== ======= ========  =========================
-    step                 forward backward  with float32 intermediates
-    ==================== ======= ========  =========================
-    norm                       8       10  32 and 70
-    norm and residual         10       10  42 and 70
-    norm and rotation         22       44  40 and 78
-    SwiGLU                    10       22  (no float32 in either)
-    ==================== ======= ========  =========================
+    ==================== =================  =================  ===========================
+    step                 kernels            torch's operations with float32 intermediates
+    ==================== =================  =================  ===========================
+    norm                 4, backward 6      8, backward 10     32, backward 70
+    norm and residual    6, backward 6      10, backward 10    42, backward 70
+    norm and rotation    4, backward 6      22, backward 44    40, backward 78
+    SwiGLU               6, backward 10     10, backward 22    (no float32 in either)
+    ==================== =================  =================  ===========================
 
 Under ``torch.compile`` the same formulas are left to the compiler, which fuses further and chooses itself what to keep.
 
@@ -26,11 +28,14 @@ Shapes: B batch, S tokens, D width, E head dimension.
 
 from __future__ import annotations
 
+from types import ModuleType
 from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
+
+from library.lumina.elementwise_trial import HALVES, kernels_on
 
 __all__ = ["normalise_and_rotate", "rms_factor", "scaled_norm", "swiglu"]
 
@@ -50,7 +55,8 @@ def scaled_norm(x: Tensor, factor: Tensor, eps: float, residual: Tensor | None =
         wide = _wide(x)
         normed = wide * rms_factor(wide, eps) * factor
         return (normed if residual is None else normed + residual).to(x.dtype)
-    return _ScaledNorm.apply(x, factor, eps, residual)
+    kernels = _kernels_for(x)
+    return (kernels.ScaledNorm if kernels else _ScaledNorm).apply(x, factor, eps, residual)
 
 
 def normalise_and_rotate(x: Tensor, weight: Tensor, rope: Tensor, eps: float) -> Tensor:
@@ -65,14 +71,16 @@ def normalise_and_rotate(x: Tensor, weight: Tensor, rope: Tensor, eps: float) ->
     if torch.compiler.is_compiling():
         wide = _wide(x)
         return _rotated_real(wide * rms_factor(wide, eps) * weight, rope).to(x.dtype)
-    return _NormaliseAndRotate.apply(x, weight, rope, eps)
+    kernels = _kernels_for(x)
+    return (kernels.NormaliseAndRotate if kernels else _NormaliseAndRotate).apply(x, weight, rope, eps)
 
 
 def swiglu(gate: Tensor, value: Tensor) -> Tensor:
     """Returns silu(gate) * value, elementwise."""
     if torch.compiler.is_compiling():
         return F.silu(gate) * value
-    return _SwiGLU.apply(gate, value)
+    kernels = _kernels_for(gate)
+    return (kernels.SwiGLU if kernels else _SwiGLU).apply(gate, value)
 
 
 def rms_factor(x: Tensor, eps: float) -> Tensor:
@@ -82,7 +90,14 @@ def rms_factor(x: Tensor, eps: float) -> Tensor:
 
 def _is_half_on_gpu(x: Tensor) -> bool:
     """Whether what takes longest is to move float32 intermediates."""
-    return x.is_cuda and x.dtype in (torch.bfloat16, torch.float16)
+    return x.is_cuda and x.dtype in HALVES
+
+
+def _kernels_for(x: Tensor) -> ModuleType | None:
+    """Returns the module of Triton kernels where they can do the work; they want memory, which stand-ins have none of."""
+    if x.is_cuda and x.dtype in HALVES and type(x) is Tensor:
+        return kernels_on(x.get_device(), x.dtype)
+    return None
 
 
 def _wide(x: Tensor) -> Tensor:

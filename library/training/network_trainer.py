@@ -110,6 +110,7 @@ class NetworkTrainer(FrozenModels):
             import torch
 
             from library.keyed_random import key
+            from library.lumina.elementwise_trial import announce_kernels
             from library.memory.attention import choose_attention
             from library.memory.quantised import require_quantisation
             from library.training import optimizers
@@ -138,6 +139,7 @@ class NetworkTrainer(FrozenModels):
         torch.manual_seed(key("torch", seed))
         # Tried before anything is read or encoded: what is missing must show now.
         self.attention = choose_attention(config.attention, self._attention_work(), "--mixed_precision bf16")
+        announce_kernels(self.device, self.weight_dtype)
         self.trackers = Trackers(self.accelerator, config.log)
         uploads = self.processes.is_main and not config.data.debug_dataset
         self.uploads = HubUploads(config.hub) if uploads else None

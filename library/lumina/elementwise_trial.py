@@ -1,0 +1,155 @@
+"""Whether norms, rotation and SwiGLU run as Triton kernels on a GPU: tried once, compared with what a CPU computes.
+
+Triton comes with torch's CUDA build for Linux. It compiles a kernel when it is first launched, and needs a C compiler for
+that, which a machine may lack; and it may not know the GPU. Both show in a trial, after which torch's operations do the
+work: the same results up to rounding, more slowly.
+
+A program asks at its start (:func:`announce_kernels`), where what comes out is logged. Where it did not, the first tensor
+asks. The answer is a fact about the machine and is remembered.
+"""
+
+from __future__ import annotations
+
+import functools
+import importlib
+import importlib.util
+import logging
+from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
+from functools import partial
+from types import ModuleType
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+__all__ = ["HALVES", "announce_kernels", "kernels_on"]
+
+logger = logging.getLogger(__name__)
+
+HALVES = (torch.bfloat16, torch.float16)
+_BATCH, _TOKENS = 2, 3
+_WIDTH, _HEADS, _HEAD_DIM = 2304, (24, 8, 8), 96  # the model's: what is compiled here need not be in the first step
+
+
+def announce_kernels(device: torch.device, dtype: torch.dtype) -> None:
+    """Tries the kernels on the device of a run, and logs what does the work there; nothing where no kernels are meant for.
+
+    Args:
+        device: where the model computes.
+        dtype: of its activations.
+    """
+    if device.type != "cuda" or dtype not in HALVES:
+        return
+    index = torch.cuda.current_device() if device.index is None else device.index
+    if kernels_on(index, dtype) is not None:
+        logger.info("Norms, rotation and SwiGLU: Triton kernels")
+    elif importlib.util.find_spec("triton") is None:
+        logger.info("Norms, rotation and SwiGLU: torch's operations; with the package triton steps would be faster")
+
+
+@functools.cache
+def kernels_on(index: int, dtype: torch.dtype) -> ModuleType | None:
+    """Returns the module ``elementwise_kernels`` if it works on a CUDA device, else None.
+
+    A failed trial is warned about; that triton is not installed is none.
+
+    Args:
+        index: of the device.
+        dtype: bfloat16 or float16.
+    """
+    if importlib.util.find_spec("triton") is None:
+        return None
+    try:
+        kernels = importlib.import_module("library.lumina.elementwise_kernels")
+        # In a thread of its own: who looks at the operations of the forward pass that asks, to compute them again or to keep
+        # something else than is saved, must not see these.
+        with ThreadPoolExecutor(1) as thread:
+            reason = thread.submit(failure_of, kernels, torch.device("cuda", index), dtype).result()
+    except Exception as error:  # whatever a compiler or a driver raises: that it cannot run is the answer
+        first_line = next(iter(str(error).strip().splitlines()), "")
+        reason = f"a try ended with an error ({type(error).__name__}: {first_line})"
+    if reason is None:
+        return kernels
+    logger.warning(
+        "Norms, rotation and SwiGLU: Triton's kernels cannot be used: %s. torch's operations stand in, which takes"
+        " longer. Triton needs a C compiler (gcc) and a folder for compiled code that can be written",
+        reason,
+    )
+    return None
+
+
+def failure_of(kernels: ModuleType, device: torch.device, dtype: torch.dtype) -> str | None:
+    """Returns what is wrong with the kernels' results and gradients; None = nothing.
+
+    Args:
+        kernels: the module ``elementwise_kernels``.
+        device: where to try them.
+        dtype: bfloat16 or float16.
+    """
+    # Rounding moves a result by a third of this at most, and by half where it is done twice; what is wrong is off by more.
+    bound = torch.finfo(dtype).eps
+    for case in _cases(kernels, dtype):
+        upstream = _numbers(*case.inputs[0].shape).to(dtype)
+        found = _results(case.kernel, case, device, dtype, upstream)
+        expected = _results(case.plain, case, torch.device("cpu"), torch.float32, upstream)
+        for ours, exact in zip(found, expected, strict=True):
+            off = float((ours.cpu().float() - exact).norm() / exact.norm())
+            if not off <= bound:  # NaN as well
+                return f"a try of {case.name} gave wrong results (off by {off:.1%})"
+    return None
+
+
+class _Case(NamedTuple):
+    """What a step computes: by a kernel, by the plain function, of what, and how many of the inputs are trained."""
+
+    name: str
+    kernel: Callable[..., Tensor]
+    plain: Callable[..., Tensor]
+    inputs: list[Tensor]
+    num_trained: int
+
+
+def _cases(kernels: ModuleType, dtype: torch.dtype) -> list[_Case]:
+    from library.lumina.elementwise import normalise_and_rotate, scaled_norm, swiglu
+
+    x, other = (_numbers(_BATCH, _TOKENS, _WIDTH).to(dtype) for _ in range(2))
+    modulation, weight = _numbers(_BATCH, 1, _WIDTH), _numbers(_WIDTH)
+    angles = _numbers(1, _TOKENS, 1, _HEAD_DIM // 2)
+    rope = torch.stack([angles.cos(), angles.sin()], dim=-1)
+    qkv = _numbers(_BATCH, _TOKENS, sum(_HEADS), _HEAD_DIM).to(dtype)
+    of_heads = _numbers(_HEAD_DIM).to(dtype)
+    norm, rotate = kernels.ScaledNorm.apply, kernels.NormaliseAndRotate.apply
+
+    def rotations(turn: Callable[..., Tensor], qkv: Tensor) -> Tensor:
+        q, k, v = qkv.split(_HEADS, dim=2)
+        of_device = rope.to(qkv.device), 1e-6
+        turned = [turn(part, of_heads.to(qkv.device), *of_device) for part in (q, k)]
+        return torch.cat([*turned, v], dim=2)
+
+    return [
+        _Case("a norm", lambda a, f: norm(a, f, 1e-5, None), lambda a, f: scaled_norm(a, f, 1e-5), [x, modulation], 2),
+        _Case(
+            "a norm with a residual",
+            lambda a, r, f: norm(a, f, 1e-5, r),
+            lambda a, r, f: scaled_norm(a, f, 1e-5, r),
+            [x, other, weight],
+            2,
+        ),
+        _Case("a rotation", partial(rotations, rotate), partial(rotations, normalise_and_rotate), [qkv], 1),
+        _Case("SwiGLU", kernels.SwiGLU.apply, swiglu, [x, other], 2),
+    ]
+
+
+def _numbers(*shape: int) -> Tensor:
+    return torch.randn(shape, generator=torch.Generator().manual_seed(sum(shape)))
+
+
+def _results(
+    function: Callable[..., Tensor], case: _Case, device: torch.device, dtype: torch.dtype, upstream: Tensor
+) -> list[Tensor]:
+    """Returns the result and the gradients of what is trained; halves among the inputs become ``dtype``."""
+    inputs = [value.to(device, dtype if value.dtype in HALVES else value.dtype).detach() for value in case.inputs]
+    trained = [value.requires_grad_() for value in inputs[: case.num_trained]]
+    result = function(*inputs)
+    return [result.detach(), *torch.autograd.grad(result, trained, upstream.to(device, dtype))]

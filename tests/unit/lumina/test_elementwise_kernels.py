@@ -1,0 +1,78 @@
+"""Triton's kernels without a GPU: they compile for one, and its interpreter computes what float64 gives.
+
+In fp16, as the interpreter cuts bf16 off where a GPU rounds.
+"""
+
+from __future__ import annotations
+
+import importlib.util
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+ROOT = Path(__file__).resolve().parents[3]
+
+pytestmark = pytest.mark.skipif(importlib.util.find_spec("triton") is None, reason="needs the package triton")
+
+
+@pytest.fixture(scope="module")
+def report() -> dict[str, list[tuple[float, float]]]:
+    """Runs in a process of its own: that kernels are to be interpreted has to be known when triton is imported."""
+    environment = {**os.environ, "TRITON_INTERPRET": "1", "PYTHONPATH": str(ROOT), "CUDA_VISIBLE_DEVICES": ""}
+    program = [sys.executable, str(ROOT / "tests" / "elementwise_helpers.py")]
+    ended = subprocess.run(program, env=environment, capture_output=True, text=True, check=False)
+    assert ended.returncode == 0, ended.stderr
+    return json.loads(ended.stdout)
+
+
+def test_results_and_gradients_are_rounded_no_more_than_they_have_to_be(
+    report: dict[str, list[tuple[float, float]]],
+) -> None:
+    assert len(report) > 10
+    for name, results in report.items():
+        assert len(results) > 1
+        for off, allowed in results:
+            assert off < allowed, name
+
+
+NORM = {"D": 2304, "HEAD": 2048, "TAIL": 256}
+HEADS = {"HEADS": 24, "E": 96, "NUM": 8, "WIDE": 128}
+INTEGERS = {"factor_stride", "tokens", "sample_stride", "token_stride", "head_stride", "rope_stride", "count"}
+
+
+@pytest.mark.parametrize("half", ["bf16", "fp16"])
+@pytest.mark.parametrize(
+    ("name", "constants"),
+    [
+        ("_norm_forward", {**NORM, "ADDS": True}),
+        ("_norm_backward", {**NORM, "ROWS": 1, "SUMS": False}),
+        ("_norm_backward", {**NORM, "ROWS": 8, "SUMS": True}),
+        ("_rotate_forward", HEADS),
+        ("_rotate_backward", HEADS),
+        ("_swiglu_forward", {"BLOCK": 2048}),
+        ("_swiglu_backward", {"BLOCK": 2048}),
+    ],
+)
+def test_kernels_compile_for_a_gpu(name: str, constants: dict[str, Any], half: str) -> None:
+    """The interpreter lets pass what the compiler does not know."""
+    import triton
+    from triton.backends.compiler import GPUTarget
+    from triton.compiler import ASTSource
+
+    from library.lumina import elementwise_kernels
+
+    def kind(argument: str) -> str:
+        if argument in constants:
+            return "constexpr"
+        if argument in INTEGERS:
+            return "i32"
+        return {"eps": "fp32", "factor": "*fp32", "rope": "*fp32", "of_factor": "*fp32"}.get(argument, f"*{half}")
+
+    kernel = getattr(elementwise_kernels, name)
+    source = ASTSource(kernel, {argument: kind(argument) for argument in kernel.arg_names}, constants)
+    assert triton.compile(source, target=GPUTarget("cuda", 90, 32)).asm["cubin"]
