@@ -191,8 +191,8 @@ def measure(options: argparse.Namespace, folder: Path) -> dict[str, object]:
     return figures | {"threads": torch.get_num_threads(), **circumstances()}
 
 
-def main() -> None:
-    """Reads the command line, measures and prints."""
+def options_of(arguments: Sequence[str] | None = None) -> argparse.Namespace:
+    """Returns the options of a command line; None = of this process."""
     parser = argparse.ArgumentParser(description="Times training steps of a model with random weights.")
     parser.add_argument("--preset", default="medium", choices=list(presets.PRESETS), help="the model's size")
     parser.add_argument("--size", type=int, default=512, help="picture side in pixels")
@@ -207,7 +207,12 @@ def main() -> None:
     parser.add_argument("--warmup", type=int, default=1, help="steps before them, besides the first")
     parser.add_argument("--kernels", type=int, default=0, help="list this many kernels of a step, the longest first")
     parser.add_argument("more", nargs="*", help="flags of the trainer, behind --")
-    options = parser.parse_args()
+    return parser.parse_args(arguments)
+
+
+def main() -> None:
+    """Reads the command line, measures and prints."""
+    options = options_of()
     logging.basicConfig(level=logging.WARNING, stream=sys.stderr)
     with tempfile.TemporaryDirectory() as folder:
         print(json.dumps(measure(options, Path(folder))))

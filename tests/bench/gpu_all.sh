@@ -76,41 +76,39 @@ skip() { # NAME REASON
     summarise
 }
 
-step() { # NAME SIZE FLAGS...: a training step of the full model at batch 4
-    local name=$1 size=$2
-    shift 2
+steps() { # LIMIT_S NAMES...: training steps of the full model, all in one process
+    local limit=$1 began=$SECONDS chosen=() name
+    shift
+    for name in "$@"; do
+        case " ${ONLY:-$name} " in *" $name "*) chosen+=("$name") ;; esac
+    done
+    [ ${#chosen[@]} -eq 0 ] && return 0
+    [ "$limit" -gt $((budget - SECONDS)) ] && limit=$((budget - SECONDS))
+    echo "== ${chosen[*]}" | tee -a "$work/log.txt" >&2
     # Nearly all of an H100's memory is needed, so none may be lost between blocks of the allocator.
-    part "$name" 150 env PYTORCH_CUDA_ALLOC_CONF=expandable_segments:True \
-        "$python" tests/bench/bench_step.py --preset "$preset" --size "$size" --batch "$batch" --precision bf16 \
-        --steps "$steps" --kernels 25 -- "$@"
+    PYTORCH_CUDA_ALLOC_CONF=expandable_segments:True timeout --kill-after=10 "$limit" "$python" tests/bench/gpu_steps.py \
+        "$work/parts" --limit_s "$limit" --only "${chosen[@]}" "${tiny[@]}" >>"$work/log.txt" 2>&1
+    summarise
 }
 
 : >"$work/log.txt"
 if [ $quick -eq 1 ]; then
-    preset=tiny batch=1 steps=1 large=64 small=32
+    tiny=(--quick)
     drawing=(--preset tiny --size 32 --steps 2 --turns 1)
     attention=(--tokens 64 --batch 1 --repeats 1 --matmul_size 256)
     quantisation=(--help) # its errors alone take a minute on a CPU
     memory=(--size 64 --shrink 16 --layers 2 --limit_s 100)
-    streamed=4
 else
-    preset=full batch=4 steps=4 large=1024 small=512
+    tiny=()
     drawing=(--preset full --size 256 1024 --steps 6 --turns 2)
     attention=(--tokens 1024 4096 --batch 4 --repeats 10)
     quantisation=(--tokens 16896)
     memory=(--limit_s 60)
-    streamed=26
 fi
-compiles=0
-"$python" lumina_train_network.py --help 2>/dev/null | grep -q -- '--torch_compile' &&
-    ! grep -q '"torch_compile"' library/training/legacy_flags.py && compiles=1
 
 # The figures of a training step, the most important ones first.
-step step_eager "$large"
-[ $compiles -eq 1 ] && step step_compiled "$large" --torch_compile
-[ $compiles -eq 0 ] && skip step_compiled "this version has no --torch_compile"
-step step_checkpointing "$large" --gradient_checkpointing
-step step_streaming "$large" --gradient_checkpointing --blocks_to_swap "$streamed"
+steps 200 step_eager step_checkpointing step_streaming step_fp8 step_bf16_small step_fp8_small step_ragged step_selective \
+    step_one_picture
 
 # The whole program. It needs the autoencoder, and so diffusers.
 room=$(df --output=avail -k /dev/shm 2>/dev/null | tail -n 1)
@@ -124,13 +122,6 @@ fi
 
 part sampling 60 "$python" tests/bench/bench_sampling.py "${drawing[@]}"
 
-fast=(--fp8_base --fp8_fast)
-if [ $quick -eq 1 ]; then fast=(--fp8_base); fi # a CPU has no fp8 products
-if [ $compiles -eq 1 ]; then fast+=(--torch_compile); same=(--torch_compile); else same=(); fi
-step step_fp8 "$large" "${fast[@]}"
-step step_bf16_small "$small" "${same[@]}"
-step step_fp8_small "$small" "${fast[@]}"
-
 workers=()
 has xdist && workers=(-n 4) # most of them start programs, and wait for imports
 if ! has pytest; then
@@ -141,15 +132,15 @@ else
     part tests 200 "$python" -m pytest tests/gpu -m gpu -vv -rfEs --tb=short "${workers[@]}"
 fi
 
-for kernel in cudnn flash; do
-    if [ $quick -eq 1 ]; then
-        skip "step_$kernel" "a CPU has no such kernel"
-    elif [ $kernel = flash ] && ! has flash_attn && ! has flash_attn_interface; then
-        skip step_flash "the packages flash_attn and flash_attn_interface are missing"
-    else
-        step "step_$kernel" "$large" --attn_mode "$kernel"
-    fi
-done
+if [ $quick -eq 1 ]; then
+    skip step_cudnn "a CPU has no such kernel"
+elif has flash_attn || has flash_attn_interface; then
+    steps 60 step_cudnn step_flash
+else
+    skip step_flash "the packages flash_attn and flash_attn_interface are missing"
+    steps 60 step_cudnn
+fi
+steps 200 step_compiled step_compiled_small step_fp8_compiled step_fp8_compiled_small
 part attention 120 "$python" tests/bench/bench_attention.py "${attention[@]}"
 if has bitsandbytes; then
     part quantisation 120 "$python" tests/bench/bench_quantisation.py "${quantisation[@]}"

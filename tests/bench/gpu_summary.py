@@ -52,21 +52,30 @@ def targets(parts: Parts) -> list[tuple[str, str, str]]:
     def peak(row: int) -> str:
         return f"{parts['memory']['result']['rows'][row]['reserved_gib']:.2f} GiB"
 
-    def bf16_at_large() -> str:
-        return "step_compiled" if "result" in parts.get("step_compiled", {}) else "step_eager"
+    def of_eager(part: str) -> str:
+        return f"{value(part, 'step_s') / value('step_eager', 'step_s'):.3f} x"
 
     rows: list[tuple[str, str, Callable[[], str]]] = [
         ("step, 1024 px, batch 4, of the matmul ceiling: eager", ">= 55 %", lambda: share("step_eager")),
         ("the same, --torch_compile", ">= 55 %, aim 60 %", lambda: share("step_compiled")),
         ("the same, --attn_mode cudnn", "compared", lambda: share("step_cudnn")),
         ("the same, --attn_mode flash", "compared", lambda: share("step_flash")),
+        ("captions of different lengths, time", "compared", lambda: of_eager("step_ragged")),
+        ("selective checkpointing, time", "<= 1.30 x", lambda: of_eager("step_selective")),
+        ("full checkpointing, time", "<= 1.52 x", lambda: of_eager("step_checkpointing")),
         (
             "full checkpointing, recomputation counted",
             ">= 50 %",
             lambda: share("step_checkpointing", "mfu_with_recomputation"),
         ),
-        ("--fp8_fast over bf16, 1024 px", ">= 1.15 x", lambda: speed_up("step_fp8", bf16_at_large())),
+        ("--fp8_fast over bf16, 1024 px", ">= 1.15 x", lambda: speed_up("step_fp8", "step_eager")),
         ("--fp8_fast over bf16, 512 px", ">= 1.25 x", lambda: speed_up("step_fp8_small", "step_bf16_small")),
+        ("the same, --torch_compile", ">= 1.15 x", lambda: speed_up("step_fp8_compiled", "step_compiled")),
+        (
+            "the same, --torch_compile, 512 px",
+            ">= 1.25 x",
+            lambda: speed_up("step_fp8_compiled_small", "step_compiled_small"),
+        ),
         (
             "streaming all blocks, time",
             "<= 1.10 x",
