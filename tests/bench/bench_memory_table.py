@@ -1,30 +1,32 @@
 """The memory table of docs/memory.md: what a training step of the 2.6 B model needs with each set of memory flags.
 
     python tests/bench/bench_memory_table.py --compute       # on any machine, minutes: rehearses every row
-    python tests/bench/bench_memory_table.py --measure       # on a CUDA GPU: trains every row in a process of its own
-    python tests/bench/bench_memory_table.py --sample        # the same with five rows, printed as JSON
+    python tests/bench/bench_memory_table.py --measure       # on a CUDA GPU: trains every row, in about seven minutes
+    python tests/bench/bench_memory_table.py --measure --size_px 1024 --limit_s 90    # some of them
     python tests/bench/bench_memory_table.py --write_docs    # the table in docs/memory.md from the file
 
-The first two write ``library/memory/memory_table.json``, which the program reads too: measured rows replace what
-``--vram_gb`` allows for workspaces and fragmentation. A row that does not fit the card is recorded as such.
+The first two write ``library/memory/memory_table.json``, which the program reads too: what ``--vram_gb`` allows for
+workspaces and fragmentation comes from the measured rows. A row that does not fit the card is recorded as such.
 """
 
 from __future__ import annotations
 
 import argparse
+import gc
+import importlib.util
 import json
 import logging
 import re
-import subprocess
 import sys
 import tempfile
-from collections.abc import Iterator
+import time
+from collections.abc import Collection, Iterator
 from pathlib import Path
 from typing import Any
 
 import torch
 from bench_step import RandomModelTrainer, batch_of, trainer_of, unstarted
-from measuring import ROOT, Stopped, circumstances, stop_when_asked
+from measuring import ROOT, circumstances
 from timing import timed
 
 from library.files import write_text
@@ -50,19 +52,11 @@ FLAG_SETS: dict[str, Row] = {
     "`--gradient_checkpointing --blocks_to_swap=26`": Row(checkpointing="full", blocks_to_swap=26),
     "all three, 26 blocks": Row(checkpointing="full", offload=True, blocks_to_swap=26),
 }
-SAMPLE = (
-    Row(checkpointing="full"),
-    Row("fp8", "full", True, 26),
-    Row(checkpointing="selective"),
-    Row(),
-    Row("fp8", "full"),
-)
-"""Rows whose needs are of different kinds, at 1024 px."""
 _QUANTISATION_FLAGS = {None: [], "fp8": ["--fp8_base_unet"], "nf4": ["--nf4_base"]}
 _KIND_NAMES = {None: "bf16", "fp8": "fp8", "nf4": "nf4"}
 _ASSUMED = Allowance(share=0.08, context_gib=0.5)
 _PLACE = re.compile(r"(<!-- memory table -->\n).*?(<!-- end of memory table -->)", re.DOTALL)
-_WARM_UP, _STEPS = 2, 6
+_WARM_UP, _STEPS = 2, 3
 
 
 def all_rows() -> Iterator[tuple[int, str, Row]]:
@@ -146,7 +140,7 @@ def flags_of(row: Row) -> list[str]:
 
 
 def measure_one(size_px: int, row: Row, folder: Path, preset: str = "full") -> dict[str, Any]:
-    """Trains a row's steps in this process, and returns its peaks and images a second, or that memory ran out."""
+    """Trains a row's steps, and returns its peaks and images a second, or that memory ran out."""
     try:
         trainer = trainer_of(preset, "bf16", folder, [f"--network_dim={RANK}", *flags_of(row)])
         step = TrainStep(trainer.losses_of, trainer.updater, Processes(trainer.accelerator))
@@ -169,18 +163,37 @@ def measure_one(size_px: int, row: Row, folder: Path, preset: str = "full") -> d
     }
 
 
-def measure(table: dict[str, Any], preset: str = "full") -> dict[str, Any]:
-    """Returns the table with every row measured, each in a process of its own, and the allowance that follows.
+def measure(
+    table: dict[str, Any], folder: Path, preset: str = "full", sizes: Collection[int] = SIZES_PX, limit_s: float = 1e9
+) -> dict[str, Any]:
+    """Returns the table with rows measured, and the allowance that follows.
+
+    Args:
+        table: as the file has it; what it has measured rows of is forgotten.
+        folder: for the runs' files.
+        preset: of the model.
+        sizes: whose rows are measured.
+        limit_s: no row begins later; without quantisation come first, with bitsandbytes last.
 
     Raises:
-        SystemExit: there is no GPU, or a row ended with an error other than running out of memory.
+        SystemExit: there is no GPU, or no row fits into its memory.
     """
     if not torch.cuda.is_available():
         sys.exit("--measure needs a CUDA GPU; --compute runs anywhere")
+    began = time.monotonic()
     for row in table["rows"]:
-        row["measured"] = _measured(row, preset)
+        row.pop("measured", None)
+    for row in sorted(table["rows"], key=lambda row: list(QUALITY).index(row["quantisation"])):
+        if row["size_px"] not in sizes or time.monotonic() - began > limit_s:
+            continue
+        if row["quantisation"] == "nf4" and importlib.util.find_spec("bitsandbytes") is None:
+            continue
+        flags = Row(row["quantisation"], row["checkpointing"], row["offload"], row["blocks_to_swap"])
+        row["measured"] = measure_one(row["size_px"], flags, folder, preset)
         logger.info("%s", row)
-    measured = [row for row in table["rows"] if "reserved_gib" in row["measured"]]
+        gc.collect()  # wrapped blocks refer to themselves
+        torch.cuda.empty_cache()
+    measured = [row for row in table["rows"] if "reserved_gib" in row.get("measured", {})]
     if not measured:
         sys.exit("no row fits into this card's memory, so there is nothing to record")
     table["allowance"] = {
@@ -190,35 +203,6 @@ def measure(table: dict[str, Any], preset: str = "full") -> dict[str, Any]:
     }
     about = {name: value for name, value in circumstances().items() if name in ("date", "commit", "torch")}
     return table | {"kind": "measured", "card": torch.cuda.get_device_name(), **about}
-
-
-def _measured(row: dict[str, Any], preset: str) -> dict[str, Any]:
-    command = [sys.executable, __file__, f"--preset={preset}", "--row", json.dumps(row)]
-    done = subprocess.run(command, capture_output=True, text=True, check=False)
-    if done.returncode != 0:
-        sys.exit(f"{row}:\n{done.stderr}")
-    return json.loads(done.stdout.splitlines()[-1])
-
-
-def sample(table: dict[str, Any], preset: str = "full") -> bool:
-    """Prints some rows of the table with what is measured of them; returns whether it came to the end.
-
-    A process that is ended by SIGTERM prints the rows that it has.
-    """
-    found = {json.dumps({name: row[name] for name in key(0, Row())}): row for row in table["rows"]}
-    rows: list[dict[str, Any]] = []
-    is_whole = False
-    stop_when_asked()
-    try:
-        for row in SAMPLE:
-            entry = found[json.dumps(key(1024, row))]
-            rows.append({**entry, "measured": _measured(entry, preset)})
-        is_whole = True
-    except Stopped:
-        logger.warning("stopped before all was measured")
-    finally:
-        print(json.dumps({"rows": rows, "allowance": table["allowance"], **circumstances()}, indent=1))
-    return is_whole
 
 
 # ---- the page ----
@@ -258,7 +242,12 @@ def _caption(table: dict[str, Any]) -> str:
     )
     if table["kind"] == "measured":
         where = f"{table['card']} ({table['date']}, {table['commit']})"
-        return f"**Measured** on {where}: GiB of the card, pictures a second; {of_what}."
+        return (
+            f"**Measured** on {where}: GiB of the card, pictures a second (cells with /s); {of_what}. Cells with a factor"
+            f" are computed: counted bytes of tensors, and on top what measured rows needed at most, {share:.0%} and"
+            f" {context:g} GiB for CUDA itself; the factor is the time of a step as a multiple of the row without flags in"
+            " bf16."
+        )
     return (
         f"**Computed, not measured on a GPU yet** ({table['date']}): GiB of the card, and the time of a step as a multiple"
         f" of the row without flags in bf16; {of_what}. The tensors' bytes are counted; {share:.0%} for what kernels need"
@@ -287,26 +276,20 @@ def main() -> None:
     parser = argparse.ArgumentParser(description="Makes the memory table.")
     parser.add_argument("--compute", action="store_true", help="rehearse every row and write the file")
     parser.add_argument("--measure", action="store_true", help="measure every row on this GPU and write the file")
-    parser.add_argument("--sample", action="store_true", help="measure five rows on this GPU and print them")
     parser.add_argument("--write_docs", action="store_true", help="write the table into docs/memory.md")
     parser.add_argument("--preset", default="full", help="of the model that is measured; another one is for trying out")
-    parser.add_argument("--row", help="measure this row in this process and print what is found (for --measure)")
+    parser.add_argument("--size_px", type=int, nargs="+", default=SIZES_PX, choices=SIZES_PX, help="rows to measure")
+    parser.add_argument("--limit_s", type=float, default=1e9, help="seconds after which no further row is measured")
     options = parser.parse_args()
     logging.basicConfig(level=logging.INFO, format="%(message)s", stream=sys.stderr)
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name)
-        if options.row:
-            row = json.loads(options.row)
-            flags = Row(row["quantisation"], row["checkpointing"], row["offload"], row["blocks_to_swap"])
-            print(json.dumps(measure_one(row["size_px"], flags, folder, options.preset)))
-            return
-        if options.sample:
-            sys.exit(not sample(json.loads(TABLE_FILE.read_text(encoding="utf-8")), options.preset))
         if options.compute:
             write_text(TABLE_FILE, json.dumps(compute(folder), indent=1) + "\n")
         if options.measure:
             table = json.loads(TABLE_FILE.read_text(encoding="utf-8"))
-            write_text(TABLE_FILE, json.dumps(measure(table, options.preset), indent=1) + "\n")
+            table = measure(table, folder, options.preset, options.size_px, options.limit_s)
+            write_text(TABLE_FILE, json.dumps(table, indent=1) + "\n")
     if options.compute or options.measure or options.write_docs:
         _write_docs()
 

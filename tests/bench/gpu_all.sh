@@ -10,6 +10,7 @@
 # stand in the order of their importance, and none begins in the last 20 of BUDGET_S (default 480) seconds. ONLY="NAME NAME"
 # runs some parts alone, such as what an earlier run had no time for. COMMIT names the commit where git's folder is missing.
 #
+# memory_table.json, where it is written, is for library/memory (then run bench_memory_table.py --write_docs).
 # Commit results.json as docs/benchmarks/gpu_<date>.json, and the table of summary.md in docs/benchmarks/README.md.
 #
 # A machine that nothing can be installed on from the network: carry what it lacks as wheels. Beside torch >= 2.11,
@@ -31,6 +32,7 @@ folder=${1:-${OUT:-output/gpu}}
 budget=${BUDGET_S:-480}
 python=${PYTHON:-python3}
 wheels=${WHEELS:-.whl}
+table_s=${TABLE_S:-90} # of the memory table's rows
 work=$(mktemp -d)
 trap 'rm -rf "$work"' EXIT
 mkdir -p "$folder" "$work/parts" || exit 1
@@ -147,12 +149,10 @@ if has bitsandbytes; then
 else
     skip quantisation "the package bitsandbytes is missing"
 fi
-if [ ! -f tests/bench/bench_memory_table.py ]; then
-    skip memory_table "there is no bench_memory_table.py"
-elif [ $quick -eq 1 ]; then
+if [ $quick -eq 1 ]; then
     part memory_table 100 "$python" tests/bench/bench_memory_table.py --help
-else
-    part memory_table 150 "$python" tests/bench/bench_memory_table.py --sample
+elif part memory_table 150 "$python" tests/bench/bench_memory_table.py --measure --size_px 1024 --limit_s "$table_s"; then
+    cp library/memory/memory_table.json "$folder/"
 fi
 
 cat "$folder/summary.md"

@@ -45,27 +45,33 @@ def test_the_file_says_what_a_rehearsal_finds(row: Row, tmp_path: Path) -> None:
     assert found["tensors_gib"] == pytest.approx(need.bytes_with(row.blocks_to_swap) / 2**30, rel=0.01)
 
 
-def test_a_sample_that_is_stopped_prints_what_it_has(
-    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
-) -> None:
-    measured: list[dict[str, Any]] = []
+def test_some_rows_are_measured(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    found = {"allocated_gib": 1.0, "context_gib": 0.4, "images_per_s": 2.0}
+    trained: list[tuple[int, Row]] = []
 
-    def measure(row: dict[str, Any], preset: str) -> dict[str, Any]:
-        if len(measured) == 2:
-            raise bench.Stopped
-        measured.append(row)
-        return {"reserved_gib": 1.0}
+    def measure_one(size: int, row: Row, folder: Path, preset: str) -> dict[str, Any]:
+        trained.append((size, row))
+        (entry,) = [entry for entry in TABLE["rows"] if entry.items() >= bench.key(size, row).items()]
+        out_of_memory = row == Row()
+        return {"out_of_memory": True} if out_of_memory else {**found, "reserved_gib": 1.05 * entry["tensors_gib"]}
 
-    monkeypatch.setattr(bench, "_measured", measure)
-    monkeypatch.setattr(bench, "stop_when_asked", lambda: None)
-    assert not bench.sample(TABLE)
-    printed = json.loads(capsys.readouterr().out)
-    assert [row["measured"] for row in printed["rows"]] == [{"reserved_gib": 1.0}] * 2
-    monkeypatch.setattr(bench, "_measured", lambda row, preset: {"reserved_gib": 1.0})
-    assert bench.sample(TABLE)
-    printed = json.loads(capsys.readouterr().out)
-    assert len(printed["rows"]) == len(bench.SAMPLE)  # all of them are in the table
-    assert all(row["size_px"] == 1024 for row in printed["rows"])
+    monkeypatch.setattr(bench, "measure_one", measure_one)
+    monkeypatch.setattr(bench.torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(bench.torch.cuda, "get_device_name", lambda: "a card")
+    table = bench.measure(json.loads(json.dumps(TABLE)), tmp_path, sizes=[1024])
+    assert {size for size, _ in trained} == {1024}
+    assert len(trained) == len(bench.FLAG_SETS) * 3
+    assert [row.quantisation for _, row in trained] == sorted(
+        (row.quantisation for _, row in trained), key=list(bench.QUALITY).index
+    )
+    assert (table["kind"], table["card"]) == ("measured", "a card")
+    assert table["allowance"] == {"share": 0.05, "context_gib": 0.4, "from": "measured"}
+    text = bench.tables(table)
+    assert "does not fit" in text
+    assert ", 2.00/s" in text
+    assert ", x 1." in text  # of other sizes
+    with pytest.raises(SystemExit, match="nothing to record"):
+        bench.measure(table, tmp_path, limit_s=-1.0)  # what had been measured is of another run
 
 
 def test_operations_are_those_of_the_flop_model(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
