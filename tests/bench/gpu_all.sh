@@ -125,7 +125,7 @@ fi
 part sampling 60 "$python" tests/bench/bench_sampling.py "${drawing[@]}"
 
 workers=()
-has xdist && workers=(-n 4) # most of them start programs, and wait for imports
+has xdist && workers=(-n 8) # most of them start programs, and wait for imports
 if ! has pytest; then
     skip tests "the package pytest is missing"
 elif [ $quick -eq 1 ]; then
