@@ -29,6 +29,7 @@ from timing import timed
 
 from library.files import write_text
 from library.lumina.next_dit import NextDiT
+from library.memory.device_memory import let_segments_grow
 from library.memory.fit import GIB, QUALITY, TABLE_FILE, Allowance, Need, Row
 from library.training.processes import Processes
 from library.training.step import TrainStep
@@ -292,6 +293,7 @@ def main() -> None:
     parser.add_argument("--preset", default="full", help="of the model that is measured; another one is for trying out")
     parser.add_argument("--row", help="measure this row in this process and print what is found (for --measure)")
     options = parser.parse_args()
+    let_segments_grow()
     logging.basicConfig(level=logging.INFO, format="%(message)s", stream=sys.stderr)
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name)

@@ -33,6 +33,7 @@ from torch import nn
 from library.console import run_program
 from library.data.items import Batch
 from library.lumina.configs import NextDiTConfig
+from library.memory.device_memory import let_segments_grow
 from library.training.arguments import parse_arguments
 from library.training.hooks import Reading
 from library.training.processes import Processes
@@ -208,6 +209,7 @@ def main() -> None:
     parser.add_argument("--kernels", type=int, default=0, help="list this many kernels of a step, the longest first")
     parser.add_argument("more", nargs="*", help="flags of the trainer, behind --")
     options = parser.parse_args()
+    let_segments_grow()
     logging.basicConfig(level=logging.WARNING, stream=sys.stderr)
     with tempfile.TemporaryDirectory() as folder:
         print(json.dumps(measure(options, Path(folder))))

@@ -79,10 +79,8 @@ skip() { # NAME REASON
 step() { # NAME SIZE FLAGS...: a training step of the full model at batch 4
     local name=$1 size=$2
     shift 2
-    # Nearly all of an H100's memory is needed, so none may be lost between blocks of the allocator.
-    part "$name" 150 env PYTORCH_CUDA_ALLOC_CONF=expandable_segments:True \
-        "$python" tests/bench/bench_step.py --preset "$preset" --size "$size" --batch "$batch" --precision bf16 \
-        --steps "$steps" --kernels 25 -- "$@"
+    part "$name" 150 "$python" tests/bench/bench_step.py --preset "$preset" --size "$size" --batch "$batch" \
+        --precision bf16 --steps "$steps" --kernels 25 -- "$@"
 }
 
 : >"$work/log.txt"
