@@ -25,6 +25,7 @@ from library.inference.loras import LoraFiles
 from library.inference.models import DrawingModels
 from library.inference.painter import Painter
 from library.inference.settings import ModelFlags, PictureFlags
+from library.memory.device_memory import let_segments_grow
 from library.memory.settings import AttentionSettings, QuantisationSettings
 from library.settings import from_given, specs_of
 
@@ -65,6 +66,7 @@ def main(argv: Sequence[str] | None = None) -> None:
             f"--fp8_fast multiplies in fp8 and gives bf16, and --dtype is {flags.dtype}; leave one of them out"
         )
     check_writable("--output_dir", pictures.output_dir)
+    let_segments_grow()
     loras = LoraFiles(flags.lora_weights, flags.merge_lora_weights, read_network, pictures.system_prompt)
     models = DrawingModels(
         flags,

@@ -21,6 +21,7 @@ from typing import TYPE_CHECKING, Any
 from library.console import run_program, set_up_logging
 from library.errors import SettingsError
 from library.lumina.prompt_template import PromptTemplate
+from library.memory.device_memory import let_segments_grow
 from library.memory.settings import check_blocks_to_swap
 from library.prompts import Prompt
 from library.training.arguments import parse_arguments
@@ -429,6 +430,7 @@ def main(argv: Sequence[str] | None = None) -> None:
         return
     log = config.log
     set_up_logging(log.console_log_level, log.console_log_file, log.console_log_simple)
+    let_segments_grow()
     LuminaNetworkTrainer(config).train()
 
 

@@ -23,6 +23,7 @@ from torch import Tensor, nn
 from networks.lora_product import FrozenProduct, LinearWithLoRA, frozen_product, is_observed
 
 _GOLDEN_GAMMA = 0x9E3779B97F4A7C15 - 2**64
+_GAMMA_INVERSE = pow(0x9E3779B97F4A7C15, -1, 2**64) - 2**64  # gamma is odd, so there is one modulo 2^64
 _MIX_1 = 0xBF58476D1CE4E5B9 - 2**64
 _MIX_2 = 0x94D049BB133111EB - 2**64
 # What a dropout's hash is for, so that the three kinds never share their bits.
@@ -55,8 +56,11 @@ def kept(keys: Tensor, module_number: Tensor, purpose: int, positions: int, drop
         (B,P) bool.
     """
     seed = mix(mix(keys ^ module_number) + purpose)  # (B,)
-    steps = torch.arange(1, positions + 1, device=keys.device, dtype=torch.int64) * _GOLDEN_GAMMA  # (P,)
-    return _shift_right(mix(seed[:, None] + steps), 32) >= int(drop * 2**32)
+    numbers = torch.arange(1, positions + 1, device=keys.device, dtype=torch.int64)  # (P,)
+    # State i is seed + i * gamma, computed as (seed / gamma + i) * gamma. A position times a constant would be index
+    # arithmetic to torch.compile, and in Triton that is int32: gamma has no room there. A sum with what is read has.
+    states = ((seed * _GAMMA_INVERSE)[:, None] + numbers) * _GOLDEN_GAMMA  # (B,P)
+    return _shift_right(mix(states), 32) >= int(drop * 2**32)
 
 
 def number_of(*parts: object) -> int:

@@ -2,10 +2,18 @@
 
 from __future__ import annotations
 
+import pytest
 import torch
 from torch import Tensor
+from torch.torch_version import TorchVersion
 
 E4M3, E5M2 = torch.float8_e4m3fn, torch.float8_e5m2
+
+HAS_CPU_PRODUCTS = TorchVersion(torch.__version__) >= (2, 13)
+"""Whether torch multiplies in fp8 on a CPU with a scale for each row, as a GPU does; 2.11 asserts that there is one."""
+needs_cpu_products = pytest.mark.skipif(
+    not HAS_CPU_PRODUCTS, reason=f"torch {torch.__version__} has no fp8 products with row scales on a CPU"
+)
 
 
 def realistic_weight(out_features: int, in_features: int, seed: int = 0) -> Tensor:

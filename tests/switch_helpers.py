@@ -10,6 +10,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from quantisation_helpers import HAS_CPU_PRODUCTS
 from torch import Tensor
 from transport_helpers import LateTransport
 
@@ -152,6 +153,12 @@ def make_the_cpu_a_device(patch: pytest.MonkeyPatch) -> list[LateTransport]:
     # On every CPU, so that auto and sdpa are different kernels where the run is in bf16.
     patch.setattr(attention_kernels, "is_faster_than_sdpa", lambda: True)
     return made
+
+
+def skip_where_the_cpu_cannot(values: Row) -> None:
+    """Skips a test of switches that this torch's CPU kernels cannot do."""
+    if values.get("weights") == "fp8 products" and not HAS_CPU_PRODUCTS:
+        pytest.skip(f"torch {torch.__version__} has no fp8 products with row scales on a CPU")
 
 
 def differing(found: Mapping[str, Tensor], expected: Mapping[str, Tensor]) -> list[str]:

@@ -2,7 +2,8 @@
 
 Most memory is needed where the picture has its full size: there one activation of 1024 x 1024 pixels takes 0.25 GiB in bf16
 in the encoder and 0.5 in the decoder. Residual blocks therefore compute in place, with the same bits: at the peak 1.01
-instead of 1.26 GiB are in use for encoding that picture, and 1.38 instead of 1.50 for decoding it. Beyond that there are
+instead of 1.26 GiB are in use for encoding that picture, and 1.38 instead of 1.50 for decoding it. What convolutions work
+with comes on top; on a GPU it is bounded by computing them in strips (``library/lumina/strips.py``). Beyond that there are
 tiles, which bound memory whatever the picture's size, but are not exact: normalisation and attention see one tile instead
 of the picture.
 
@@ -24,6 +25,7 @@ from library.importing import uncollected_imports
 from library.lumina.configs import AutoencoderConfig
 from library.lumina.placement import copied_to
 from library.lumina.quiet import quiet_libraries
+from library.lumina.strips import can_be_cut, convolution_in_strips
 
 logger = logging.getLogger(__name__)
 
@@ -72,10 +74,13 @@ def build_autoencoder(config: AutoencoderConfig, tensors: Mapping[str, Tensor]) 
 
 
 def _compute_in_place(model: nn.Module) -> None:
-    """Has the residual blocks overwrite what they made themselves: the same bits in less memory."""
+    """Has the residual blocks overwrite what they made themselves: the same bits in less memory. On a GPU, large
+    convolutions are computed in strips."""
     from diffusers.models.resnet import ResnetBlock2D
 
     for module in model.modules():
+        if isinstance(module, nn.Conv2d) and can_be_cut(module):
+            module.forward = functools.partial(convolution_in_strips, module)  # type: ignore[method-assign]
         if isinstance(module, ResnetBlock2D):
             module.forward = functools.partial(_residual_block, module)
 

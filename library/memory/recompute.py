@@ -20,6 +20,7 @@ from torch.utils._python_dispatch import _get_current_dispatch_mode, _pop_mode_t
 from torch.utils._pytree import tree_leaves
 from torch.utils.checkpoint import (
     CheckpointPolicy,
+    SelectiveCheckpointContext,
     _CachedTorchDispatchMode,
     _CachingTorchDispatchMode,
     checkpoint,
@@ -40,6 +41,7 @@ _ATTENTION = {
     _aten._scaled_dot_product_cudnn_attention.default,
     _aten._scaled_dot_product_fused_attention_overrideable.default,
 }
+_TELLS_RESULTS = hasattr(SelectiveCheckpointContext(is_recompute=False), "op_output")
 _ATTENTION_NAMESPACES = ("lumina", "flash_attn", "flash_attn_3", "torch_attn")  # of kernels that are not torch's SDPA
 
 
@@ -76,7 +78,10 @@ def _recomputed(forward: Any, preserve_rng_state: bool, level: CheckpointingLeve
 
 def selective_contexts() -> tuple[Any, Any]:
     """Returns the contexts of a block's forward pass and of its recomputation, for ``checkpoint``'s ``context_fn``."""
-    return create_selective_checkpoint_contexts(_Policy())
+    policy = _Policy()
+    first, again = create_selective_checkpoint_contexts(policy)
+    # torch 2.11 asks before an operation is run and tells no result.
+    return first if _TELLS_RESULTS else _Telling(policy, first.storage), again
 
 
 @contextlib.contextmanager
@@ -104,15 +109,21 @@ class _Policy:
         self._kept: set[int] = set()  # storages, which live as long as what is kept
 
     def __call__(self, ctx: Any, operation: Any, *args: Any, **kwargs: Any) -> CheckpointPolicy:
-        schema = getattr(operation, "_schema", None)  # operators that take functions have none
-        if schema is not None and schema.is_mutable and self._kept:
-            self._check_writes(operation, args, kwargs)
-        if not _keeps(operation, args):
-            return CheckpointPolicy.PREFER_RECOMPUTE
+        keeps = _keeps(operation, args)
+        # Recomputing, torch 2.11 asks again; by then what was kept is let go bit by bit, and other storages take its place.
+        if not ctx.is_recompute:
+            schema = getattr(operation, "_schema", None)  # operators that take functions have none
+            if schema is not None and schema.is_mutable and self._kept:
+                self._check_writes(operation, args, kwargs)
+            if keeps:
+                self.keep(getattr(ctx, "op_output", None))
+        return CheckpointPolicy.MUST_SAVE if keeps else CheckpointPolicy.PREFER_RECOMPUTE
+
+    def keep(self, results: Any) -> None:
+        """Takes note of what an operation gave and is kept."""
         # Being compiled, operations are traced with stand-ins, and writing becomes making anew.
-        results = tree_leaves(getattr(ctx, "op_output", None))
-        self._kept.update(result.untyped_storage()._cdata for result in results if type(result) is Tensor)
-        return CheckpointPolicy.MUST_SAVE
+        leaves = tree_leaves(results)
+        self._kept.update(result.untyped_storage()._cdata for result in leaves if type(result) is Tensor)
 
     def _check_writes(self, operation: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         given = zip(operation._schema.arguments, args, strict=False)
@@ -126,6 +137,16 @@ class _Policy:
                     f" block (the network module, as a rule) writes over one ({operation}), so that gradients would be"
                     " wrong; use --gradient_checkpointing_level full"
                 )
+
+
+class _Telling(_CachingTorchDispatchMode):
+    """Tells the policy the results that it has kept, where torch itself does not."""
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        out = super().__torch_dispatch__(func, types, args, kwargs)
+        if _keeps(func, args):
+            self.policy_fn.keep(out)
+        return out
 
 
 def _keeps(operation: Any, args: tuple[Any, ...]) -> bool:

@@ -1,8 +1,37 @@
-"""How much of a device's memory is to spare."""
+"""How much of a device's memory is to spare, and what the most of it was needed for."""
 
 from __future__ import annotations
 
-import torch
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    import torch
+
+
+class Peak:
+    """The most device memory that tensors took so far, and what the program was doing then.
+
+    Attributes:
+        num_bytes: 0 without a device.
+        doing: what it was; empty at first.
+    """
+
+    def __init__(self) -> None:
+        self.num_bytes = 0
+        self.doing = ""
+
+    def note(self, device: torch.device, doing: str) -> None:
+        """Says what has been done since the last note.
+
+        torch's own peak is only read: others go by it, such as :func:`never_needed_bytes`.
+        """
+        if device.type != "cuda":
+            return
+        import torch
+
+        num_bytes = torch.cuda.max_memory_allocated(device)
+        if num_bytes > self.num_bytes:
+            self.num_bytes, self.doing = num_bytes, doing
 
 
 def never_needed_bytes(device: torch.device) -> float:
@@ -12,5 +41,7 @@ def never_needed_bytes(device: torch.device) -> float:
     """
     if device.type != "cuda":
         return float("inf")
+    import torch
+
     free, _ = torch.cuda.mem_get_info(device)
     return free + torch.cuda.memory_reserved(device) - torch.cuda.max_memory_reserved(device)

@@ -90,7 +90,9 @@ class CudaTransport:
         """Returns pinned host memory.
 
         PyTorch's own pinned allocations are rounded up to a power of two, which could nearly double what 26 blocks
-        take. So whole pages of ordinary memory are registered instead; no two buffers share a page.
+        take. So whole pages of ordinary memory are registered instead; no two buffers share a page. The storage begins
+        with the first of them: PyTorch asks the driver about a storage's first byte where it wants to know whether a
+        tensor is pinned, and a byte before it is not.
         """
         num_pages = -(-max(num_bytes, 1) // _PAGE_BYTES)
         wanted = f"{num_pages * _PAGE_BYTES / 2**30:.2f} GiB of host memory"
@@ -99,7 +101,8 @@ class CudaTransport:
         except RuntimeError as error:
             raise SettingsError(f"{wanted} for streaming or offload are not free; {_LESS}") from error
         start = -memory.data_ptr() % _PAGE_BYTES
-        buffer = memory[start : start + num_pages * _PAGE_BYTES]
+        # By way of NumPy, whose views are storages of their own to PyTorch; the view keeps the whole memory alive.
+        buffer = torch.from_numpy(memory.numpy()[start : start + num_pages * _PAGE_BYTES])
         status = int(torch.cuda.cudart().cudaHostRegister(buffer.data_ptr(), buffer.numel(), _PORTABLE))
         if status != 0:
             raise SettingsError(f"{wanted} cannot be pinned for streaming or offload (CUDA error {status}); {_LESS}")

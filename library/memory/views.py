@@ -25,7 +25,7 @@ class View(NamedTuple):
     def into(self, buffer: Tensor) -> Tensor:
         """Returns the tensor that lies at this place of ``buffer``, counted from its first byte, whatever its dtype is.
 
-        A buffer need not begin where its storage does: pinned memory begins at the first whole page.
+        A buffer need not begin where its storage does.
         """
         begin, rest = divmod(int(buffer.storage_offset()) * buffer.element_size(), self.dtype.itemsize)
         if rest:

@@ -15,6 +15,7 @@ from typing import TYPE_CHECKING, Any
 from library.errors import DatasetError, SettingsError
 from library.files import check_writable
 from library.importing import uncollected_imports
+from library.memory.room import Peak
 from library.prompts import Prompt, read_prompt_file
 from library.training.arguments import TrainConfig, all_specs
 from library.training.config_file import warn_of_gui_keys
@@ -46,6 +47,7 @@ class NetworkTrainer(FrozenModels):
 
     def __init__(self, config: TrainConfig) -> None:
         super().__init__(config)
+        self.peak = Peak()
         self.prompts: list[Prompt] = []
         self.seed = 0
         self.network: Any = None
@@ -74,6 +76,7 @@ class NetworkTrainer(FrozenModels):
             self.plan_steps()
             self.cache_text()
             self.load_models()
+            self.peak.note(self.device, "reading the models")
             self.build_network()
             self.build_optimizer()
             self.report_plan()
@@ -217,6 +220,7 @@ class NetworkTrainer(FrozenModels):
         if not self.config.data.cache_latents:
             return
         self.data.fill_latents(self.encode_pictures, self.latent_fingerprint, self.sharing())
+        self.peak.note(self.device, "encoding pictures")
         self.autoencoder = None
         self._free()
 
@@ -254,6 +258,7 @@ class NetworkTrainer(FrozenModels):
             length_of=lambda caption: self.text_cache_bytes([caption]),
         )
         self.encode_prompts()
+        self.peak.note(self.device, "encoding captions")
         if self.text_stream is not None:
             self.text_stream.free()
         self.text_encoder = self.text_stream = None
@@ -375,7 +380,7 @@ class NetworkTrainer(FrozenModels):
             config.output.output_name,
             self.processes,
             self.trackers,
-            self._draw_in_use,
+            self._draw_preview,
             max(dataset.batch_size for dataset in self.dataset_configs),
         )
         self.resuming.load_progress(self.progress)
@@ -461,6 +466,13 @@ class NetworkTrainer(FrozenModels):
             self.processes.wait()
         self.progress.leave_time_out()
 
+    def _draw_preview(self, prompts: Sequence[Prompt], seeds: Sequence[int]) -> list[Image]:
+        self.peak.note(self.device, "training" if self.loop.step else "setting up")
+        try:
+            return self._draw_in_use(prompts, seeds)
+        finally:
+            self.peak.note(self.device, "drawing previews")
+
     def _draw_in_use(self, prompts: Sequence[Prompt], seeds: Sequence[int]) -> list[Image]:
         with self.weights.in_use(averaged=self.config.draws_averaged):
             return self.draw(prompts, seeds)
@@ -493,8 +505,13 @@ class NetworkTrainer(FrozenModels):
         import torch
 
         if self.device.type == "cuda":
-            reserved, held = torch.cuda.max_memory_reserved(self.device), torch.cuda.max_memory_allocated(self.device)
-            logger.info("Peak GPU memory: %.2f GiB reserved, %.2f GiB in tensors", reserved / 2**30, held / 2**30)
+            self.peak.note(self.device, "training")
+            logger.info(
+                "Peak GPU memory: %.2f GiB reserved, %.2f GiB in tensors, while %s",
+                torch.cuda.max_memory_reserved(self.device) / 2**30,
+                self.peak.num_bytes / 2**30,
+                self.peak.doing,
+            )
 
     def finish(self) -> None:
         """Ends uploads, trackers and processes together."""

@@ -19,6 +19,7 @@ from torch import nn
 
 from library.errors import SettingsError
 from library.lumina.autoencoder import TILE_PX, WHOLE_PX
+from library.lumina.strips import STRIP_BYTES
 from library.memory.block_stream import streamed_bytes
 from library.memory.fit import COMPUTE_FLOPS, MEMORY_BYTES, Need, Row, ring_bytes
 from library.memory.live_bytes import LiveBytes, Speed, bytes_of
@@ -41,6 +42,8 @@ META = torch.device("meta")
 _AUTOENCODER_BYTES_PX = 520
 """Device memory for encoding a pixel, for each byte of a number: 1.01 GiB for 1024 x 1024 px in bf16
 (``library/lumina/autoencoder.py``)."""
+_LARGEST_BYTES_PX = 2 * 128
+"""Likewise of the encoder's largest convolution, its input and its output."""
 _CAPTIONS_AT_ONCE = 8  # as ``--text_encoder_batch_size`` where it is left out
 _EXTRA_STATES = {
     "Prodigy": 2,
@@ -204,7 +207,9 @@ def autoencoder_bytes(trainer: NetworkTrainer, batch: Batch) -> int:
     num_px = math.prod(size_px(batch))
     if trainer.config.memory.vae_tiling and num_px > WHOLE_PX**2:
         num_px = TILE_PX**2
-    return num_px * _AUTOENCODER_BYTES_PX * trainer.autoencoder_dtype.itemsize
+    size = trainer.autoencoder_dtype.itemsize
+    # Beside it there is a strip of a convolution, or all of a small one, and what its kernel works with, as much again.
+    return num_px * _AUTOENCODER_BYTES_PX * size + 2 * min(num_px * _LARGEST_BYTES_PX * size, STRIP_BYTES)
 
 
 def size_px(batch: Batch) -> tuple[int, int]:

@@ -32,7 +32,7 @@ ROWS: dict[str, tuple[float, list[str]]] = {
 """Name -> the most GiB that it should take at 1024 px, and its flags."""
 STEPS = 4
 _CAPTION = "a red disc on a green background, a simple drawing with clean lines and plain colours"
-_PEAK = re.compile(r"Peak GPU memory: ([\d.]+) GiB reserved, ([\d.]+) GiB in tensors")
+_PEAK = re.compile(r"Peak GPU memory: ([\d.]+) GiB reserved, ([\d.]+) GiB in tensors, while ([a-z ]+)")
 
 
 def _models(options: argparse.Namespace, scratch: Path) -> tuple[Path, Path, Path]:
@@ -124,7 +124,8 @@ def _run(command: list[str], limit_s: float) -> dict[str, object]:
         found["error"] = f"took more than {limit_s:g} s"
     else:
         peak = _PEAK.search(done.stderr)
-        found |= {"reserved_gib": float(peak[1]), "in_tensors_gib": float(peak[2])} if peak else {}
+        if peak:
+            found |= {"reserved_gib": float(peak[1]), "in_tensors_gib": float(peak[2]), "most_while": peak[3]}
         if done.returncode != 0:
             found["error"] = done.stderr[-2000:]
     return {**found, "seconds": round(time.monotonic() - started, 1)}

@@ -31,6 +31,7 @@ from timing import timed
 
 from library.files import write_text
 from library.lumina.next_dit import NextDiT
+from library.memory.device_memory import let_segments_grow
 from library.memory.fit import GIB, QUALITY, TABLE_FILE, Allowance, Need, Row
 from library.training.processes import Processes
 from library.training.step import TrainStep
@@ -281,6 +282,7 @@ def main() -> None:
     parser.add_argument("--size_px", type=int, nargs="+", default=SIZES_PX, choices=SIZES_PX, help="rows to measure")
     parser.add_argument("--limit_s", type=float, default=1e9, help="seconds after which no further row is measured")
     options = parser.parse_args()
+    let_segments_grow()
     logging.basicConfig(level=logging.INFO, format="%(message)s", stream=sys.stderr)
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name)

@@ -31,6 +31,7 @@ from library.lumina.drawing import conditioning
 from library.lumina.next_dit import NextDiT
 from library.lumina.sampler import Conditioning, SamplingOptions, guided_steps, initial_noise, sample, sigma_schedule
 from library.memory.attention import Workload, choose_attention
+from library.memory.device_memory import let_segments_grow
 from library.memory.host_memory import keep_freed_memory
 from library.memory.settings import AttentionSettings
 
@@ -117,6 +118,7 @@ def main() -> None:
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu", help="cpu or cuda")
     parser.add_argument("--turns", type=int, default=3, help="measurements of each way")
     arguments = parser.parse_args()
+    let_segments_grow()
     if arguments.negative_tokens is None:
         arguments.negative_tokens = arguments.tokens
     device = torch.device(arguments.device)

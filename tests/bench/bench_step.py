@@ -33,6 +33,7 @@ from torch import nn
 from library.console import run_program
 from library.data.items import Batch
 from library.lumina.configs import NextDiTConfig
+from library.memory.device_memory import let_segments_grow
 from library.training.arguments import parse_arguments
 from library.training.hooks import Reading
 from library.training.processes import Processes
@@ -213,6 +214,7 @@ def options_of(arguments: Sequence[str] | None = None) -> argparse.Namespace:
 def main() -> None:
     """Reads the command line, measures and prints."""
     options = options_of()
+    let_segments_grow()
     logging.basicConfig(level=logging.WARNING, stream=sys.stderr)
     with tempfile.TemporaryDirectory() as folder:
         print(json.dumps(measure(options, Path(folder))))

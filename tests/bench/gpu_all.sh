@@ -87,8 +87,7 @@ steps() { # LIMIT_S NAMES...: training steps of the full model, all in one proce
     [ ${#chosen[@]} -eq 0 ] && return 0
     [ "$limit" -gt $((budget - SECONDS)) ] && limit=$((budget - SECONDS))
     echo "== ${chosen[*]}" | tee -a "$work/log.txt" >&2
-    # Nearly all of an H100's memory is needed, so none may be lost between blocks of the allocator.
-    PYTORCH_CUDA_ALLOC_CONF=expandable_segments:True timeout --kill-after=10 "$limit" "$python" tests/bench/gpu_steps.py \
+    timeout --kill-after=10 "$limit" "$python" tests/bench/gpu_steps.py \
         "$work/parts" --limit_s "$limit" --only "${chosen[@]}" "${tiny[@]}" >>"$work/log.txt" 2>&1
     summarise
 }

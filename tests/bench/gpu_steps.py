@@ -24,6 +24,7 @@ import torch
 from bench_step import measure, options_of
 
 from library.console import run_program
+from library.memory.device_memory import let_segments_grow
 
 _FP8 = ("--fp8_base", "--fp8_fast")
 _CHECKPOINTING = "--gradient_checkpointing"
@@ -78,6 +79,7 @@ def main() -> None:
     parser.add_argument("--quick", action="store_true", help="tiny sizes, to try the script")
     options = parser.parse_args()
     logging.basicConfig(level=logging.INFO, format="%(message)s", stream=sys.stderr)
+    let_segments_grow()
     began = time.monotonic()
     for name in (name for name in STEPS if name in options.only):
         started = time.monotonic()

@@ -10,6 +10,7 @@ import torch
 from e2e_helpers import Job, log_lines, python
 from lora_helpers import metadata_of
 from PIL import Image
+from quantisation_helpers import needs_cpu_products
 from safetensors.torch import load_file
 from trainer_helpers import fill_network, fresh_accelerate, made_trainer
 
@@ -48,7 +49,7 @@ def losses(trainer: Any) -> torch.Tensor:
     [
         (["--fp8_base", "--gradient_checkpointing"], True),
         (["--fp8_base", *CACHED], False),
-        ([*FAST, "--gradient_checkpointing", *CACHED], False),
+        pytest.param([*FAST, "--gradient_checkpointing", *CACHED], False, marks=needs_cpu_products),
         (["--nf4_base", "--gradient_checkpointing"], True),
     ],
     ids=["fp8 with gemma2 trained", "fp8 with caches", "fp8_fast", "nf4"],
@@ -81,6 +82,7 @@ def test_the_whole_program_with_previews(job: Job, tmp_path: Path) -> None:
     assert len(list((tmp_path / "out" / "sample").glob("my_e*_00_*.png"))) == 2  # one an epoch
 
 
+@needs_cpu_products
 @pytest.mark.usefixtures("on_any_device")
 def test_losses_are_near_those_of_whole_weights(job: Job, tmp_path: Path) -> None:
     pytest.importorskip("bitsandbytes")
@@ -172,6 +174,7 @@ def draw(job: Job, tmp_path: Path) -> Callable[..., numpy.ndarray]:
     return run
 
 
+@needs_cpu_products
 @pytest.mark.usefixtures("on_any_device")
 def test_pictures(draw: Callable, job: Job, tmp_path: Path) -> None:
     pytest.importorskip("bitsandbytes")

@@ -1,5 +1,6 @@
 """The programs on CUDA: the same LoRA as on the CPU, and pictures from every placement of the models."""
 
+import re
 from pathlib import Path
 
 import numpy
@@ -54,9 +55,10 @@ def test_bf16_with_previews(job: Job, tmp_path: Path, more: list[str]) -> None:
         *job.train_flags(tmp_path / "out", *flags, "--sample_every_n_epochs=1", "--sample_at_first", *more),
     )
     assert done.returncode == 0, done.stderr
-    assert len(list((tmp_path / "out" / "sample").iterdir())) == 3
+    for kind in ("_00_*.png", "_sheet_*.jpg"):  # the picture and the sheet of each moment
+        assert len(list((tmp_path / "out" / "sample").glob(f"my_e*{kind}"))) == 3
     assert (tmp_path / "out" / "my.safetensors").is_file()
-    assert any("Peak GPU memory: " in line for line in log_lines(done))
+    assert any(re.search(r"Peak GPU memory: .* GiB in tensors, while \w+", line) for line in log_lines(done))
 
 
 def test_inference_with_and_without_offload(job: Job, tmp_path: Path) -> None:

@@ -189,6 +189,30 @@ def test_host_memory_is_pinned() -> None:
     assert torch.equal(on_device.cpu(), data)
 
 
+@pytest.mark.parametrize("lane", [Lane.WEIGHTS, Lane.OUT])
+def test_copies_keep_neither_the_host_nor_the_computation_waiting(lane: Lane) -> None:
+    """The driver copies memory that is not pinned by itself, and the host waits for it."""
+    num_bytes = 64 * 2**20
+    transport = CudaTransport(torch.device("cuda"))
+    host, device = transport.host_buffer(num_bytes), transport.device_buffer(num_bytes)
+    host.fill_(3)
+    device.fill_(5)
+    pair = (device, host) if lane is Lane.WEIGHTS else (host, device)
+    torch.cuda.synchronize()
+    computation = torch.cuda.current_stream()
+    torch.cuda._sleep(2 * 10**9)  # about a second
+    token = transport.copy(lane, [pair], after=[transport.mark()])
+    assert not token.query()  # the order was given, and what it comes after goes on
+    assert not computation.query()
+    torch.cuda.synchronize()
+    assert bool((pair[0] == (3 if lane is Lane.WEIGHTS else 5)).all())
+    # Nothing was said to come before or after: the copy ends while the computation goes on.
+    torch.cuda._sleep(2 * 10**9)
+    transport.copy(lane, [pair], after=[]).synchronize()
+    assert not computation.query()
+    torch.cuda.synchronize()
+
+
 def test_weights_elsewhere_are_an_error_while_they_are_not_present() -> None:
     run = Run(MemorySettings(blocks_to_swap=8))
     run.step()

@@ -24,6 +24,7 @@ from switch_helpers import (
     pairs_of,
     plain,
     possible_pairs,
+    skip_where_the_cpu_cannot,
     without,
     write_models,
 )
@@ -164,6 +165,7 @@ def distance(found: dict[str, Tensor], expected: dict[str, Tensor]) -> float:
 
 @pytest.mark.parametrize("row", [*ROWS, *ALONE], ids=named([*ROWS, *ALONE], TABLE))
 def test_switches_together_and_alone(device: Device, row: dict[str, str]) -> None:
+    skip_where_the_cpu_cannot(row)
     whole = device.draw(without(TABLE, row, lambda setting: setting.is_exact))
     assert differing(device.draw(row), whole) == []
     num_streamed, num_copies = device.copies[tuple(row.items())]
@@ -191,6 +193,7 @@ CHANGED = [
 
 @pytest.mark.parametrize(("values", "bound"), CHANGED, ids=str)
 def test_a_switch_that_changes_the_arithmetic(device: Device, values: dict[str, str], bound: float) -> None:
+    skip_where_the_cpu_cannot(values)
     moved = distance(device.draw(plain(TABLE) | values), device.draw(plain(TABLE)))
     assert bound / 15 < moved < bound
 

@@ -28,6 +28,7 @@ from switch_helpers import (
     pairs_of,
     plain,
     possible_pairs,
+    skip_where_the_cpu_cannot,
     tolerance,
     without,
     write_models,
@@ -269,6 +270,7 @@ def _relative(found: dict[str, Tensor], expected: dict[str, Tensor], kind: str) 
 
 @pytest.mark.parametrize("row", ROWS, ids=named(ROWS, TABLE))
 def test_switches_together(device: Device, row: dict[str, str]) -> None:
+    skip_where_the_cpu_cannot(row)
     _check(device, row)
 
 
@@ -340,6 +342,7 @@ CHANGED = [
 
 @pytest.mark.parametrize(("values", "bound"), CHANGED, ids=str)
 def test_a_switch_that_changes_the_arithmetic(device: Device, values: dict[str, str], bound: float) -> None:
+    skip_where_the_cpu_cannot(values)
     base = plain(TABLE) | ({"precision": "bf16"} if len(values) > 1 else {})
     moved = distance(device.train(base | values), device.train(base))
     assert bound / 20 < moved < bound  # less would be nothing done at all

@@ -12,6 +12,7 @@ from quantisation_helpers import (
     E5M2,
     channel_error,
     emulated_product,
+    needs_cpu_products,
     realistic_gradient,
     realistic_tokens,
     realistic_weight,
@@ -113,7 +114,7 @@ def test_it_computes_what_a_linear_with_the_dequantised_weight_computes(dtype: t
     assert torch.equal(x_gradient, expected_gradient)
 
 
-@pytest.mark.parametrize("fast", [False, True])
+@pytest.mark.parametrize("fast", [False, pytest.param(True, marks=needs_cpu_products)])
 def test_autograd_keeps_the_buffers_and_nothing_else(fast: bool) -> None:
     linear = Fp8Linear.of(realistic_weight(OUT, IN), fast)
     kept: list[Tensor] = []
@@ -171,6 +172,7 @@ def test_a_third_mantissa_bit_makes_better_gradients_than_a_wider_range(monkeypa
     assert errors[0] < 0.8 * errors[1]
 
 
+@needs_cpu_products
 def test_the_processors_product_is_the_defined_one() -> None:
     a, scale_a = quantise_rows(realistic_tokens(TOKENS, IN))  # a number of tokens that is no multiple of anything
     b, scale_b = quantise_rows(realistic_weight(OUT, IN))

@@ -2,9 +2,11 @@
 
 import pytest
 import torch
+import torch.utils.checkpoint
 from torch import nn
 
 from library.errors import SettingsError
+from library.memory import recompute
 from library.memory.recompute import recompute_in_backward
 
 
@@ -71,6 +73,22 @@ class WritesOver(nn.Module):
         return (result * 2).add_(1)
 
 
+class Untold:
+    """torch 2.11's ``SelectiveCheckpointContext``: it has no ``op_output``."""
+
+    def __init__(self, *, is_recompute: bool, op_output: object = None) -> None:
+        self.is_recompute = is_recompute
+
+
+@pytest.fixture(params=["as it is", "2.11"])
+def torchs_way(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Both ways in which versions of torch call the policy."""
+    if request.param == "2.11":
+        monkeypatch.setattr(torch.utils.checkpoint, "SelectiveCheckpointContext", Untold)
+        monkeypatch.setattr(recompute, "_TELLS_RESULTS", False)
+
+
+@pytest.mark.usefixtures("torchs_way")
 @pytest.mark.parametrize("how", ["method", "of a part", "out"])
 @pytest.mark.parametrize("shape", [(2, 3, 8), (6, 8)])
 def test_selective_refuses_what_writes_over_a_result_that_it_keeps(how: str, shape: tuple[int, ...]) -> None:
@@ -80,6 +98,7 @@ def test_selective_refuses_what_writes_over_a_result_that_it_keeps(how: str, sha
         block(torch.ones(shape, requires_grad=True))
 
 
+@pytest.mark.usefixtures("torchs_way")
 def test_selective_lets_other_results_be_written_over() -> None:
     torch.manual_seed(0)
     gradients = []

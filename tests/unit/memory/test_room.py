@@ -1,7 +1,7 @@
 import pytest
 import torch
 
-from library.memory.room import never_needed_bytes
+from library.memory.room import Peak, never_needed_bytes
 
 
 def test_without_a_device_there_is_no_limit() -> None:
@@ -15,3 +15,17 @@ def test_what_others_hold_and_what_was_once_needed_is_not_to_spare(monkeypatch: 
     monkeypatch.setattr(torch.cuda, "memory_reserved", lambda device: 8 * gib)
     monkeypatch.setattr(torch.cuda, "max_memory_reserved", lambda device: 15 * gib)
     assert never_needed_bytes(torch.device("cuda")) == 7 * gib
+
+
+def test_a_peak_knows_what_was_being_done(monkeypatch: pytest.MonkeyPatch) -> None:
+    most = iter([5, 5, 7, 7])
+    monkeypatch.setattr(torch.cuda, "max_memory_allocated", lambda device: next(most))
+    peak, cuda = Peak(), torch.device("cuda")
+    found = []
+    for doing in ("reading", "encoding", "training", "drawing"):
+        peak.note(cuda, doing)
+        found.append((peak.num_bytes, peak.doing))
+    assert found == [(5, "reading"), (5, "reading"), (7, "training"), (7, "training")]
+    nothing = Peak()
+    nothing.note(torch.device("cpu"), "training")
+    assert (nothing.num_bytes, nothing.doing) == (0, "")

@@ -133,6 +133,23 @@ def test_kept_is_the_published_stream_seeded_by_key_module_and_purpose():
     assert found == expected
 
 
+def test_no_position_is_multiplied_before_something_that_is_read_is_added():
+    """torch.compile makes index arithmetic of positions and constants alone, and Triton does it in int32."""
+    from torch.fx.experimental.proxy_tensor import make_fx
+
+    def draw(keys, module):
+        return kept(keys, module, 1, 40, 0.3)
+
+    graph = make_fx(draw)(torch.arange(3), torch.tensor(7)).graph
+    is_read = {}
+    for node in graph.nodes:
+        is_read[node] = node.op == "placeholder" or any(is_read[given] for given in node.all_input_nodes)
+    products = [node for node in graph.nodes if node.target is torch.ops.aten.mul.Tensor]
+    assert len(products) == 8  # three mixes of two, and two of the states
+    assert all(is_read[node] for node in products)
+    assert not all(is_read.values())  # the positions themselves
+
+
 @pytest.mark.parametrize("drop", [0.01, 0.5, 0.9])
 def test_the_share_that_is_dropped_is_right_for_every_key_module_and_position(drop):
     # Small, consecutive keys and module numbers: the worst case for a weak hash.
