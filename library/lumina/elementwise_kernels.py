@@ -20,7 +20,6 @@ Shapes: B batch, S tokens, D width, E head dimension.
 
 from __future__ import annotations
 
-import contextlib
 from typing import Any
 
 import torch
@@ -29,13 +28,14 @@ import triton.language as tl
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
+from library.kernel_trial import on_device_of
+
 __all__ = ["NormaliseAndRotate", "ScaledNorm", "SwiGLU"]
 
 _HEADS_AT_ONCE = 8  # heads of a token that one pass of a program turns
 _SWIGLU_BLOCK = 2048
 _FEW_TOKENS = 8192  # of a batch: so few that programs of more rows would leave a large GPU idle
 _ROWS = (4, 8)  # whose part of a factor's gradient one program adds up: of few tokens, of more
-_NO_GUARD = contextlib.nullcontext()
 
 
 # ---- kernels ----
@@ -259,12 +259,6 @@ def _swiglu_backward(
 # ---- launches ----
 
 
-def _on_device_of(x: Tensor) -> Any:
-    """Returns the context to launch in: Triton takes the current device, whatever it is given."""
-    index = x.get_device()
-    return _NO_GUARD if index < 0 or index == torch.cuda.current_device() else torch.cuda.device(index)
-
-
 def _pieces(width: int) -> tuple[int, int, int]:
     """Returns the two powers of two that a row is taken in (the second may be 0), and the number of warps for it."""
     head = 1 << (width.bit_length() - 1)
@@ -295,7 +289,7 @@ class ScaledNorm(torch.autograd.Function):
         added = x if residual is None else residual.contiguous()
         head, tail, warps = _pieces(width)
         stride = _stride_of_samples(factor, width)
-        with _on_device_of(x):
+        with on_device_of(x):
             _norm_forward[(tokens, batch)](
                 x, factor, added, out, stride, eps, width, head, tail, residual is not None, num_warps=warps
             )
@@ -317,7 +311,7 @@ class ScaledNorm(torch.autograd.Function):
         partial = torch.empty((batch, groups, width), dtype=torch.float32, device=x.device) if sums else of_x
         head, tail, warps = _pieces(width)
         stride = _stride_of_samples(factor, width)
-        with _on_device_of(x):
+        with on_device_of(x):
             _norm_backward[(groups, batch)](
                 x,
                 scale,
@@ -349,7 +343,7 @@ class NormaliseAndRotate(torch.autograd.Function):
         x, rope = _with_whole_heads(x), rope.contiguous()
         out = torch.empty(x.shape, dtype=x.dtype, device=x.device)
         rope_stride = _stride_of_samples(rope, tokens * channels)
-        with _on_device_of(x):
+        with on_device_of(x):
             _rotate_forward[(tokens, batch)](
                 x,
                 weight,
@@ -378,7 +372,7 @@ class NormaliseAndRotate(torch.autograd.Function):
             of_x = torch.empty_like(gradient)
             strides = (*x.stride()[:3], _stride_of_samples(rope, tokens * channels))
             tile = _tile(heads, channels)
-            with _on_device_of(x):
+            with on_device_of(x):
                 _rotate_backward[(tokens, batch)](
                     x, weight, rope, gradient, of_x, *strides, ctx.eps, heads, channels, *tile, num_warps=4
                 )
@@ -407,7 +401,7 @@ class SwiGLU(torch.autograd.Function):
         gate, value = gate.contiguous(), value.contiguous()
         out = torch.empty_like(gate)
         count = gate.numel()
-        with _on_device_of(gate):
+        with on_device_of(gate):
             _swiglu_forward[(-(-count // _SWIGLU_BLOCK),)](gate, value, out, count, _SWIGLU_BLOCK, num_warps=8)
         return out
 
@@ -418,7 +412,7 @@ class SwiGLU(torch.autograd.Function):
         gradient = gradient.contiguous()
         of_gate, of_value = torch.empty_like(gate), torch.empty_like(gate)
         count = gate.numel()
-        with _on_device_of(gate):
+        with on_device_of(gate):
             _swiglu_backward[(-(-count // _SWIGLU_BLOCK),)](
                 gate, value, gradient, of_gate, of_value, count, _SWIGLU_BLOCK, num_warps=8
             )

@@ -1,8 +1,7 @@
 """Whether norms, rotation and SwiGLU run as Triton kernels on a GPU: tried once, compared with what a CPU computes.
 
-Triton comes with torch's CUDA build for Linux. It compiles a kernel when it is first launched, and needs a C compiler for
-that, which a machine may lack; and it may not know the GPU. Both show in a trial, after which torch's operations do the
-work: the same results up to rounding, more slowly.
+What may be missing stands in ``library.kernel_trial``. torch's operations do the work then: the same results up to
+rounding, more slowly.
 
 A program asks at its start (:func:`announce_kernels`), where what comes out is logged. Where it did not, the first tensor
 asks. The answer is a fact about the machine and is remembered.
@@ -11,17 +10,16 @@ asks. The answer is a fact about the machine and is remembered.
 from __future__ import annotations
 
 import functools
-import importlib
-import importlib.util
 import logging
 from collections.abc import Callable
-from concurrent.futures import ThreadPoolExecutor
 from functools import partial
 from types import ModuleType
 from typing import NamedTuple
 
 import torch
 from torch import Tensor
+
+from library.kernel_trial import has_triton, tried
 
 __all__ = ["HALVES", "announce_kernels", "kernels_on"]
 
@@ -44,7 +42,7 @@ def announce_kernels(device: torch.device, dtype: torch.dtype) -> None:
     index = torch.cuda.current_device() if device.index is None else device.index
     if kernels_on(index, dtype) is not None:
         logger.info("Norms, rotation and SwiGLU: Triton kernels")
-    elif importlib.util.find_spec("triton") is None:
+    elif not has_triton():
         logger.info("Norms, rotation and SwiGLU: torch's operations; with the package triton steps would be faster")
 
 
@@ -58,25 +56,12 @@ def kernels_on(index: int, dtype: torch.dtype) -> ModuleType | None:
         index: of the device.
         dtype: bfloat16 or float16.
     """
-    if importlib.util.find_spec("triton") is None:
-        return None
-    try:
-        kernels = importlib.import_module("library.lumina.elementwise_kernels")
-        # In a thread of its own: who looks at the operations of the forward pass that asks, to compute them again or to keep
-        # something else than is saved, must not see these.
-        with ThreadPoolExecutor(1) as thread:
-            reason = thread.submit(failure_of, kernels, torch.device("cuda", index), dtype).result()
-    except Exception as error:  # whatever a compiler or a driver raises: that it cannot run is the answer
-        first_line = next(iter(str(error).strip().splitlines()), "")
-        reason = f"a try ended with an error ({type(error).__name__}: {first_line})"
-    if reason is None:
-        return kernels
-    logger.warning(
-        "Norms, rotation and SwiGLU: Triton's kernels cannot be used: %s. torch's operations stand in, which takes"
-        " longer. Triton needs a C compiler (gcc) and a folder for compiled code that can be written",
-        reason,
+    device = torch.device("cuda", index)
+    return tried(
+        "library.lumina.elementwise_kernels",
+        "Norms, rotation and SwiGLU",
+        lambda kernels: failure_of(kernels, device, dtype),
     )
-    return None
 
 
 def failure_of(kernels: ModuleType, device: torch.device, dtype: torch.dtype) -> str | None:

@@ -161,7 +161,13 @@ class Attention(nn.Module):
 
 
 class FeedForward(nn.Module):
-    """SwiGLU: w2(silu(w1 x) * w3 x)."""
+    """SwiGLU: w2(silu(w1 x) * w3 x).
+
+    Attributes:
+        SAME_INPUT: names of Linears that are given the same tensor, one right after the other.
+    """
+
+    SAME_INPUT = ("w1", "w3")
 
     def __init__(self, dim: int, ffn_dim: int) -> None:
         super().__init__()

@@ -20,19 +20,32 @@ weights loses nothing by it.
   a weight) because keeping them would take as much memory as bfloat16 weights do. Sums are taken in the tensor
   cores' fast accumulators, whose error is far below that of three mantissa bits.
 
+Quantising and transposing move bytes and nothing else, and take a good part of what the products save. So they are Triton
+kernels (``fp8_kernels``) where Triton can compile (``fp8_trial``): 3 bytes of traffic for a number, where torch's operations
+take 9, and 13 for a gradient. ``torch.compile`` fuses torch's operations itself. Linears that are given one tensor
+quantise it once (:class:`TokensOnce`).
+
 Shapes: M tokens of all samples, ``in`` and ``out`` features.
 """
 
 from __future__ import annotations
 
+import logging
 import math
+import weakref
+from collections.abc import Callable, Sequence
+from types import ModuleType
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
 from library.errors import SettingsError
+from library.kernel_trial import has_triton
+from library.memory.fp8_trial import kernels_on
 from library.memory.quantised import QuantisedLinear
+
+logger = logging.getLogger(__name__)
 
 E4M3 = torch.float8_e4m3fn
 _LARGEST = 448.0  # of e4m3
@@ -79,21 +92,57 @@ def _dequantised(codes: Tensor, scale: Tensor, dtype: torch.dtype) -> Tensor:
     return codes.to(dtype).mul_(scale.to(dtype)[:, None])  # in place: one temporary of the weight's size, not two
 
 
-def _fast_product(x: Tensor, codes: Tensor, scale: Tensor) -> Tensor:
-    """Returns x W' with both operands in fp8."""
-    tokens, token_scale = quantise_rows(x.reshape(-1, x.shape[-1]))
-    product = scaled_product(tokens, codes, token_scale, scale[None, :], x.dtype)  # (M,out)
-    # As a Linear's output it is no view to autograd, so that a LoRA may add its part in place.
-    return torch.ops.aten._unsafe_view(product, (*x.shape[:-1], codes.shape[0]))
+def _kernels_for(tensor: Tensor) -> ModuleType | None:
+    """Returns the module of Triton kernels where they can do the work; they want memory, which stand-ins have none of."""
+    if tensor.is_cuda and type(tensor) is Tensor and not torch.compiler.is_compiling():
+        return kernels_on(tensor.get_device())
+    return None
 
 
-def _fast_input_gradient(gradient: Tensor, codes: Tensor, scale: Tensor) -> Tensor:
-    """Returns ``gradient`` W with both operands in fp8."""
-    scaled = gradient.reshape(-1, gradient.shape[-1]) * scale.to(gradient.dtype)  # (M,out)
-    tokens, token_scale = quantise_rows(scaled)
-    ones = torch.ones(1, codes.shape[1], dtype=torch.float32, device=codes.device)
-    product = scaled_product(tokens, codes.t().contiguous(), token_scale, ones, gradient.dtype)  # (M,in)
-    return product.view(*gradient.shape[:-1], codes.shape[1])
+def _rows_in_fp8(x: Tensor, factor: Tensor | None = None) -> tuple[Tensor, Tensor]:
+    """Returns codes (M,C) and scales (M,1) of ``x`` (...,C), or of ``x`` * ``factor`` (C,) float32, powers of two."""
+    rows = x.reshape(-1, x.shape[-1])
+    kernels = _kernels_for(rows) if x.dtype == torch.bfloat16 else None
+    if kernels is not None:
+        return kernels.quantise_rows(rows, factor)
+    return quantise_rows(rows if factor is None else rows * factor.to(rows.dtype))
+
+
+def _transposed(codes: Tensor) -> tuple[Tensor, Tensor]:
+    """Returns codes (in,out) of (out,in) ones, contiguous, and a scale of 1 for each of their rows (1,in) float32."""
+    kernels = _kernels_for(codes)
+    if kernels is not None:
+        return kernels.transpose(codes)
+    return codes.t().contiguous(), torch.ones(1, codes.shape[1], dtype=torch.float32, device=codes.device)
+
+
+class TokensOnce:
+    """Quantises a tensor that several Linears are given one after the other, when the first of them asks.
+
+    Codes are kept until the last one has come, and no longer. One that comes with another tensor, or with one that was
+    written to in between, has its own quantised.
+    """
+
+    def __init__(self, num_linears: int) -> None:
+        """Takes how many Linears ask for each tensor."""
+        self._num_linears = num_linears
+        self._tensor: Callable[[], Tensor | None] = lambda: None
+        self._version = -1
+        self._made: tuple[Tensor, Tensor] | None = None
+        self._num_waiting = 0
+
+    def __call__(self, x: Tensor) -> tuple[Tensor, Tensor]:
+        """Returns codes (M,C) and scales (M,1) of ``x`` (...,C)."""
+        if x.is_inference():  # such a tensor does not say when it was changed
+            return _rows_in_fp8(x)
+        made = self._made
+        if made is None or self._tensor() is not x or self._version != x._version:
+            self._made = None  # its memory may be what the new ones get
+            made = _rows_in_fp8(x)
+            self._tensor, self._version, self._num_waiting = weakref.ref(x), x._version, self._num_linears
+        self._num_waiting -= 1
+        self._made = made if self._num_waiting else None
+        return made
 
 
 class Fp8Linear(QuantisedLinear):
@@ -106,6 +155,7 @@ class Fp8Linear(QuantisedLinear):
     """
 
     weight_scale: Tensor
+    _tokens_once: TokensOnce | None = None
 
     def __init__(self, weight: Tensor, weight_scale: Tensor, fast: bool = False) -> None:
         """Takes codes and scales; :meth:`of` makes them.
@@ -135,17 +185,35 @@ class Fp8Linear(QuantisedLinear):
         """Returns codes and scales."""
         return self.weight, self.weight_scale
 
+    def share_input(self, others: Sequence[QuantisedLinear]) -> None:
+        """Has the input quantised once for itself and for Linears that are given the same tensor right after it."""
+        fast = [linear for linear in (self, *others) if isinstance(linear, Fp8Linear) and linear.fast]
+        if len(fast) > 1:
+            once = TokensOnce(len(fast))
+            for linear in fast:
+                linear._tokens_once = once
+
     def product(self, x: Tensor, *operands: Tensor) -> Tensor:
         """Returns x W' (...,out) in the dtype of ``x`` (...,in); bfloat16 where it is fast."""
         codes, scale = operands
-        return _fast_product(x, codes, scale) if self.fast else F.linear(x, _dequantised(codes, scale, x.dtype))
+        if not self.fast:
+            return F.linear(x, _dequantised(codes, scale, x.dtype))
+        # A compiler sees for itself that one tensor is quantised twice.
+        once = None if torch.compiler.is_compiling() else self._tokens_once
+        tokens, token_scale = _rows_in_fp8(x) if once is None else once(x)
+        product = scaled_product(tokens, codes, token_scale, scale[None, :], x.dtype)  # (M,out)
+        # As a Linear's output it is no view to autograd, so that a LoRA may add its part in place.
+        return torch.ops.aten._unsafe_view(product, (*x.shape[:-1], codes.shape[0]))
 
     def input_gradient(self, gradient: Tensor, *operands: Tensor) -> Tensor:
         """Returns ``gradient`` W (...,in) for a gradient (...,out), multiplied as :meth:`product` does."""
         codes, scale = operands
-        if self.fast:
-            return _fast_input_gradient(gradient, codes, scale)
-        return gradient @ _dequantised(codes, scale, gradient.dtype)
+        if not self.fast:
+            return gradient @ _dequantised(codes, scale, gradient.dtype)
+        tokens, token_scale = _rows_in_fp8(gradient, scale)  # (M,out)
+        transposed, ones = _transposed(codes)
+        product = scaled_product(tokens, transposed, token_scale, ones, gradient.dtype)  # (M,in)
+        return product.view(*gradient.shape[:-1], codes.shape[1])
 
 
 def require_fp8_products(device: torch.device) -> None:
@@ -174,3 +242,7 @@ def require_fp8_products(device: torch.device) -> None:
             f"--fp8_fast: PyTorch {torch.__version__} cannot multiply in fp8 on"
             f" {torch.cuda.get_device_name(device)} ({reason}); use a newer PyTorch, or {instead}"
         ) from error
+    if kernels_on(x.get_device()) is not None:
+        logger.info("Quantising for --fp8_fast: Triton kernels")
+    elif not has_triton():
+        logger.info("Quantising for --fp8_fast: torch's operations; with the package triton steps would be faster")

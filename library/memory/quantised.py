@@ -60,6 +60,9 @@ class QuantisedLinear(nn.Module, abc.ABC):
     def input_gradient(self, gradient: Tensor, *operands: Tensor) -> Tensor:
         """Returns the gradient of the input (...,in) in new memory, for the output's (...,out) and :meth:`operands`."""
 
+    def share_input(self, others: Sequence[QuantisedLinear]) -> None:
+        """Is told of Linears that are given the same tensor right after it, in this order; most kinds gain nothing."""
+
     def forward(self, x: Tensor) -> Tensor:
         """Returns x W' (...,out) in the dtype of ``x`` (...,in)."""
         return _Product.apply(x, self, *self.operands())
@@ -144,7 +147,17 @@ def quantise_block(
             quantised = make(linear.weight.to(device)).to(place)
         parent, _, name = path.rpartition(".")
         setattr(block.get_submodule(parent), name, quantised.train(linear.training))
+    _tell_of_same_inputs(block)
     block.to(place)
+
+
+def _tell_of_same_inputs(block: nn.Module) -> None:
+    """Tells the Linears that a module names in ``SAME_INPUT`` of each other."""
+    for module in block.modules():
+        named = [module.get_submodule(name) for name in getattr(module, "SAME_INPUT", ())]
+        group = [linear for linear in named if isinstance(linear, QuantisedLinear)]
+        if len(group) > 1:
+            group[0].share_input(group[1:])
 
 
 def require_quantisation(kind: Quantisation | None, device: torch.device) -> None:

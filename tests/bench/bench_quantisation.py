@@ -38,7 +38,8 @@ from quantisation_helpers import (
 )
 
 from library.lumina.next_dit import LARGE_MATRICES, NextDiT, NextDiTConfig
-from library.memory.fp8 import E4M3, Fp8Linear
+from library.memory import fp8
+from library.memory.fp8 import E4M3, Fp8Linear, quantise_rows
 from library.memory.nf4 import Nf4Linear
 from library.memory.quantised import quantise_block
 from networks import lora_lumina
@@ -150,7 +151,7 @@ _ENDINGS = tuple(f".{path}.weight" for path in LARGE_MATRICES)
 
 
 def times(num_tokens: int) -> dict[str, dict[str, float]]:
-    """Returns milliseconds of forward and input gradient of each matrix on CUDA, and of transposing its codes."""
+    """Returns ms of forward and input gradient of each matrix on CUDA, and of the steps around a product in fp8."""
     return {name: _times_of(*shape, num_tokens) for name, shape in MATRICES.items()}
 
 
@@ -165,9 +166,50 @@ def _times_of(out_features: int, in_features: int, num_tokens: int) -> dict[str,
         for how, function in (("eager", linear), ("compiled", torch.compile(linear, fullgraph=True))):
             step = partial(_forward_and_backward, function, tokens, gradient)
             found[f"{kind}, {how}"] = _milliseconds(step)
-    codes = Fp8Linear.of(weight).weight
-    found["transposing the codes, eager"] = _milliseconds(lambda: codes.t().contiguous())
+    linear = Fp8Linear.of(weight)
+    return found | _times_of_steps(tokens.detach(), gradient, linear.weight, linear.weight_scale)
+
+
+def _times_of_steps(tokens: Tensor, gradient: Tensor, codes: Tensor, scale: Tensor) -> dict[str, float]:
+    """Returns milliseconds of what fp8 products need besides themselves, by torch's operations and by Triton's kernels."""
+    steps: dict[str, Callable[[], object]] = {
+        "quantising the input, torch": lambda: quantise_rows(tokens),
+        "quantising the gradient, torch": lambda: quantise_rows(gradient * scale.to(gradient.dtype)),
+        "transposing the codes, torch": lambda: codes.t().contiguous(),
+    }
+    has_fp8 = torch.version.hip is None and torch.cuda.get_device_capability() >= (8, 9)
+    kernels = fp8.kernels_on(torch.cuda.current_device()) if has_fp8 else None
+    if kernels is not None:
+        steps["quantising the input, Triton"] = lambda: kernels.quantise_rows(tokens)
+        steps["quantising the gradient, Triton"] = lambda: kernels.quantise_rows(gradient, scale)
+        steps["transposing the codes, Triton"] = lambda: kernels.transpose(codes)
+    found = {}
+    for name, step in steps.items():
+        found[f"{name}, device"] = _device_milliseconds(step)
+        found[f"{name}, host"] = _host_milliseconds(step)
     return found
+
+
+def _device_milliseconds(function: Callable[[], object], repeats: int = 20) -> float:
+    """Returns how long the device takes, however long the host does: the launches are recorded before."""
+    function()
+    torch.cuda.synchronize()
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        for _ in range(repeats):
+            function()
+    return round(_milliseconds(graph.replay, 5) / repeats, 4)
+
+
+def _host_milliseconds(function: Callable[[], object], repeats: int = 100) -> float:
+    """Returns how long the host takes to launch; the device's queue holds that many."""
+    torch.cuda.synchronize()
+    start = time.perf_counter()
+    for _ in range(repeats):
+        function()
+    taken = time.perf_counter() - start
+    torch.cuda.synchronize()
+    return round(taken / repeats * 1000, 4)
 
 
 def _forward_and_backward(function: Callable[[Tensor], Tensor], tokens: Tensor, gradient: Tensor) -> None:

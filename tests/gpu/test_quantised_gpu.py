@@ -7,6 +7,7 @@ from pathlib import Path
 import pytest
 import torch
 from e2e_helpers import Job, make_job, python
+from fp8_kernel_helpers import expected_rows, quantised_cases, row_with_nan, same_codes, transposed_cases
 from quantisation_helpers import (
     emulated_product,
     realistic_gradient,
@@ -81,6 +82,38 @@ def test_fp8_products_are_the_defined_ones(monkeypatch: pytest.MonkeyPatch, toke
     for ours, one in zip(results(linear, tokens), expected, strict=True):
         # Fast accumulators keep about 14 bits of a partial sum, and the result is rounded to bfloat16's 8.
         assert relative_error(ours, one) < 2**-7
+
+
+@needs_fp8
+@pytest.mark.parametrize("name", list(quantised_cases()))
+def test_triton_quantises_as_torch_does(name: str) -> None:
+    kernels = fp8.kernels_on(torch.cuda.current_device())
+    assert kernels is not None
+    matrix, factor = quantised_cases()[name]
+    codes, scale = kernels.quantise_rows(matrix.cuda(), None if factor is None else factor.cuda())
+    for device in ("cpu", "cuda"):
+        expected, expected_scale = expected_rows(matrix.to(device), None if factor is None else factor.to(device))
+        assert torch.equal(scale.cpu(), expected_scale.cpu())
+        assert same_codes(codes, expected)
+
+
+@needs_fp8
+def test_triton_keeps_nan_and_transposes() -> None:
+    kernels = fp8.kernels_on(torch.cuda.current_device())
+    assert kernels is not None
+    assert bool(kernels.quantise_rows(row_with_nan(2304).cuda())[0].float().isnan().all())
+    for codes in transposed_cases():
+        transposed, ones = kernels.transpose(codes.cuda())
+        assert torch.equal(transposed.cpu().view(torch.uint8), codes.view(torch.uint8).t())
+        assert torch.equal(ones, torch.ones(1, codes.shape[1], device="cuda"))
+
+
+@needs_fp8
+def test_products_are_the_same_with_and_without_triton(monkeypatch: pytest.MonkeyPatch) -> None:
+    linear = Fp8Linear.of(realistic_weight(OUT, IN).bfloat16().cuda(), fast=True)
+    by_kernels = results(linear)
+    monkeypatch.setattr(fp8, "kernels_on", lambda index: None)
+    assert all(torch.equal(*pair) for pair in zip(by_kernels, results(linear), strict=True))
 
 
 @needs_fp8

@@ -1,0 +1,132 @@
+"""Quantising and transposing for products in fp8 as Triton kernels: for NVIDIA's GPUs that know e4m3.
+
+Importing this needs the package triton. Who may be given a tensor is decided in ``fp8``, after ``fp8_trial`` has tried it.
+
+One launch for each function; an input is read once and a result is written once. torch's operations would read a matrix of
+activations twice and write it once in between, and copy the bytes of a transposed weight one by one.
+
+Results are those of ``fp8`` bit for bit. Where that rounds a product to bfloat16 on its way, it is a product with a power of
+two: there is nothing to round (below bfloat16's normal numbers there is, but those are far below the smallest code).
+
+Launching is most of what this costs the host, so nothing is tuned: a matrix has one row a program or tiles of one size.
+
+Shapes: M tokens of all samples, C channels, ``in`` and ``out`` features.
+"""
+
+from __future__ import annotations
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from library.kernel_trial import on_device_of
+
+__all__ = ["quantise_rows", "transpose"]
+
+_TILE = 128  # channels each way; a row of a tile is a whole line of a GPU's cache
+_MAGNITUDE = tl.constexpr(0x7FFFFFFF)  # bits of a float32 without its sign
+_EXPONENT = tl.constexpr(0x7F800000)
+_MANTISSA = tl.constexpr(0x007FFFFF)
+_NAN = tl.constexpr(0x7FC00000)
+_ONE_TWICE = tl.constexpr(0x7F000000)  # minus the bits of a power of two: those of its inverse
+_SMALLEST_SCALE = tl.constexpr(27 << 23)  # 2^-100
+_PART_OF_LARGEST = tl.constexpr(1 / 448)  # times a bfloat16, on the same side of every power of two as divided by 448
+
+
+# ---- kernels ----
+
+
+@triton.jit
+def _quantise(
+    x: tl.tensor,
+    factor: tl.tensor,
+    codes: tl.tensor,
+    scale: tl.tensor,
+    C: tl.constexpr,
+    HEAD: tl.constexpr,
+    TAIL: tl.constexpr,
+    SCALED: tl.constexpr,
+) -> None:
+    """codes = x * factor / scale, with a scale for each row; grid (M,), a row a program.
+
+    A row of a width that is no power of two is taken as two pieces: padding it to the next one would cost registers.
+    Magnitudes are compared as integers: in the same order, but for NaN, which is above all of them.
+    """
+    row = tl.program_id(0).to(tl.int64) * C
+    head = tl.arange(0, HEAD)
+    # Gradients are read for the last time, and are not to push out the factors, which all rows read.
+    HINT: tl.constexpr = "evict_first" if SCALED else ""
+    x_head = tl.load(x + row + head, eviction_policy=HINT).to(tl.float32)
+    if SCALED:
+        x_head *= tl.load(factor + head)
+    largest = tl.max(x_head.to(tl.int32, bitcast=True) & _MAGNITUDE, 0)
+    if TAIL:
+        tail = HEAD + tl.arange(0, TAIL)
+        inside = tail < C
+        x_tail = tl.load(x + row + tail, mask=inside, other=0.0, eviction_policy=HINT).to(tl.float32)
+        if SCALED:
+            x_tail *= tl.load(factor + tail, mask=inside, other=0.0)
+        largest = tl.maximum(largest, tl.max(x_tail.to(tl.int32, bitcast=True) & _MAGNITUDE, 0))
+    wanted = (largest.to(tl.float32, bitcast=True) * _PART_OF_LARGEST).to(tl.int32, bitcast=True)
+    power = (tl.maximum(wanted & _MAGNITUDE, _SMALLEST_SCALE) + _MANTISSA) & _EXPONENT  # of a row with NaN: 0
+    tl.store(scale + tl.program_id(0), power.to(tl.float32, bitcast=True))
+    # The inverse of infinity is 0; with a scale of 0 all codes become NaN.
+    inverse = tl.where(power == 0, _NAN, tl.maximum(_ONE_TWICE - power, 0)).to(tl.float32, bitcast=True)
+    tl.store(codes + row + head, (x_head * inverse).to(codes.dtype.element_ty))
+    if TAIL:
+        tl.store(codes + row + tail, (x_tail * inverse).to(codes.dtype.element_ty), mask=inside)
+
+
+@triton.jit
+def _transpose(
+    codes: tl.tensor, out: tl.tensor, ones: tl.tensor, rows: tl.tensor, columns: tl.tensor, TILE: tl.constexpr
+) -> None:
+    """out (columns,rows) = codes' (rows,columns), ones (columns,) = 1; grid (tiles of columns, tiles of rows)."""
+    column = tl.program_id(0) * TILE + tl.arange(0, TILE)
+    row = tl.program_id(1) * TILE + tl.arange(0, TILE)
+    inside_columns, inside_rows = column < columns, row < rows
+    here = inside_rows[:, None] & inside_columns[None, :]
+    tile = tl.load(codes + row[:, None] * columns + column[None, :], mask=here)
+    there = inside_columns[:, None] & inside_rows[None, :]
+    tl.store(out + column[:, None] * rows + row[None, :], tl.trans(tile), mask=there)
+    if tl.program_id(1) == 0:
+        tl.store(ones + column, tl.full([TILE], 1.0, tl.float32), mask=inside_columns)
+
+
+# ---- launches ----
+
+
+def quantise_rows(matrix: Tensor, factor: Tensor | None = None) -> tuple[Tensor, Tensor]:
+    """Returns matrix * factor as e4m3 codes (M,C), and each row's scale (M,1) float32; see ``fp8.quantise_rows``.
+
+    A row with NaN becomes NaN as a whole, with a scale of 0: what is multiplied with it is NaN in any case.
+
+    Args:
+        matrix: (M,C) bfloat16.
+        factor: (C,) float32, powers of two; None = 1.
+    """
+    num_rows, width = matrix.shape
+    matrix = matrix.contiguous()
+    codes = torch.empty((num_rows, width), dtype=torch.float8_e4m3fn, device=matrix.device)
+    scale = torch.empty((num_rows, 1), dtype=torch.float32, device=matrix.device)
+    head = 1 << (width.bit_length() - 1)
+    tail = triton.next_power_of_2(width - head) if width > head else 0
+    warps = min(max(head // 512, 1), 8)
+    scaled = factor is not None
+    with on_device_of(matrix):
+        _quantise[(num_rows,)](
+            matrix, factor if scaled else scale, codes, scale, width, head, tail, scaled, num_warps=warps
+        )
+    return codes, scale
+
+
+def transpose(codes: Tensor) -> tuple[Tensor, Tensor]:
+    """Returns codes (in,out) of (out,in) ones, contiguous, and scales (1,in) float32 for them: all 1."""
+    rows, columns = codes.shape
+    codes = codes.contiguous()
+    out = torch.empty((columns, rows), dtype=codes.dtype, device=codes.device)
+    ones = torch.empty((1, columns), dtype=torch.float32, device=codes.device)
+    with on_device_of(codes):
+        _transpose[(-(-columns // _TILE), -(-rows // _TILE))](codes, out, ones, rows, columns, _TILE, num_warps=4)
+    return out, ones
