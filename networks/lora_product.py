@@ -12,6 +12,7 @@ Shapes: M rows (samples times tokens), r rank, ``in`` and ``out`` features.
 
 from __future__ import annotations
 
+import functools
 from typing import Any, Protocol
 
 import torch
@@ -76,10 +77,10 @@ class LinearWithLoRA(torch.autograd.Function):
     ) -> Tensor:
         """Returns (...,out) in the dtype of ``x`` (...,in); ``down`` (r,in) and ``up`` (out,r) are float32 or that."""
         low_down, low_up = down.to(x.dtype), up.to(x.dtype)
-        out = base.product(x, *operands)
-        hidden = x.reshape(-1, x.shape[-1]) @ low_down.t()  # (M,r)
+        hidden = x.reshape(-1, x.shape[-1]) @ low_down.t()  # (M,r); first, so that the product finds x in a GPU's cache
         if strength != 1:
             hidden = hidden * strength  # the smallest tensor there is
+        out = base.product(x, *operands)
         ctx.save_for_backward(x, hidden, low_down, low_up, *operands)
         ctx.strength, ctx.base, ctx.dtypes = strength, base, (down.dtype, up.dtype)
         rows = out.view(-1, out.shape[-1])
@@ -109,7 +110,18 @@ class LinearWithLoRA(torch.autograd.Function):
 
 
 def _product_in(dtype: torch.dtype, a: Tensor, b: Tensor) -> Tensor:
-    """Returns a b in ``dtype``; on NVIDIA's GPUs its float32 sums are never rounded to the operands' dtype."""
-    if dtype == torch.float32 != a.dtype and a.is_cuda and torch.version.hip is None:
+    """Returns a b in ``dtype``; on GPUs that can, float32 sums of halves are never rounded to halves."""
+    if dtype == torch.float32 != a.dtype and a.is_cuda and _keeps_sums(a.device, a.dtype):
         return torch.mm(a, b, out_dtype=torch.float32)
     return (a @ b).to(dtype)
+
+
+@functools.cache
+def _keeps_sums(device: torch.device, dtype: torch.dtype) -> bool:
+    """Whether a GPU multiplies halves into float32."""
+    halves = torch.zeros(16, 16, dtype=dtype, device=device)
+    try:
+        torch.mm(halves, halves, out_dtype=torch.float32)
+    except RuntimeError:  # AMD's, and what torch's library has no such product for
+        return False
+    return True
