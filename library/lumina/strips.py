@@ -1,8 +1,9 @@
 """Convolutions of large pictures strip by strip: the same sums, with a bounded workspace.
 
 cuDNN's fast kernels for half precision want channels last. Given a picture as PyTorch has it, they make a copy of all of
-it in their order, and one of the result, in a workspace that no count of tensors shows: for the decoder's largest layer at
-1024 x 1024 pixels that is 1 GiB beside 1.13 GiB of tensors. Strip by strip it is as much as a strip has.
+it in their order, and one of the result, in a workspace that no count of tensors shows: by these copies' sizes 1 GiB for the
+decoder's largest layer at 1024 x 1024 pixels, which fits what whole runs were seen to need beyond their tensors
+(docs/benchmarks/log.md). Strip by strip it is as much as a strip has.
 
 Shapes: B batch, C channels, H W height and width of the layer's input, K kernel side.
 """
