@@ -12,7 +12,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from library.lumina.elementwise import normalise_and_rotate, scaled_norm, swiglu
+from library.lumina.elementwise import queries_keys_values, scaled_norm, swiglu
 
 NORM_EPS, HEAD_EPS = 1e-5, 1e-6
 
@@ -37,12 +37,12 @@ def norm(batch: int, tokens: int, width: int, factor: str, residual: bool, dtype
     return Case("norm", [x, scale, other] if residual else [x, scale], 3)
 
 
-def rotation(batch: int, tokens: int, heads: int, head_dim: int, ropes: int, dtype: torch.dtype) -> Case:
-    """Heads are a part of wider rows, neither the first nor the last."""
+def rotation(batch: int, tokens: int, heads: int, kv_heads: int, head_dim: int, ropes: int, dtype: torch.dtype) -> Case:
     angles = numbers(ropes, tokens, 1, head_dim // 2, seed=3, dtype=torch.float32)
     rope = torch.stack([angles.cos(), angles.sin()], dim=-1)
-    whole = numbers(batch, tokens, heads + 4, head_dim, seed=4, dtype=dtype)
-    return Case("rotation", [whole, numbers(head_dim, seed=5, dtype=dtype), rope], 2, heads)
+    qkv = numbers(batch, tokens, heads + 2 * kv_heads, head_dim, seed=4, dtype=dtype)
+    weights = [numbers(head_dim, seed=seed, dtype=dtype) for seed in (5, 6)]
+    return Case("rotation", [qkv, *weights, rope], 3, heads)
 
 
 def gated(dtype: torch.dtype, *shape: int) -> Case:
@@ -60,11 +60,11 @@ def cases(dtype: torch.dtype) -> dict[str, Case]:
         "norm, odd width": norm(2, 7, 101, "of a sample", True, dtype),
         "norm, narrow": norm(1, 3, 6, "of all", True, dtype),
         "norm, many tokens": norm(1, 8200, 64, "of a sample", True, dtype),
-        "queries": rotation(2, 33, 24, 96, 1, dtype),
-        "keys, own angles": rotation(2, 7, 8, 96, 2, dtype),
-        "frozen weight": rotation(2, 7, 8, 96, 2, dtype)._replace(num_trained=1),
-        "few heads": rotation(1, 3, 3, 24, 1, dtype),
-        "ten heads": rotation(2, 2, 10, 6, 1, dtype),
+        "rotation": rotation(2, 33, 24, 8, 96, 1, dtype),
+        "rotation, own angles": rotation(2, 7, 24, 8, 96, 2, dtype),
+        "rotation, frozen weights": rotation(2, 7, 8, 8, 96, 2, dtype)._replace(num_trained=1),
+        "rotation, few heads": rotation(1, 3, 3, 1, 24, 1, dtype),
+        "rotation, ten heads": rotation(2, 2, 10, 5, 6, 1, dtype),
         "swiglu": gated(dtype, 2, 5, 9216),
         "swiglu, odd": gated(dtype, 1, 3, 701),
     }
@@ -75,20 +75,19 @@ def public(case: Case) -> Callable[..., Tensor]:
     if case.function == "norm":
         return lambda x, factor, residual=None: scaled_norm(x, factor, NORM_EPS, residual)
     if case.function == "rotation":
-        return lambda x, weight, rope: normalise_and_rotate(x[:, :, 1 : 1 + case.heads], weight, rope, HEAD_EPS)
+        return lambda qkv, *others: torch.cat(queries_keys_values(qkv, case.heads, *others, HEAD_EPS), dim=2)
     return swiglu
 
 
 def by_kernel(case: Case) -> Callable[..., Tensor]:
-    """Returns the function of ``elementwise_kernels``, which takes any tensors."""
-    from library.lumina import elementwise_kernels as kernels
+    """Returns the function of ``elementwise_launches``, which takes any tensors."""
+    from library.lumina import elementwise_launches as kernels
 
     if case.function == "norm":
         return lambda x, factor, residual=None: kernels.ScaledNorm.apply(x, factor, NORM_EPS, residual)
     if case.function == "rotation":
-        return lambda x, weight, rope: kernels.NormaliseAndRotate.apply(
-            x[:, :, 1 : 1 + case.heads], weight, rope, HEAD_EPS
-        )
+        rotate = kernels.QueriesKeysValues.apply
+        return lambda qkv, *others: torch.cat(rotate(qkv, case.heads, *others, HEAD_EPS), dim=2)
     return kernels.SwiGLU.apply
 
 

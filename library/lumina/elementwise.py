@@ -6,7 +6,7 @@ factor a row (Triton kernels not even that), and computes the rest again. Norms 
 one rounding at the end, whatever the inputs are (torch's operations for halves on GPUs round a norm once more on its way);
 SwiGLU rounds twice in bf16, once behind silu, as the reference program does.
 
-On a GPU these steps take as long as they move bytes. There, halves go through Triton kernels (``elementwise_kernels``) that
+On a GPU these steps take as long as they move bytes. There, halves go through Triton kernels (``elementwise_launches``) that
 read each input once and write each result once, where Triton can compile (``elementwise_trial``). Where it cannot, as on
 Windows without its package, they go through torch's fused norm and through operations that read halves, compute in float32
 and write halves: torch converts in the registers of such a kernel, where on a CPU it would make the float32 copies after
@@ -19,11 +19,12 @@ all. Bytes of traffic an element of the result, in halves; 1 or 2 more where ker
     norm and residual    6, backward 6      10, backward 10    42, backward 70
     norm and rotation    4, backward 6      22, backward 44    40, backward 78
     SwiGLU               6, backward 10     10, backward 22    (no float32 in either)
+    values               0, backward 4      0, backward 4      0, backward 4
     ==================== =================  =================  ===========================
 
 Under ``torch.compile`` the same formulas are left to the compiler, which fuses further and chooses itself what to keep.
 
-Shapes: B batch, S tokens, D width, E head dimension.
+Shapes: B batch, S tokens, D width, A heads, K key/value heads, E head dimension.
 """
 
 from __future__ import annotations
@@ -37,7 +38,7 @@ from torch import Tensor
 
 from library.lumina.elementwise_trial import HALVES, kernels_on
 
-__all__ = ["normalise_and_rotate", "rms_factor", "scaled_norm", "swiglu"]
+__all__ = ["queries_keys_values", "rms_factor", "scaled_norm", "swiglu"]
 
 _fused_rms_norm, _fused_rms_norm_backward = torch.ops.aten._fused_rms_norm, torch.ops.aten._fused_rms_norm_backward
 
@@ -56,23 +57,34 @@ def scaled_norm(x: Tensor, factor: Tensor, eps: float, residual: Tensor | None =
         normed = wide * rms_factor(wide, eps) * factor
         return (normed if residual is None else normed + residual).to(x.dtype)
     kernels = _kernels_for(x)
-    return (kernels.ScaledNorm if kernels else _ScaledNorm).apply(x, factor, eps, residual)
+    return _applied(kernels.ScaledNorm if kernels else _ScaledNorm, x, factor, eps, residual)
 
 
-def normalise_and_rotate(x: Tensor, weight: Tensor, rope: Tensor, eps: float) -> Tensor:
-    """Returns the heads normalised, weighted, and each pair of neighbouring channels turned, in ``x``'s dtype.
+def queries_keys_values(
+    qkv: Tensor, num_heads: int, q_weight: Tensor, k_weight: Tensor, rope: Tensor, eps: float
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Returns queries (B,S,A,E), keys (B,S,K,E) and values (B,S,K,E) for attention, all in ``qkv``'s dtype.
+
+    Heads of queries and keys are normalised, weighted, and each pair of neighbouring channels turned. Values are as they
+    were, a view of ``qkv``. Backward writes all three gradients into one tensor, so that none has to be put together.
 
     Args:
-        x: (B,S,heads,E).
-        weight: (E,) of the norm.
+        qkv: (B,S,A+2K,E).
+        num_heads: A.
+        q_weight: (E,) of the queries' norm.
+        k_weight: (E,) of the keys' norm.
         rope: (B or 1,S,1,E/2,2) float32, cosine and sine of each pair's angle.
-        eps: of the norm.
+        eps: of both norms.
     """
     if torch.compiler.is_compiling():
-        wide = _wide(x)
-        return _rotated_real(wide * rms_factor(wide, eps) * weight, rope).to(x.dtype)
-    kernels = _kernels_for(x)
-    return (kernels.NormaliseAndRotate if kernels else _NormaliseAndRotate).apply(x, weight, rope, eps)
+        *turned, v = _parts(qkv, num_heads)
+        wide = [_wide(x) for x in turned]
+        normed = [x * rms_factor(x, eps) * weight for x, weight in zip(wide, (q_weight, k_weight), strict=True)]
+        q, k = (_rotated_real(x, rope).to(qkv.dtype) for x in normed)
+        return q, k, v
+    kernels = _kernels_for(qkv)
+    function = kernels.QueriesKeysValues if kernels else _QueriesKeysValues
+    return _applied(function, qkv, num_heads, q_weight, k_weight, rope, eps)
 
 
 def swiglu(gate: Tensor, value: Tensor) -> Tensor:
@@ -80,12 +92,24 @@ def swiglu(gate: Tensor, value: Tensor) -> Tensor:
     if torch.compiler.is_compiling():
         return F.silu(gate) * value
     kernels = _kernels_for(gate)
-    return (kernels.SwiGLU if kernels else _SwiGLU).apply(gate, value)
+    return _applied(kernels.SwiGLU if kernels else _SwiGLU, gate, value)
 
 
 def rms_factor(x: Tensor, eps: float) -> Tensor:
     """Returns 1 / sqrt(mean(x^2) + eps) over the last axis, which stays with size 1."""
     return torch.rsqrt(x.square().mean(dim=-1, keepdim=True) + eps)
+
+
+class _Unrecorded:
+    """What a function's ``forward`` is given for a context where nobody asks for its gradient."""
+
+    def save_for_backward(self, *tensors: Tensor) -> None:
+        """Keeps nothing."""
+
+
+def _applied(function: type[torch.autograd.Function], *inputs: Any) -> Any:
+    """Returns the function's result; without gradients (sampling) the host does not prepare for any."""
+    return function.apply(*inputs) if torch.is_grad_enabled() else function.forward(_Unrecorded(), *inputs)
 
 
 def _is_half_on_gpu(x: Tensor) -> bool:
@@ -171,41 +195,80 @@ class _ScaledNorm(torch.autograd.Function):
         return of_x, of_factor, None, of_residual
 
 
-class _NormaliseAndRotate(torch.autograd.Function):
+class _QueriesKeysValues(torch.autograd.Function):
     @staticmethod
-    def forward(ctx: Any, x: Tensor, weight: Tensor, rope: Tensor, eps: float) -> Tensor:
-        if _is_half_on_gpu(x):
-            rms = _factor_of(x, eps)
-            ctx.save_for_backward(x, weight, rope, rms)
-            # A row's factor commutes with its rotation, so it can wait for the operation that rounds.
-            turned = _rotate_(_product(x, weight, rms.dtype), rope)
-            return _product(turned, rms, x.dtype)
-        wide = _wide(x)
-        rms = _factor_of(wide, eps)
-        ctx.save_for_backward(x, weight, rope, rms)
-        return _rotated((wide * rms).mul_(weight), rope).to(x.dtype)
+    def forward(
+        ctx: Any, qkv: Tensor, num_heads: int, q_weight: Tensor, k_weight: Tensor, rope: Tensor, eps: float
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        q, k, v = _parts(qkv, num_heads)
+        (q, q_rms), (k, k_rms) = _turned(q, q_weight, rope, eps), _turned(k, k_weight, rope, eps)
+        ctx.save_for_backward(qkv, q_weight, k_weight, rope, q_rms, k_rms)
+        return q, k, v
 
     @staticmethod
     def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor | None, ...]:
-        x, weight, rope, rms = ctx.saved_tensors
-        (gradient,) = gradients
-        of_x, of_weight = None, None
-        if _is_half_on_gpu(x):
-            turned_back = _rotate_(_product(gradient, rms, rms.dtype), rope, back=True)  # of x * weight
-            if ctx.needs_input_grad[1]:
-                of_weight = _sum_to(turned_back * x, weight.shape).to(weight.dtype)
-            if ctx.needs_input_grad[0]:
-                of_row = turned_back.mul_(weight)
-                along = (of_row * x).mean(dim=-1, keepdim=True).mul_(rms).mul_(rms)
-                of_x = torch.addcmul(of_row, x, along, value=-1, out=torch.empty_like(of_row, dtype=x.dtype))
-            return of_x, of_weight, None, None
-        turned_back = _rotated(_wide(gradient), rope, back=True)
-        normed = _wide(x) * rms
-        if ctx.needs_input_grad[1]:
-            of_weight = _sum_to(turned_back * normed, weight.shape).to(weight.dtype)
-        if ctx.needs_input_grad[0]:
-            of_x = _norm_gradient(turned_back.mul_(weight), normed, rms).to(x.dtype)
-        return of_x, of_weight, None, None
+        qkv, q_weight, k_weight, rope, q_rms, k_rms = ctx.saved_tensors
+        of_q, of_k, of_v = gradients
+        needs_qkv, _, needs_q_weight, needs_k_weight, *_ = ctx.needs_input_grad
+        num_heads = of_q.shape[2]
+        q, k, _ = _parts(qkv, num_heads)
+        of_qkv = torch.empty(qkv.shape, dtype=qkv.dtype, device=qkv.device) if needs_qkv else None
+        into_q, into_k, into_v = (None, None, None) if of_qkv is None else _parts(of_qkv, num_heads)
+        of_q_weight = _turned_back(of_q, q, q_weight, rope, q_rms, into_q, needs_q_weight)
+        of_k_weight = _turned_back(of_k, k, k_weight, rope, k_rms, into_k, needs_k_weight)
+        if into_v is not None:
+            into_v.copy_(of_v)
+        return of_qkv, None, of_q_weight, of_k_weight, None, None
+
+
+def _parts(qkv: Tensor, num_heads: int) -> tuple[Tensor, ...]:
+    """Returns the views (B,S,A,E), (B,S,K,E), (B,S,K,E) of (B,S,A+2K,E)."""
+    num_kv_heads = (qkv.shape[2] - num_heads) // 2
+    return qkv.split([num_heads, num_kv_heads, num_kv_heads], dim=2)
+
+
+def _turned(x: Tensor, weight: Tensor, rope: Tensor, eps: float) -> tuple[Tensor, Tensor]:
+    """Returns heads (B,S,heads,E) normalised, weighted and turned, and 1 / rms of each."""
+    if _is_half_on_gpu(x):
+        rms = _factor_of(x, eps)
+        # A row's factor commutes with its rotation, so it can wait for the operation that rounds.
+        return _product(_rotate_(_product(x, weight, rms.dtype), rope), rms, x.dtype), rms
+    wide = _wide(x)
+    rms = _factor_of(wide, eps)
+    return _rotated((wide * rms).mul_(weight), rope).to(x.dtype), rms
+
+
+def _turned_back(
+    gradient: Tensor, x: Tensor, weight: Tensor, rope: Tensor, rms: Tensor, into: Tensor | None, needs_weight: bool
+) -> Tensor | None:
+    """Writes the gradient of ``_turned``'s ``x`` and returns that of its weight, where they are wanted.
+
+    Args:
+        gradient: of the result.
+        x: as it was given.
+        weight: as it was given.
+        rope: as it was given.
+        rms: as it was returned.
+        into: of the shape of ``x``; None = not wanted.
+        needs_weight: whether the weight's gradient is wanted.
+    """
+    of_weight = None
+    if _is_half_on_gpu(x):
+        turned_back = _rotate_(_product(gradient, rms, rms.dtype), rope, back=True)  # of x * weight
+        if needs_weight:
+            of_weight = _sum_to(turned_back * x, weight.shape).to(weight.dtype)
+        if into is not None:
+            of_row = turned_back.mul_(weight)
+            along = (of_row * x).mean(dim=-1, keepdim=True).mul_(rms).mul_(rms)
+            torch.addcmul(of_row, x, along, value=-1, out=into)
+        return of_weight
+    turned_back = _rotated(_wide(gradient), rope, back=True)
+    normed = _wide(x) * rms
+    if needs_weight:
+        of_weight = _sum_to(turned_back * normed, weight.shape).to(weight.dtype)
+    if into is not None:
+        into.copy_(_norm_gradient(turned_back.mul_(weight), normed, rms))
+    return of_weight
 
 
 class _SwiGLU(torch.autograd.Function):

@@ -24,7 +24,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from library.lumina.configs import PATCH_SIZE, ROPE_AXES, TIME_FREQUENCIES, NextDiTConfig
-from library.lumina.elementwise import normalise_and_rotate, scaled_norm, swiglu
+from library.lumina.elementwise import queries_keys_values, scaled_norm, swiglu
 
 __all__ = ["BLOCKS", "LARGE_MATRICES", "AttentionFn", "NextDiT", "NextDiTConfig", "plain_attention"]
 
@@ -141,7 +141,7 @@ class Attention(nn.Module):
 
     def __init__(self, config: NextDiTConfig, attention: AttentionFn) -> None:
         super().__init__()
-        self.num_heads, self.num_kv_heads, self.head_dim = config.num_heads, config.num_kv_heads, config.head_dim
+        self.num_heads, self.head_dim = config.num_heads, config.head_dim
         self.attention = getattr(attention, "of_scaled_queries", attention)
         self.scales_queries = self.attention is not attention
         query_dim = config.num_heads * config.head_dim
@@ -152,11 +152,9 @@ class Attention(nn.Module):
 
     def forward(self, x: Tensor, rope: Tensor, key_mask: Tensor | None) -> Tensor:
         """Returns (B,S,D) from ``x`` (B,S,D), ``rope`` (B or 1,S,1,E/2,2) and ``key_mask`` (B,S) bool or None."""
-        heads = self.qkv(x).unflatten(-1, (-1, self.head_dim))  # (B,S,A+2K,E)
-        q, k, v = heads.split([self.num_heads, self.num_kv_heads, self.num_kv_heads], dim=2)
-        weight = self.q_norm.weight.float() * self.head_dim**-0.5 if self.scales_queries else self.q_norm.weight
-        q = normalise_and_rotate(q, weight, rope, self.q_norm.eps)
-        k = normalise_and_rotate(k, self.k_norm.weight, rope, self.k_norm.eps)
+        qkv = self.qkv(x).unflatten(-1, (-1, self.head_dim))  # (B,S,A+2K,E)
+        q_weight = self.q_norm.weight.float() * self.head_dim**-0.5 if self.scales_queries else self.q_norm.weight
+        q, k, v = queries_keys_values(qkv, self.num_heads, q_weight, self.k_norm.weight, rope, self.q_norm.eps)
         return self.out(self.attention(q, k, v, key_mask).flatten(2))
 
 

@@ -20,6 +20,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from library.kernel_launch import Launcher
 from library.kernel_trial import on_device_of
 
 __all__ = ["quantise_rows", "transpose"]
@@ -96,6 +97,8 @@ def _transpose(
 
 # ---- launches ----
 
+_quantise_launcher = Launcher(_quantise)
+
 
 def quantise_rows(matrix: Tensor, factor: Tensor | None = None) -> tuple[Tensor, Tensor]:
     """Returns matrix * factor as e4m3 codes (M,C), and each row's scale (M,1) float32; see ``fp8.quantise_rows``.
@@ -113,11 +116,8 @@ def quantise_rows(matrix: Tensor, factor: Tensor | None = None) -> tuple[Tensor,
     head = 1 << (width.bit_length() - 1)
     tail = triton.next_power_of_2(width - head) if width > head else 0
     warps = min(max(head // 512, 1), 8)
-    scaled = factor is not None
-    with on_device_of(matrix):
-        _quantise[(num_rows,)](
-            matrix, factor if scaled else scale, codes, scale, width, head, tail, scaled, num_warps=warps
-        )
+    tensors = (matrix, scale if factor is None else factor, codes, scale)
+    _quantise_launcher((num_rows, 1, 1), tensors, (), (width, head, tail, factor is not None), warps)
     return codes, scale
 
 

@@ -100,6 +100,45 @@ def test_strides_that_no_model_has() -> None:
             assert torch.equal(ours, expected)
 
 
+@pytest.mark.skipif(NO_TRITON, reason="needs the package triton")
+@pytest.mark.parametrize("name", ["norm of a sample, residual", "rotation, frozen weights", "swiglu"])
+def test_addresses_that_no_model_has(name: str) -> None:
+    """Tensors that begin at no multiple of 16 bytes have code of their own, which a short launch must not mix up."""
+    case = helpers.cases(torch.bfloat16)[name]
+    upstream = helpers.upstream_of(case).cuda()
+
+    def results(shifted: int) -> list[Tensor]:
+        inputs = []
+        for value in case.inputs:
+            room = torch.empty(value.numel() + shifted, dtype=value.dtype, device="cuda")
+            inputs.append(room[shifted:].view(value.shape).copy_(value))
+        return helpers.results(helpers.public(case), case, inputs, upstream)
+
+    expected = results(0)
+    for shifted in (1, 0, 1):
+        for ours, theirs in zip(results(shifted), expected, strict=True):
+            assert helpers.distance(ours, theirs.cpu().double()) < 2 * helpers.bound(case, ours)
+
+
+@pytest.mark.skipif(NO_TRITON, reason="needs the package triton")
+def test_kernels_run_on_the_current_stream() -> None:
+    case = helpers.cases(torch.bfloat16)["rotation, frozen weights"]
+    function, upstream = helpers.public(case), helpers.upstream_of(case).cuda()
+    inputs = [value.cuda() for value in case.inputs]
+    expected = helpers.results(function, case, inputs, upstream)
+    late = [torch.zeros_like(value) for value in inputs]
+    stream = torch.cuda.Stream()
+    torch.cuda.synchronize()
+    with torch.cuda.stream(stream):
+        torch.cuda._sleep(10**8)
+        for value, source in zip(late, inputs, strict=True):
+            value.copy_(source)
+        found = helpers.results(function, case, late, upstream)
+    torch.cuda.synchronize()
+    for ours, theirs in zip(found, expected, strict=True):
+        assert torch.equal(ours, theirs)
+
+
 def block_and_inputs() -> tuple[nn.Module, tuple[Tensor, ...]]:
     config = NextDiTConfig()
     torch.manual_seed(0)
@@ -130,7 +169,7 @@ def test_blocks_computed_again_give_the_same(level: str) -> None:
 
 @pytest.mark.skipif(torch.cuda.device_count() < 2, reason="needs two GPUs")
 def test_kernels_run_on_the_device_of_their_tensors() -> None:
-    case = helpers.cases(torch.bfloat16)["queries"]
+    case = helpers.cases(torch.bfloat16)["rotation"]
     upstream = helpers.upstream_of(case)
     function: Callable[..., Tensor] = helpers.public(case)
     found = helpers.results(function, case, [value.to("cuda:1") for value in case.inputs], upstream.to("cuda:1"))

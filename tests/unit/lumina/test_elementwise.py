@@ -10,7 +10,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from library.lumina import elementwise
-from library.lumina.elementwise import normalise_and_rotate, scaled_norm, swiglu
+from library.lumina.elementwise import queries_keys_values, scaled_norm, swiglu
 
 EPS = 1e-5
 
@@ -52,24 +52,85 @@ def test_scaled_norm_and_its_gradients(factor_shape: tuple[int, ...], with_resid
         assert torch.autograd.gradcheck(lambda given: scaled_norm(x, factor, EPS, given), residual)
 
 
+def turned(x: Tensor, weight: Tensor, rope: Tensor) -> Tensor:
+    """Returns heads normalised, weighted and turned, by torch's own functions."""
+    pairs = torch.view_as_complex(F.rms_norm(x, x.shape[-1:], weight, EPS).unflatten(-1, (-1, 2)))
+    return torch.view_as_real(pairs * torch.view_as_complex(rope)).flatten(-2)
+
+
 @pytest.mark.parametrize("batch", [1, 2])
 @pytest.mark.usefixtures("way")
-def test_normalise_and_rotate_and_its_gradients(batch: int) -> None:
-    x, weight = numbers(2, 3, 2, 6).requires_grad_(), numbers(6, seed=1).requires_grad_()
-    rope = angles(batch, 3, 3)
-    pairs = torch.view_as_complex(F.rms_norm(x, (6,), weight, EPS).unflatten(-1, (-1, 2)))
-    expected = torch.view_as_real(pairs * torch.view_as_complex(rope)).flatten(-2)
-    torch.testing.assert_close(normalise_and_rotate(x, weight, rope, EPS), expected)
-    assert torch.autograd.gradcheck(lambda *given: normalise_and_rotate(*given, rope, EPS), (x, weight))
+def test_queries_keys_values_and_their_gradients(batch: int) -> None:
+    qkv, rope = numbers(2, 3, 4, 6).requires_grad_(), angles(batch, 3, 3)  # two heads, and one of keys and of values
+    q_weight, k_weight = (numbers(6, seed=seed).requires_grad_() for seed in (1, 2))
+    q, k, v = queries_keys_values(qkv, 2, q_weight, k_weight, rope, EPS)
+    torch.testing.assert_close(q, turned(qkv[:, :, :2], q_weight, rope))
+    torch.testing.assert_close(k, turned(qkv[:, :, 2:3], k_weight, rope))
+    assert torch.equal(v, qkv[:, :, 3:])
+    assert q.is_contiguous()
+    assert k.is_contiguous()
+
+    def function(*given: Tensor) -> tuple[Tensor, ...]:
+        # Not a leaf, as in the model: what is returned in part must not lose its own node.
+        return queries_keys_values(given[0] * 2, 2, given[1], given[2], rope, EPS)
+
+    assert torch.autograd.gradcheck(function, (qkv, q_weight, k_weight))
+    for index, frozen in enumerate([qkv, q_weight, k_weight]):
+        frozen.requires_grad_(False)
+        assert torch.autograd.gradcheck(function, (qkv, q_weight, k_weight)), index
+        frozen.requires_grad_()
 
 
 @pytest.mark.usefixtures("way")
-def test_heads_that_are_a_part_of_wider_rows_are_rotated_too() -> None:
-    whole, rope = numbers(2, 3, 4, 6), angles(1, 3, 3)
-    part, weight = whole[:, :, 1:3], numbers(6, seed=1)
-    assert torch.equal(
-        normalise_and_rotate(part, weight, rope, EPS), normalise_and_rotate(part.contiguous(), weight, rope, EPS)
+def test_values_are_a_part_of_what_they_are_taken_from() -> None:
+    qkv = numbers(2, 3, 4, 6).requires_grad_()
+    *_, v = queries_keys_values(qkv, 2, numbers(6), numbers(6), angles(1, 3, 3), EPS)
+    assert v.untyped_storage().data_ptr() == qkv.untyped_storage().data_ptr()
+    (gradient,) = torch.autograd.grad(v.sum(), qkv)
+    assert torch.equal(gradient, torch.ones_like(qkv).index_fill(2, torch.arange(3), 0))
+
+
+@pytest.mark.usefixtures("way")
+def test_one_tensor_takes_all_gradients() -> None:
+    """What comes from attention goes to the projection's backward in one piece."""
+    qkv = numbers(1, 3, 4, 6).requires_grad_()
+    given: list[Tensor] = []
+    product = qkv * 1
+    product.register_hook(given.append)
+    results = queries_keys_values(product, 2, numbers(6), numbers(6), angles(1, 3, 3), EPS)
+    torch.autograd.backward(
+        results, [torch.ones_like(result).transpose(1, 2).contiguous().transpose(1, 2) for result in results]
     )
+    assert len(given) == 1
+    assert given[0].is_contiguous()
+
+
+@pytest.mark.usefixtures("way")
+def test_rows_that_are_no_neighbours_are_rotated_too() -> None:
+    qkv, weight, rope = numbers(2, 3, 4, 6), numbers(6, seed=1), angles(1, 3, 3)
+    strided = qkv.transpose(1, 2).contiguous().transpose(1, 2)
+    for found, expected in zip(
+        queries_keys_values(strided, 2, weight, weight, rope, EPS),
+        queries_keys_values(qkv, 2, weight, weight, rope, EPS),
+        strict=True,
+    ):
+        assert torch.equal(found, expected)
+
+
+@pytest.mark.usefixtures("way")
+def test_without_gradients_results_are_the_same_and_nothing_is_kept() -> None:
+    qkv, weight, rope = numbers(2, 3, 4, 6).requires_grad_(), numbers(6).requires_grad_(), angles(1, 3, 3)
+
+    def results() -> list[Tensor]:
+        heads = queries_keys_values(qkv, 2, weight, weight, rope, EPS)
+        return [*heads, scaled_norm(qkv, weight, EPS, qkv), swiglu(qkv, qkv * 2)]
+
+    expected = results()
+    with torch.no_grad():
+        found = results()
+    for ours, theirs in zip(found, expected, strict=True):
+        assert ours.grad_fn is None
+        assert torch.equal(ours, theirs)
 
 
 def test_swiglu_and_its_gradients() -> None:
@@ -84,8 +145,12 @@ def inputs_of(case: str, dtype: torch.dtype) -> tuple[Callable[..., Tensor], lis
         "norm": (lambda *given: scaled_norm(*given, EPS), [wide, numbers(2, 1, 64, seed=1).float()]),
         "residual": (lambda x, f, r: scaled_norm(x, f, EPS, r), [wide, numbers(64, seed=1).float(), other]),
         "rotation": (
-            lambda *given: normalise_and_rotate(*given, EPS),
-            [numbers(2, 5, 3, 24, dtype=dtype), numbers(24, seed=1, dtype=dtype), angles(2, 5, 12).float()],
+            lambda qkv, *others: torch.cat(queries_keys_values(qkv, 3, *others, EPS), dim=2),
+            [
+                numbers(2, 5, 5, 24, dtype=dtype),
+                *(numbers(24, seed=seed, dtype=dtype) for seed in (1, 2)),
+                angles(2, 5, 12).float(),
+            ],
         ),
         "swiglu": (swiglu, [wide, other]),
     }[case]
@@ -152,7 +217,9 @@ def kept_by(work: Callable[[], Tensor]) -> int:
 def test_only_inputs_and_a_factor_a_row_are_kept() -> None:
     x, factor = numbers(2, 5, 64).requires_grad_(), numbers(2, 1, 64).requires_grad_()
     assert kept_by(lambda: scaled_norm(x, factor, EPS, x)) == x.numel() + factor.numel() + 2 * 5
-    heads, weight, rope = numbers(2, 5, 3, 24).requires_grad_(), numbers(24), angles(1, 5, 12)
-    inputs = heads.numel() + weight.numel() + rope.numel()
-    assert kept_by(lambda: normalise_and_rotate(heads, weight, rope, EPS)) == inputs + 2 * 5 * 3
+    qkv, weight, rope = numbers(2, 5, 5, 24).requires_grad_(), numbers(24), angles(1, 5, 12)
+    inputs = qkv.numel() + weight.numel() + rope.numel()
+    factors = 2 * 5 * (3 + 1)
+    kept = kept_by(lambda: queries_keys_values(qkv, 3, weight, weight, rope, EPS)[0])
+    assert kept == inputs + factors
     assert kept_by(lambda: swiglu(x, x * 2)) == 2 * x.numel()

@@ -41,21 +41,21 @@ def test_results_and_gradients_are_rounded_no_more_than_they_have_to_be(
 
 
 NORM = {"D": 2304, "HEAD": 2048, "TAIL": 256}
-HEADS = {"HEADS": 24, "E": 96, "NUM": 8, "WIDE": 128}
-INTEGERS = {"factor_stride", "tokens", "sample_stride", "token_stride", "head_stride", "rope_stride", "count"}
+HEADS = {"A": 24, "K": 8, "E": 96, "NUM": 8, "WIDE": 128}
+INTEGERS = {"tokens", "own", "units"}
 
 
 @pytest.mark.parametrize("half", ["bf16", "fp16"])
 @pytest.mark.parametrize(
     ("name", "constants"),
     [
-        ("_norm_forward", {**NORM, "ADDS": True}),
-        ("_norm_backward", {**NORM, "ROWS": 1, "SUMS": False}),
-        ("_norm_backward", {**NORM, "ROWS": 8, "SUMS": True}),
-        ("_rotate_forward", HEADS),
-        ("_rotate_backward", HEADS),
-        ("_swiglu_forward", {"BLOCK": 2048}),
-        ("_swiglu_backward", {"BLOCK": 2048}),
+        ("norm_forward", {**NORM, "ADDS": True}),
+        ("norm_backward", {**NORM, "ROWS": 1, "SUMS": False}),
+        ("norm_backward", {**NORM, "ROWS": 8, "SUMS": True}),
+        ("rotate_forward", HEADS),
+        ("rotate_backward", HEADS),
+        ("swiglu_forward", {"UNIT": 16, "BLOCK": 2048}),
+        ("swiglu_backward", {"UNIT": 16, "BLOCK": 2048}),
     ],
 )
 def test_kernels_compile_for_a_gpu(name: str, constants: dict[str, Any], half: str) -> None:

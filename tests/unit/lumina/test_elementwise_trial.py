@@ -23,7 +23,7 @@ def stand_ins(**others: Any) -> Any:
     """Returns what has the names of the module of kernels: the functions of CPUs, which have the same contracts."""
     plain = {
         "ScaledNorm": elementwise._ScaledNorm,
-        "NormaliseAndRotate": elementwise._NormaliseAndRotate,
+        "QueriesKeysValues": elementwise._QueriesKeysValues,
         "SwiGLU": elementwise._SwiGLU,
     }
     return SimpleNamespace(**{**plain, **others})
