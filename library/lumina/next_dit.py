@@ -63,7 +63,7 @@ class RMSNorm(nn.Module):
 
     def forward(self, x: Tensor, scale: Tensor | None = None) -> Tensor:
         """Returns the normalised ``x``, same shape and dtype, times 1 + ``scale`` (B,1,D) float32."""
-        factor = self.weight.float() if scale is None else torch.addcmul(self.weight, self.weight, scale)
+        factor = self.weight.float() if scale is None else self.weight * (1 + scale)
         return scaled_norm(x, factor, self.eps)
 
     def added_to(self, residual: Tensor, x: Tensor, gate: Tensor | None = None) -> Tensor:
