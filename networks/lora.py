@@ -139,7 +139,7 @@ class LoRAModule(nn.Module):
         self.lora_name = lora_name
         self._org = (org_module,)  # in a tuple, so that it is not registered as a submodule
         self._org_forward: Callable[..., Tensor] | None = None
-        self._frozen: FrozenProduct | None = None
+        self._frozen: tuple[FrozenProduct | None] = (None,)  # as above
         self.multiplier = multiplier
         self.dropout, self.rank_dropout, self.module_dropout = (
             dropout or 0.0,
@@ -207,7 +207,7 @@ class LoRAModule(nn.Module):
         """Puts the LoRA in place: the Linear's ``forward`` becomes the LoRA's."""
         if self._org_forward is not None:
             raise RuntimeError(f"{self.lora_name} is applied already")
-        self._frozen = frozen_product(self.org_module)
+        self._frozen = (frozen_product(self.org_module),)
         self._org_forward = self.org_module.forward
         self.org_module.forward = self.forward
 
@@ -216,8 +216,8 @@ class LoRAModule(nn.Module):
         if self._org_forward is None:
             raise RuntimeError(f"{self.lora_name} is not applied to its Linear")
         if self._is_one_function():
-            frozen, strength = self._frozen, self.multiplier * self.scale
-            operands = frozen.operands()  # type: ignore[union-attr]
+            (frozen,) = self._frozen
+            strength, operands = self.multiplier * self.scale, frozen.operands()  # type: ignore[union-attr]
             return LinearWithLoRA.apply(x, self.lora_down.weight, self.lora_up.weight, strength, frozen, *operands)
         base = self._org_forward(x)
         if self.multiplier == 0:
@@ -233,7 +233,7 @@ class LoRAModule(nn.Module):
         A compiler fuses by itself; and a pass without gradients makes no nodes.
         """
         return (
-            self._frozen is not None
+            self._frozen[0] is not None
             and not torch.compiler.is_compiling()
             and torch.is_grad_enabled()
             and self.multiplier != 0

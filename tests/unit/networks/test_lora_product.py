@@ -75,6 +75,7 @@ def test_beside_quantised_weights(make: type) -> None:
     torch.testing.assert_close(out, expected)  # as above
     for ours, theirs in zip(gradients(out, lora, x), gradients(expected, lora, x), strict=True):
         torch.testing.assert_close(ours, theirs)
+    assert set(lora.state_dict()) == {"alpha", "lora_down.weight", "lora_up.weight"}  # the base is no part of the LoRA
 
 
 def test_bf16_rounds_no_more_than_single_steps() -> None:
@@ -113,7 +114,7 @@ def test_an_input_without_a_gradient_costs_no_product() -> None:
     def fails(gradient: Tensor, *operands: Tensor) -> Tensor:
         raise AssertionError("an input's gradient that nobody asked for")
 
-    lora._frozen.input_gradient = fails
+    lora._frozen[0].input_gradient = fails
     base(torch.randn(2, 3, IN)).sum().backward()
     assert lora.lora_down.weight.grad is not None
 
