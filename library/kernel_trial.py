@@ -11,8 +11,9 @@ import contextlib
 import importlib
 import importlib.util
 import logging
+import threading
 from collections.abc import Callable
-from concurrent.futures import ThreadPoolExecutor
+from concurrent.futures import Future
 from types import ModuleType
 from typing import Any
 
@@ -45,10 +46,8 @@ def tried(name: str, what: str, failure_of: Callable[[ModuleType], str | None]) 
         return None
     try:
         kernels = importlib.import_module(name)
-        # In a thread of its own: who looks at the operations of the forward pass that asks, to compute them again or to keep
-        # something else than is saved, must not see these.
-        with ThreadPoolExecutor(1) as thread:
-            reason = thread.submit(failure_of, kernels).result()
+        logger.info("%s: trying Triton's kernels, which takes a while where they have to be compiled", what)
+        reason = _in_a_thread(failure_of, kernels)
     except Exception as error:  # whatever a compiler or a driver raises: that it cannot run is the answer
         first_line = next(iter(str(error).strip().splitlines()), "")
         reason = f"a try ended with an error ({type(error).__name__}: {first_line})"
@@ -61,6 +60,24 @@ def tried(name: str, what: str, failure_of: Callable[[ModuleType], str | None]) 
         reason,
     )
     return None
+
+
+def _in_a_thread(failure_of: Callable[[ModuleType], str | None], kernels: ModuleType) -> str | None:
+    """Returns what a trial finds in a thread of its own.
+
+    Who looks at the operations of the forward pass that asks, to compute them again or to keep something else than is saved,
+    must not see these. Nobody waits for the thread who is interrupted: a compiler that hangs must not hold the program.
+    """
+    found: Future[str | None] = Future()
+
+    def run() -> None:
+        try:
+            found.set_result(failure_of(kernels))
+        except BaseException as error:  # raised where the result is waited for
+            found.set_exception(error)
+
+    threading.Thread(target=run, name="trial of kernels", daemon=True).start()
+    return found.result()
 
 
 def on_device_of(x: Tensor) -> Any:

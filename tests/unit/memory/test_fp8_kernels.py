@@ -53,7 +53,10 @@ def test_kernels_compile_for_gpus_that_multiply_in_fp8(name: str, constants: dic
     kinds = {"x": "*bf16", "codes": "*fp8e4nv", "rows": "i32", "columns": "i32"}
     kinds |= dict.fromkeys(("factor", "scale", "ones"), "*fp32") | dict.fromkeys(constants, "constexpr")
     kernel = getattr(fp8_kernels, name)
-    source = ASTSource(kernel, {argument: kinds.get(argument, "*fp8e4nv") for argument in kernel.arg_names}, constants)
+    signature = {argument: kinds.get(argument, "*fp8e4nv") for argument in kernel.arg_names}
+    # Tensors lie at multiples of 16 bytes, and the sides of a matrix for the hardware are multiples of 16.
+    whole = [at for at, kind in enumerate(signature.values()) if kind == "i32" or kind.startswith("*")]
+    source = ASTSource(kernel, signature, constants, {(at,): [["tt.divisibility", 16]] for at in whole})
     compiled = triton.compile(source, target=GPUTarget("cuda", capability, 32))
     assert compiled.asm["cubin"]
     # The conversion that the interpreter test stands in for.

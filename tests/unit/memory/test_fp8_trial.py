@@ -18,6 +18,7 @@ from library.memory import fp8, fp8_trial
 from library.memory.fp8 import Fp8Linear, TokensOnce, quantise_rows
 from library.memory.fp8_trial import failure_of, kernels_on
 from library.memory.quantised import quantise_block
+from networks.lora import LoRAModule
 
 CPU = torch.device("cpu")
 
@@ -101,6 +102,20 @@ def test_what_two_linears_are_given_is_quantised_once(counted: list[torch.Size])
         linear._tokens_once = None
     assert torch.equal(block(x), y)
     assert counted[4:] == [(6, 32), (6, 32), (6, 64)]
+
+
+@pytest.mark.parametrize("adapted", [("w1",), ("w3",), ("w1", "w3")])
+def test_linears_with_a_lora_share_too(adapted: tuple[str, ...], counted: list[torch.Size]) -> None:
+    """Theirs is another function; what it is given has to be the very tensor."""
+    block = feed_forward()
+    for name in adapted:
+        LoRAModule(name, getattr(block, name), rank=4).apply_to()
+    x = realistic_tokens(6, 32).view(2, 3, 32).bfloat16().requires_grad_()
+    del counted[:]
+    y = block(x)
+    assert type(block.w1(x).grad_fn).__name__.startswith("LinearWithLoRA") == ("w1" in adapted)
+    assert counted[:2] == [(6, 32), (6, 64)]  # w1 and w3 together, w2
+    assert len(torch.autograd.grad(y.sum(), x)) == 1
 
 
 def test_recomputation_quantises_once_too(counted: list[torch.Size]) -> None:

@@ -1,0 +1,79 @@
+"""A trial of kernels: what it says, and that it holds nobody."""
+
+from __future__ import annotations
+
+import logging
+import os
+import signal
+import subprocess
+import sys
+from pathlib import Path
+from types import ModuleType
+
+import pytest
+
+from library import kernel_trial
+from library.kernel_trial import tried
+
+ROOT = Path(__file__).resolve().parents[2]
+
+HANGS = """
+import signal, threading
+from library import kernel_trial
+
+kernel_trial.has_triton = lambda: True
+signal.signal(signal.SIGINT, signal.default_int_handler)  # whoever runs the tests may have it ignored
+
+
+def hangs(kernels):
+    print("begun", flush=True)
+    threading.Event().wait()
+
+
+try:
+    kernel_trial.tried("math", "Sums", hangs)
+except KeyboardInterrupt:
+    print("interrupted", flush=True)
+"""
+
+
+@pytest.fixture
+def triton_is_there(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(kernel_trial, "has_triton", lambda: True)
+
+
+@pytest.mark.usefixtures("triton_is_there")
+def test_a_trial_is_announced_before_it_begins(caplog: pytest.LogCaptureFixture) -> None:
+    said: list[str] = []
+
+    def looks(kernels: ModuleType) -> None:
+        said.extend(record.message for record in caplog.records)
+
+    with caplog.at_level(logging.INFO):
+        assert tried("math", "Sums", looks) is not None
+    assert len(said) == 1
+    assert "Sums: trying Triton's kernels" in said[0]
+
+
+@pytest.mark.usefixtures("triton_is_there")
+def test_what_ends_the_program_ends_it() -> None:
+    def ends(kernels: ModuleType) -> None:
+        raise SystemExit(3)
+
+    with pytest.raises(SystemExit):
+        tried("math", "Sums", ends)
+
+
+@pytest.mark.skipif(os.name == "nt", reason="signals are sent to processes otherwise there")
+def test_an_interrupt_ends_a_trial_that_hangs() -> None:
+    environment = {**os.environ, "PYTHONPATH": str(ROOT)}
+    with subprocess.Popen([sys.executable, "-c", HANGS], env=environment, stdout=subprocess.PIPE, text=True) as program:
+        assert program.stdout is not None
+        try:
+            assert program.stdout.readline() == "begun\n"
+            program.send_signal(signal.SIGINT)
+            rest, _ = program.communicate(timeout=60)  # importing is over, so this takes no second
+        finally:
+            program.kill()
+    assert rest == "interrupted\n"
+    assert program.returncode == 0
