@@ -207,7 +207,9 @@ class LoRAModule(nn.Module):
         """Puts the LoRA in place: the Linear's ``forward`` becomes the LoRA's."""
         if self._org_forward is not None:
             raise RuntimeError(f"{self.lora_name} is applied already")
-        self._frozen = (frozen_product(self.org_module),)
+        # One function has steps of its own; of a subclass that changes one, each is called.
+        is_plain = type(self)._add_up is LoRAModule._add_up and type(self)._drop is LoRAModule._drop
+        self._frozen = (frozen_product(self.org_module) if is_plain else None,)
         self._org_forward = self.org_module.forward
         self.org_module.forward = self.forward
 
@@ -218,7 +220,8 @@ class LoRAModule(nn.Module):
         if self._is_one_function():
             (frozen,) = self._frozen
             strength, operands = self.multiplier * self.scale, frozen.operands()  # type: ignore[union-attr]
-            return LinearWithLoRA.apply(x, self.lora_down.weight, self.lora_up.weight, strength, frozen, *operands)
+            if not any(operand.requires_grad for operand in operands):  # it may be trained since the LoRA was attached
+                return LinearWithLoRA.apply(x, self.lora_down.weight, self.lora_up.weight, strength, frozen, *operands)
         base = self._org_forward(x)
         if self.multiplier == 0:
             return base
@@ -230,14 +233,16 @@ class LoRAModule(nn.Module):
     def _is_one_function(self) -> bool:
         """Whether the Linear and the LoRA are computed as one function: in training without dropouts, not compiled.
 
-        A compiler fuses by itself; and a pass without gradients makes no nodes.
+        A compiler fuses by itself; and a pass without gradients makes no nodes. Autocast, which other trainers use, knows
+        single operations alone.
         """
         return (
-            self._frozen[0] is not None
-            and not torch.compiler.is_compiling()
+            not torch.compiler.is_compiling()
+            and self._frozen[0] is not None
             and torch.is_grad_enabled()
             and self.multiplier != 0
             and not (self.training and self._drops)
+            and not torch._C._is_any_autocast_enabled()
         )
 
     @property
@@ -366,9 +371,6 @@ class SplitLoRAModule(LoRAModule):
     def rank_text(self) -> str:
         """The rank as the log shows it."""
         return f"{len(self.rows)} x {self.part_rank}"
-
-    def _is_one_function(self) -> bool:
-        return False
 
     def _up_weights(self) -> list[Tensor]:
         return list(self.lora_up.parameters())

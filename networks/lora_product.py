@@ -81,8 +81,15 @@ class LinearWithLoRA(torch.autograd.Function):
         if strength != 1:
             hidden = hidden * strength  # the smallest tensor there is
         out = base.product(x, *operands)
-        ctx.save_for_backward(x, hidden, low_down, low_up, *operands)
-        ctx.strength, ctx.base, ctx.dtypes = strength, base, (down.dtype, up.dtype)
+        needs_x, needs_down, needs_up, *_ = ctx.needs_input_grad
+        ctx.save_for_backward(  # what gradients need: a LoRA may be frozen, and so may be all that made the input
+            x if needs_down else None,
+            hidden if needs_up else None,
+            low_down if needs_x else None,
+            low_up if needs_x or needs_down else None,
+            *(operands if needs_x else ()),
+        )
+        ctx.strength, ctx.base, ctx.dtypes, ctx.num_operands = strength, base, (down.dtype, up.dtype), len(operands)
         rows = out.view(-1, out.shape[-1])
         if is_observed():  # what it keeps of the product must not be written over
             return torch.addmm(rows, hidden, low_up.t()).view(out.shape)
@@ -95,10 +102,12 @@ class LinearWithLoRA(torch.autograd.Function):
         (gradient,) = gradients
         x, hidden, down, up, *operands = ctx.saved_tensors
         rows = gradient.reshape(-1, gradient.shape[-1])  # (M,out)
-        of_hidden = rows @ up  # (M,r)
-        if ctx.strength != 1:
-            of_hidden = of_hidden * ctx.strength
         of_x, of_down, of_up = None, None, None
+        of_hidden: Any = None
+        if up is not None:
+            of_hidden = rows @ up  # (M,r)
+            if ctx.strength != 1:
+                of_hidden = of_hidden * ctx.strength
         if ctx.needs_input_grad[1]:
             of_down = _product_in(ctx.dtypes[0], of_hidden.t(), x.reshape(-1, x.shape[-1]))
         if ctx.needs_input_grad[2]:
@@ -106,7 +115,7 @@ class LinearWithLoRA(torch.autograd.Function):
         if ctx.needs_input_grad[0]:
             of_x = ctx.base.input_gradient(gradient, *operands)
             of_x.view(-1, of_x.shape[-1]).addmm_(of_hidden, down)
-        return of_x, of_down, of_up, *[None] * (2 + len(operands))
+        return of_x, of_down, of_up, *[None] * (2 + ctx.num_operands)
 
 
 def _product_in(dtype: torch.dtype, a: Tensor, b: Tensor) -> Tensor:

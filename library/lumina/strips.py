@@ -21,10 +21,12 @@ STRIP_BYTES = 64 * 2**20
 
 
 def can_be_cut(convolution: nn.Conv2d) -> bool:
-    """Whether :func:`in_strips` knows a layer's ways: it pads with zeros by a number, and does not dilate."""
+    """Whether :func:`in_strips` knows a layer's ways: it pads with zeros by a number, so that no row of the result sees
+    padding alone, and does not dilate."""
     return (
         convolution.padding_mode == "zeros"
         and not isinstance(convolution.padding, str)
+        and int(convolution.padding[0]) < convolution.kernel_size[0]
         and convolution.dilation == (1, 1)
     )
 

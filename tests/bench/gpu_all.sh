@@ -24,7 +24,7 @@
 # Wheels in ./.whl (or the folder WHEELS) are unpacked into a temporary folder on PYTHONPATH. A part whose package is missing
 # is left out, and the summary says why.
 
-set -u
+set -u # under which bash before 4.4 takes an empty array for one that is not set, hence ${tiny[@]+...}
 cd "$(dirname "${BASH_SOURCE[0]}")/../.." || exit 1
 quick=0
 if [ "${1:-}" = "--quick" ]; then quick=1; shift; fi
@@ -79,16 +79,29 @@ skip() { # NAME REASON
 }
 
 steps() { # LIMIT_S NAMES...: training steps of the full model, all in one process
-    local limit=$1 began=$SECONDS chosen=() name
+    local limit=$1 began=$SECONDS chosen=() name status
     shift
     for name in "$@"; do
         case " ${ONLY:-$name} " in *" $name "*) chosen+=("$name") ;; esac
     done
     [ ${#chosen[@]} -eq 0 ] && return 0
+    if [ $((budget - SECONDS)) -lt 20 ]; then # a limit of 0 would be none to timeout
+        for name in "${chosen[@]}"; do skip "$name" "no time was left of $budget s"; done
+        return 1
+    fi
     [ "$limit" -gt $((budget - SECONDS)) ] && limit=$((budget - SECONDS))
     echo "== ${chosen[*]}" | tee -a "$work/log.txt" >&2
-    timeout --kill-after=10 "$limit" "$python" tests/bench/gpu_steps.py \
-        "$work/parts" --limit_s "$limit" --only "${chosen[@]}" "${tiny[@]}" >>"$work/log.txt" 2>&1
+    timeout --kill-after=10 "$limit" "$python" tests/bench/gpu_steps.py "$work/parts" --limit_s "$limit" \
+        --only "${chosen[@]}" ${tiny[@]+"${tiny[@]}"} >"$work/stderr" 2>&1
+    status=$?
+    cat "$work/stderr" >>"$work/log.txt"
+    for name in "${chosen[@]}"; do # the one that was cut off, and those behind it; all, where it did not begin
+        if [ ! -f "$work/parts/$name.status" ] && [ ! -f "$work/parts/$name.skipped" ]; then
+            : >"$work/parts/$name.out"
+            tail -n 5 "$work/stderr" >"$work/parts/$name.error"
+            printf '%s\n%s\n' "$status" $((SECONDS - began)) >"$work/parts/$name.status"
+        fi
+    done
     summarise
 }
 
@@ -130,7 +143,7 @@ if ! has pytest; then
 elif [ $quick -eq 1 ]; then
     part tests 100 "$python" -m pytest tests/gpu -m gpu --collect-only
 else
-    part tests 200 "$python" -m pytest tests/gpu -m gpu -vv -rfEs --tb=short "${workers[@]}"
+    part tests 200 "$python" -m pytest tests/gpu -m gpu -vv -rfEs --tb=short ${workers[@]+"${workers[@]}"}
 fi
 
 if [ $quick -eq 1 ]; then
@@ -150,7 +163,8 @@ else
 fi
 if [ $quick -eq 1 ]; then
     part memory_table 100 "$python" tests/bench/bench_memory_table.py --help
-elif part memory_table 150 "$python" tests/bench/bench_memory_table.py --measure --size_px 1024 --limit_s "$table_s"; then
+elif part memory_table 150 "$python" tests/bench/bench_memory_table.py --measure --size_px 1024 --limit_s "$table_s" &&
+    [ -f "$work/parts/memory_table.status" ]; then # not one of ONLY's parts otherwise
     cp library/memory/memory_table.json "$folder/"
 fi
 

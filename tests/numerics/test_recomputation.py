@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import weakref
+from typing import Any
 
 import pytest
 import torch
@@ -41,12 +42,13 @@ LEVELS: dict[str, MemorySettings] = {
 class Run:
     """A model with a LoRA beside everything, prepared by the settings."""
 
-    def __init__(self, settings: MemorySettings, attention: AttentionFn = plain_attention) -> None:
+    def __init__(self, settings: MemorySettings, attention: AttentionFn = plain_attention, drops: bool = True) -> None:
         torch.manual_seed(0)
         self.model = NextDiT(CONFIG, attention).requires_grad_(False)
         blocks = [*self.model.noise_refiner, *self.model.context_refiner, *self.model.layers]
-        arguments = {"rank_dropout": "0.2"}
-        self.network = lora_lumina.create_network(1.0, 4, 2.0, None, [], self.model, neuron_dropout=0.1, **arguments)
+        # Without dropouts each Linear and its LoRA are one function.
+        arguments: dict[str, Any] = {"neuron_dropout": 0.1, "rank_dropout": "0.2"} if drops else {}
+        self.network = lora_lumina.create_network(1.0, 4, 2.0, None, [], self.model, **arguments)
         self.network.apply_to([], self.model, False, True)
         fill(self.network)
         self.network.train()
@@ -69,20 +71,22 @@ class Run:
         return [loss.detach(), *gradients]
 
 
+@pytest.mark.parametrize("drops", [True, False])
 @pytest.mark.parametrize("level", ["selective", "full"])
-def test_bounds_of_sequences_are_found_anew_in_backward(level: str) -> None:
+def test_bounds_of_sequences_are_found_anew_in_backward(level: str, drops: bool) -> None:
     # Forward, the second block of the captions finds what the first one made; backward comes to it from other masks.
-    expected = Run(LEVELS["none"], by_sequences(over_sequences)).results()
-    found = Run(LEVELS[level], by_sequences(over_sequences)).results()
+    expected = Run(LEVELS["none"], by_sequences(over_sequences), drops).results()
+    found = Run(LEVELS[level], by_sequences(over_sequences), drops).results()
     for ours, wanted in zip(found, expected, strict=True):
         # The LoRA's part is added in another operation while results are kept: one rounding in float32.
         torch.testing.assert_close(ours, wanted, rtol=1e-4, atol=1e-6 * float(wanted.abs().max()))
 
 
-def test_selective_computes_the_wide_products_again_and_nothing_else() -> None:
+@pytest.mark.parametrize("drops", [True, False])
+def test_selective_computes_the_wide_products_again_and_nothing_else(drops: bool) -> None:
     operations = {}
     for level, settings in LEVELS.items():
-        run = Run(settings)
+        run = Run(settings, drops=drops)
         run.results()
         with FlopCounterMode(display=False) as counter:
             run.results()
@@ -94,11 +98,11 @@ def test_selective_computes_the_wide_products_again_and_nothing_else() -> None:
     assert 0.4 < share < 0.6
 
 
-def peak_of_a_pass(level: str) -> int:
+def peak_of_a_pass(level: str, drops: bool) -> int:
     """Returns the most bytes that tensors of a forward and backward pass take at a time."""
     from torch.utils._python_dispatch import TorchDispatchMode
 
-    run = Run(LEVELS[level])
+    run = Run(LEVELS[level], drops=drops)
     run.results()
 
     class Live(TorchDispatchMode):
@@ -130,8 +134,9 @@ def peak_of_a_pass(level: str) -> int:
     return live.peak
 
 
-def test_each_level_keeps_less() -> None:
-    peaks = {level: peak_of_a_pass(level) for level in LEVELS}
+@pytest.mark.parametrize("drops", [True, False])
+def test_each_level_keeps_less(drops: bool) -> None:
+    peaks = {level: peak_of_a_pass(level, drops) for level in LEVELS}
     # Of four blocks one is whole in memory while its backward pass runs: measured 0.75.
     assert peaks["full"] < peaks["selective"] < 0.85 * peaks["none"]
 

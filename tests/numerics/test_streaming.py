@@ -5,6 +5,7 @@ With all other switches: ``test_training_switches.py``, where nobody watches sin
 
 from __future__ import annotations
 
+import contextlib
 from collections.abc import Callable, Iterator
 from typing import Any
 
@@ -34,6 +35,8 @@ CONFIG = NextDiTConfig(
     cap_dim=32,
 )
 NETWORK_ARGS = {"rank_dropout": "0.2", "split_qkv": "true"}
+ONE_FUNCTION: dict[str, str] = {}
+"""Network arguments with which each Linear and its LoRA are computed as one function, which keeps the weight itself."""
 
 
 @pytest.fixture
@@ -55,12 +58,13 @@ class Run:
         settings: MemorySettings,
         change: Callable[[nn.Module], Any] = lambda model: None,
         dtype: torch.dtype = torch.float32,
+        network_args: dict[str, str] = NETWORK_ARGS,
     ) -> None:
         torch.manual_seed(0)
         self.model = NextDiT(CONFIG).to(dtype).requires_grad_(False)
         change(self.model)
         streamed = prepare.streamed_blocks(list(self.model.layers), settings.blocks_to_swap, CPU)
-        self.network = lora_lumina.create_network(1.0, 4, 2.0, None, [], self.model, **NETWORK_ARGS)
+        self.network = lora_lumina.create_network(1.0, 4, 2.0, None, [], self.model, **network_args)
         self.network.apply_to([], self.model, False, True)
         fill(self.network)
         self.network.train()
@@ -142,6 +146,27 @@ def test_training_is_the_same(transport: LateTransport, weights: str, name: str)
     with transport.watched():
         found = run.train()
     assert_same(found, expected)
+
+
+@pytest.mark.parametrize("name", ["streaming", "streaming, offload", "all", "selective, all"])
+@pytest.mark.parametrize("weights", ["float32", "fp8"])
+@pytest.mark.parametrize("is_watched", [False, True])
+def test_a_linear_and_its_lora_as_one_function_train_the_same(
+    transport: LateTransport, is_watched: bool, weights: str, name: str
+) -> None:
+    change = quantised if weights == "fp8" else lambda model: None
+    options = OPTIONS[name]
+    runs = []
+    for given, place in (
+        ({key: value for key, value in options.items() if key in SELECTIVE}, LateTransport()),
+        (options, transport),
+    ):
+        run = Run(MemorySettings(**given), change, network_args=ONE_FUNCTION)
+        assert all(lora._frozen[0] is not None for lora in run.network.loras)
+        # Where operations are observed the LoRA's part is added in another one, which is not what runs on a GPU.
+        with place.watched() if is_watched else contextlib.nullcontext():
+            runs.append(run.train())
+    assert_same(runs[1], runs[0])
 
 
 @pytest.mark.parametrize("options", [OPTIONS["streaming"], OPTIONS["all"]], ids=["streaming", "all"])

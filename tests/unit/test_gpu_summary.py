@@ -3,8 +3,14 @@
 from __future__ import annotations
 
 import json
+import os
+import shutil
+import subprocess
+import sys
 from pathlib import Path
+from typing import Any
 
+import pytest
 import torch
 from bench.fast_random import NormalNumbers
 from bench.gpu_summary import read_parts, summary, targets
@@ -40,6 +46,41 @@ def test_what_failed_or_was_left_out_says_why(tmp_path: Path) -> None:
     assert "| quiet | 7 | failed (1): 3 failed, 97 passed |" in text
     assert "| sampling | 7 | failed (124): timed out |" in text
     assert "| step_flash |  | left out: the package flash_attn is missing |" in text
+
+
+NEEDS_BASH = pytest.mark.skipif(not (shutil.which("bash") and shutil.which("timeout")), reason="it is a bash script")
+ROOT = Path(__file__).parents[2]
+
+
+def run_all(folder: Path, **variables: str) -> tuple[int, dict[str, Any]]:
+    """Runs some parts of gpu_all.sh, with a Python that can do nothing but put results together."""
+    python = folder / "python"
+    python.write_text(
+        f'#!/bin/sh\ncase "$1" in *gpu_summary.py) exec {sys.executable} "$@" ;; esac\necho broken >&2\nexit 3\n',
+        "utf-8",
+    )
+    python.chmod(0o755)
+    environment = {**os.environ, "PYTHON": str(python), "WHEELS": str(folder / "none"), **variables}
+    command = ["bash", "tests/bench/gpu_all.sh", str(folder / "out")]
+    done = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, check=False)
+    return done.returncode, json.loads((folder / "out" / "results.json").read_text("utf-8"))
+
+
+@NEEDS_BASH
+def test_steps_that_could_not_begin_are_failures(tmp_path: Path) -> None:
+    code, parts = run_all(tmp_path, ONLY="step_fp8 step_compiled")
+    assert code == 1
+    for name in ("step_fp8", "step_compiled"):
+        assert (parts[name]["exit_code"], parts[name]["error"]) == (3, "broken\n")
+    assert "step_eager" not in parts
+    assert not (tmp_path / "out" / "memory_table.json").exists()  # nothing was measured
+
+
+@NEEDS_BASH
+def test_steps_for_which_no_time_is_left_say_so(tmp_path: Path) -> None:
+    _, parts = run_all(tmp_path, ONLY="step_fp8 step_compiled sampling", BUDGET_S="0")
+    for name in ("step_fp8", "step_compiled", "sampling"):
+        assert parts[name] == {"skipped": "no time was left of 0 s"}
 
 
 def test_numbers_are_normal_and_differ_between_tensors() -> None:

@@ -67,6 +67,7 @@ def test_layers_that_are_not_known_are_left_alone() -> None:
     assert not can_be_cut(nn.Conv2d(4, 4, 3, padding=1, padding_mode="reflect"))
     assert not can_be_cut(nn.Conv2d(4, 4, 3, padding="same"))
     assert not can_be_cut(nn.Conv2d(4, 4, 3, dilation=2))
+    assert not can_be_cut(nn.Conv2d(4, 4, 1, padding=1))  # a strip that lies outside of the picture
 
 
 def test_nothing_is_cut_on_a_cpu(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -126,12 +126,94 @@ def test_what_is_not_the_plain_case_goes_step_by_step() -> None:
     wrapped.forward = lambda x: nn.Linear.forward(wrapped, x)
     assert frozen_product(wrapped) is None
     assert frozen_product(nn.Conv2d(3, 3, 1).requires_grad_(False)) is None
-    assert not SplitLoRAModule("a", linear(), rows=(64, 32, 32), rank=2)._is_one_function()
+    split = SplitLoRAModule("a", linear(), rows=(64, 32, 32), rank=2)
+    split.apply_to()
+    assert not split._is_one_function()
     with torch.no_grad():
         assert not attached(linear())._is_one_function()
     dropping = attached(linear(), dropout=0.5)
     assert not dropping._is_one_function()
     assert dropping.eval()._is_one_function()
+
+
+def test_a_subclass_that_changes_a_step_is_asked() -> None:
+    class Louder(LoRAModule):
+        def _add_up(self, base: Tensor, hidden: Tensor) -> Tensor:
+            return super()._add_up(base, 2 * hidden)
+
+    class Quieter(LoRAModule):
+        def _drop(self, hidden: Tensor) -> Tensor:
+            return hidden / 2
+
+    for kind, factor in ((LoRAModule, 1), (Louder, 2), (Quieter, 0.5)):
+        base = linear()
+        lora = kind("lora_unet_x", base, rank=RANK)
+        fill(lora, size=0.5)
+        lora.apply_to()
+        x = torch.randn(3, IN)
+        lora.multiplier = factor
+        expected = step_by_step(lora, base.weight, None, x)
+        lora.multiplier = 1
+        torch.testing.assert_close(base(x), expected)  # as above
+        with torch.no_grad():
+            torch.testing.assert_close(base(x), expected)
+
+
+def test_a_base_that_is_trained_later_gets_its_gradient() -> None:
+    base = linear()
+    lora = attached(base)
+    base.requires_grad_()
+    x = torch.randn(3, IN)
+    base(x).sum().backward()
+    expected = torch.ones(OUT, 3) @ x
+    torch.testing.assert_close(base.weight.grad, expected)  # as above
+    assert lora.lora_down.weight.grad is not None
+
+
+def test_autocast_decides_of_single_operations() -> None:
+    base = linear()
+    lora = attached(base)
+    x = torch.randn(3, 5, IN, requires_grad=True)
+    with torch.autocast("cpu", torch.bfloat16):
+        out, expected = base(x), step_by_step(lora, base.weight, None, x)
+    assert out.dtype == torch.bfloat16
+    torch.testing.assert_close(out, expected, atol=0.1, rtol=0.02)  # bf16, values of up to 8
+    assert all(gradient.dtype == torch.float32 for gradient in gradients(out, lora, x))
+
+
+@pytest.mark.parametrize(
+    "trained", [(), ("down",), ("up",), ("down", "up")], ids=lambda names: " ".join(names) or "none"
+)
+@pytest.mark.parametrize("needs_x", [False, True])
+def test_nothing_is_kept_that_no_gradient_needs(trained: tuple[str, ...], needs_x: bool) -> None:
+    base = linear()
+    lora = attached(base, alpha=1.5)
+    factors = {"down": lora.lora_down.weight, "up": lora.lora_up.weight}
+    for name, factor in factors.items():
+        factor.requires_grad_(name in trained)
+    x = torch.randn(7, IN).requires_grad_(needs_x)
+    wanted = [*([x] if needs_x else []), *(factors[name] for name in trained)]
+    kept: list[tuple[int, ...]] = []
+    with torch.autograd.graph.saved_tensors_hooks(
+        lambda tensor: (kept.append(tuple(tensor.shape)), tensor)[1], lambda t: t
+    ):
+        out = base(x)
+    expected_shapes = {
+        (7, IN): "down" in trained,
+        (7, RANK): "up" in trained,
+        (RANK, IN): needs_x,
+        (OUT, RANK): needs_x or "down" in trained,
+        (OUT, IN): needs_x,
+    }
+    assert kept == [shape for shape, is_needed in expected_shapes.items() if is_needed]
+    if wanted:
+        expected = step_by_step(lora, base.weight, None, x)
+        for ours, theirs in zip(
+            torch.autograd.grad(out.square().sum(), wanted),
+            torch.autograd.grad(expected.square().sum(), wanted),
+            strict=True,
+        ):
+            torch.testing.assert_close(ours, theirs)  # as above
 
 
 def test_two_networks_on_one_linear_add_up() -> None:
