@@ -104,7 +104,8 @@ def test_the_device_keeps_two_blocks(parts: Offloaded) -> None:
         nonlocal most
         alive.append(StorageWeakRef(arguments[0].untyped_storage()))
         gc.collect()  # an import that fails in a forward pass leaves its callers' frames in a cycle
-        most = max(most, sum(not reference.expired() for reference in alive))
+        # The first one the test's own frame may hold: with torch._dynamo's way of running frames it does.
+        most = max(most, sum(not reference.expired() for reference in alive[1:]))
 
     for block in parts.blocks:
         block.register_forward_pre_hook(count)
