@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+import logging
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
     import torch
+
+logger = logging.getLogger(__name__)
 
 
 class Peak:
@@ -32,6 +35,19 @@ class Peak:
         num_bytes = torch.cuda.max_memory_allocated(device)
         if num_bytes > self.num_bytes:
             self.num_bytes, self.doing = num_bytes, doing
+
+    def report(self, device: torch.device) -> None:
+        """Logs the peaks of a GPU, and what was done then; nothing without one."""
+        if device.type != "cuda":
+            return
+        import torch
+
+        logger.info(
+            "Peak GPU memory: %.2f GiB reserved, %.2f GiB in tensors, while %s",
+            torch.cuda.max_memory_reserved(device) / 2**30,
+            self.num_bytes / 2**30,
+            self.doing,
+        )
 
 
 def never_needed_bytes(device: torch.device) -> float:

@@ -502,16 +502,8 @@ class NetworkTrainer(FrozenModels):
 
     def report_memory(self) -> None:
         """Says how much memory the whole program took on a GPU, caching and previews included."""
-        import torch
-
-        if self.device.type == "cuda":
-            self.peak.note(self.device, "training")
-            logger.info(
-                "Peak GPU memory: %.2f GiB reserved, %.2f GiB in tensors, while %s",
-                torch.cuda.max_memory_reserved(self.device) / 2**30,
-                self.peak.num_bytes / 2**30,
-                self.peak.doing,
-            )
+        self.peak.note(self.device, "training")
+        self.peak.report(self.device)
 
     def finish(self) -> None:
         """Ends uploads, trackers and processes together."""

@@ -29,3 +29,16 @@ def test_a_peak_knows_what_was_being_done(monkeypatch: pytest.MonkeyPatch) -> No
     nothing = Peak()
     nothing.note(torch.device("cpu"), "training")
     assert (nothing.num_bytes, nothing.doing) == (0, "")
+
+
+def test_a_peak_is_reported_where_there_is_one(
+    monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    caplog.set_level("INFO")
+    peak = Peak()
+    peak.report(torch.device("cpu"))
+    assert not caplog.messages
+    peak.num_bytes, peak.doing = 3 * 2**30, "drawing previews"
+    monkeypatch.setattr(torch.cuda, "max_memory_reserved", lambda device: 4 * 2**30)
+    peak.report(torch.device("cuda"))
+    assert caplog.messages == ["Peak GPU memory: 4.00 GiB reserved, 3.00 GiB in tensors, while drawing previews"]
