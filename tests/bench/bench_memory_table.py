@@ -25,17 +25,16 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from bench_step import RandomModelTrainer, batch_of, trainer_of, unstarted
 from measuring import ROOT, circumstances
+from our_program import RandomModelTrainer, batch_of, trainer_of, unstarted
 from timing import timed
 
 from library.files import write_text
-from library.lumina.next_dit import NextDiT
 from library.memory.device_memory import let_segments_grow
 from library.memory.fit import GIB, QUALITY, TABLE_FILE, Allowance, Need, Row
 from library.training.processes import Processes
 from library.training.step import TrainStep
-from library.training.step_rehearsal import META, rehearse
+from library.training.step_rehearsal import rehearse
 
 logger = logging.getLogger(__name__)
 
@@ -79,9 +78,7 @@ def rehearsed(size_px: int, row: Row, folder: Path, preset: str = "full") -> Nee
     """Returns what a step of the table needs, by rehearsal."""
     trainer = unstarted(preset, "bf16", folder, [f"--network_dim={RANK}"])
     trainer.__class__ = RehearsedTrainer
-    with META:
-        sizes = NextDiT(trainer.dit_config())
-    return rehearse(trainer, row, batch_of(sizes, size_px, size_px, [CAPTION_TOKENS] * BATCH, 1))
+    return rehearse(trainer, row, batch_of(trainer.dit_config(), size_px, size_px, [CAPTION_TOKENS] * BATCH, 1))
 
 
 def entry(size_px: int, row: Row, need: Need, fastest_s: float) -> dict[str, Any]:
@@ -149,7 +146,7 @@ def measure_one(size_px: int, row: Row, folder: Path, preset: str = "full") -> d
         torch.cuda.empty_cache()  # reading the weights is not part of it, nor what it left reserved
         torch.cuda.reset_peak_memory_stats()
         for number in range(1, _WARM_UP + _STEPS + 1):
-            batch = batch_of(trainer.dit, size_px, size_px, [CAPTION_TOKENS] * BATCH, number)
+            batch = batch_of(trainer.dit_config(), size_px, size_px, [CAPTION_TOKENS] * BATCH, number)
             seconds.append(timed(lambda batch=batch, number=number: step([batch], BATCH, number), trainer.device))
     except torch.OutOfMemoryError:
         return {"out_of_memory": True}

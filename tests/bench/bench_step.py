@@ -2,6 +2,7 @@
 
     python tests/bench/bench_step.py --preset medium --size 512 --batch 2 --precision bf16
     python tests/bench/bench_step.py --preset full --size 1024 --batch 4 --precision bf16 -- --torch_compile
+    python tests/bench/bench_step.py --program diffusers   # the same step by diffusers' transformer and peft's LoRA
 
 Behind ``--`` come flags of the trainer. Between steps a large matrix product of the same dtype is timed: that is the
 machine's ceiling of this very moment. Prints one JSON object; ``mfu`` is the step's necessary operations
@@ -20,113 +21,40 @@ import sys
 import tempfile
 from collections.abc import Sequence
 from pathlib import Path
-from types import SimpleNamespace
-from typing import Any
+from typing import Protocol
 
 import flops
 import presets
 import torch
+from diffusers_program import DiffusersProgram
 from measuring import circumstances
+from our_program import OurProgram, batch_of
 from timing import DTYPES, Ceiling, longest, timed
 from torch import nn
 
 from library.console import run_program
 from library.data.items import Batch
-from library.lumina.configs import NextDiTConfig
 from library.memory.device_memory import let_segments_grow
-from library.training.arguments import parse_arguments
-from library.training.hooks import Reading
-from library.training.processes import Processes
-from library.training.report import RunPlan
-from library.training.step import TrainStep
-from lumina_train_network import LuminaNetworkTrainer
-
-RANK = 8
 
 
-class RandomModelTrainer(LuminaNetworkTrainer):
-    """The trainer of a command line, on a model with random weights instead of files."""
+class Program(Protocol):
+    """What is timed.
 
-    preset = "tiny"
-
-    def inspect_models(self) -> None:
-        """There are no files."""
-
-    def attention_heads(self) -> tuple[int, int, int]:
-        sizes = presets.config(self.preset)
-        return sizes.num_heads, sizes.num_kv_heads, sizes.head_dim
-
-    def dit_config(self) -> NextDiTConfig:
-        return presets.config(self.preset)
-
-    def load_model(self, dtype: torch.dtype, reading: Reading) -> nn.Module:
-        sizes, attention = presets.config(self.preset), self.attention.function
-        self.dit = presets.random_next_dit(sizes, dtype, attention, finish=reading.finish)
-        return self.dit
-
-
-def trainer_of(preset: str, precision: str, folder: Path, more: Sequence[str] = ()) -> RandomModelTrainer:
-    """Returns a trainer that is ready for its first step; see :func:`unstarted` for the arguments."""
-    trainer = unstarted(preset, precision, folder, more)
-    trainer.start()
-    trainer.plan = RunPlan(num_batches=1000, steps_per_epoch=1000, num_steps=1000, num_epochs=1)
-    trainer.load_models()
-    trainer.build_network()
-    trainer.build_optimizer()
-    return trainer
-
-
-def unstarted(preset: str, precision: str, folder: Path, more: Sequence[str] = ()) -> RandomModelTrainer:
-    """Returns a trainer that has its settings and nothing else.
-
-    Args:
-        preset: of the model.
-        precision: bf16 or fp32.
-        folder: for the run's files.
-        more: further flags of the trainer.
+    Attributes:
+        device: where it trains.
+        model: what it trains beside.
+        checkpointing: whether blocks are computed again in backward.
     """
-    argv = [
-        "--pretrained_model_name_or_path=random",
-        f"--train_data_dir={folder}",
-        "--resolution=1024",
-        f"--output_dir={folder}",
-        "--network_module=networks.lora_lumina",
-        f"--network_dim={RANK}",
-        f"--network_alpha={RANK}",
-        "--network_args",
-        "mod_dim=0",
-        "train_blocks=all",
-        "--learning_rate=1e-4",
-        "--timestep_sampling=nextdit_shift",
-        f"--mixed_precision={'no' if precision == 'fp32' else precision}",
-        "--cache_latents",
-        "--cache_text_encoder_outputs",
-        "--seed=1",
-        *more,
-    ]
-    config = parse_arguments(argv)
-    if config is None:
-        raise SystemExit("--output_config has no place here")
-    trainer = RandomModelTrainer(config)
-    trainer.preset = preset
-    trainer.dataset_configs = []
-    return trainer
 
+    device: torch.device
+    model: nn.Module
+    checkpointing: bool
 
-def batch_of(model: Any, width_px: int, height_px: int, captions: Sequence[int], step: int) -> Batch:
-    """Returns a batch of random latents and text features, other ones for each step."""
-    generator = torch.Generator().manual_seed(step)
-    latents = torch.randn(len(captions), model.config.channels, height_px // 8, width_px // 8, generator=generator)
-    text = tuple(torch.randn(length, model.config.cap_dim, generator=generator).bfloat16() for length in captions)
-    item = SimpleNamespace(subset=SimpleNamespace(preserves_output=False), path=Path("random.png"))
-    draws: Any = tuple(SimpleNamespace(item=item, key=step * 1000 + index) for index in range(len(captions)))
-    return Batch(draws, latents.bfloat16(), None, text, torch.ones(len(captions)), len(captions))
+    def step(self, batch: Batch, number: int) -> float:
+        """Trains one step and returns its loss."""
 
-
-def lora_ranks(network: Any, model: nn.Module) -> dict[str, int]:
-    """Returns the rank beside each Linear of the model, by module name."""
-    names = {id(module): name for name, module in model.named_modules()}
-    return {names[id(lora.org_module)]: lora.lora_dim for lora in network.unet_loras}
+    def ranks(self) -> dict[str, int]:
+        """Returns the LoRA's rank beside each Linear, by our names."""
 
 
 def host_peak_gib() -> float:
@@ -136,36 +64,40 @@ def host_peak_gib() -> float:
 
 def measure(options: argparse.Namespace, folder: Path) -> dict[str, object]:
     """Runs the steps and returns the figures."""
-    trainer = trainer_of(options.preset, options.precision, folder, options.more)
-    device, model = trainer.device, trainer.dit
+    program = program_of(options, folder)
+    device, sizes = program.device, presets.config(options.preset)
     width, height = options.width or options.size, options.height or options.size
     captions = (options.captions * options.batch)[: options.batch]
-    counted = flops.count(model.config, flops.image_tokens(width, height), captions, lora_ranks(trainer.network, model))
-    step = TrainStep(trainer.losses_of, trainer.updater, Processes(trainer.accelerator))
+    counted = flops.count(sizes, flops.image_tokens(width, height), captions, program.ranks())
+
+    def batch_for(number: int) -> Batch:
+        return batch_of(sizes, width, height, captions, number)
+
     if device.type == "cuda":
         torch.cuda.empty_cache()  # the weights were drawn there
         torch.cuda.reset_peak_memory_stats()
-    first = timed(lambda: step([batch_of(model, width, height, captions, 1)], options.batch, 1), device)
-    step([batch_of(model, width, height, captions, 2)], options.batch, 2)
+    first = timed(lambda: program.step(batch_for(1), 1), device)
+    program.step(batch_for(2), 2)
     host_gib = host_peak_gib()  # both before the ceiling's matrices are made
     device_gib = torch.cuda.max_memory_reserved() / 2**30 if device.type == "cuda" else None
     ceiling = Ceiling(DTYPES[options.precision], device)
     seconds, ceilings, losses = [], [ceiling.measure()], []
     for number in range(3, 3 + options.warmup + options.steps):
-        batch = batch_of(model, width, height, captions, number)
+        batch = batch_for(number)
 
         def work(batch: Batch = batch, number: int = number) -> None:
-            losses.append(step([batch], options.batch, number)["loss/current"])
+            losses.append(program.step(batch, number))
 
         seconds.append(timed(work, device))
         ceilings.append(ceiling.measure())
     seconds, ceilings = seconds[options.warmup :], ceilings[options.warmup + 1 :]
     median, most = statistics.median(seconds), statistics.median(ceilings)
-    computed_again = counted.blocks_forward if trainer.config.memory.gradient_checkpointing else 0
+    computed_again = counted.blocks_forward if program.checkpointing else 0
     achieved = counted.step / median / 1e12
     figures: dict[str, object] = {
+        "program": options.program,
         "preset": options.preset,
-        "parameters_m": round(sum(parameter.numel() for parameter in model.parameters()) / 1e6, 1),
+        "parameters_m": round(_frozen_numbers(program.model) / 1e6, 1),
         "size_px": [width, height],
         "batch": options.batch,
         "caption_tokens": captions,
@@ -184,17 +116,31 @@ def measure(options: argparse.Namespace, folder: Path) -> dict[str, object]:
         "host_peak_gib": round(host_gib, 2),
     }
     if options.kernels:
-        batch = batch_of(model, width, height, captions, 1000)
-        figures |= longest(lambda: step([batch], options.batch, 1000), device, options.kernels)
+        batch = batch_for(1000)
+        figures |= longest(lambda: program.step(batch, 1000), device, options.kernels)
     if device_gib is not None:
         figures["device"] = torch.cuda.get_device_name()
         figures["device_peak_gib"] = round(device_gib, 2)
     return figures | {"threads": torch.get_num_threads(), **circumstances()}
 
 
+def _frozen_numbers(model: nn.Module) -> int:
+    return sum(parameter.numel() for parameter in model.parameters() if not parameter.requires_grad)
+
+
+def program_of(options: argparse.Namespace, folder: Path) -> Program:
+    """Returns the program whose steps are timed."""
+    if options.program == "diffusers":
+        return DiffusersProgram(options.preset, options.precision, options.more)
+    return OurProgram(options.preset, options.precision, folder, options.more)
+
+
 def options_of(arguments: Sequence[str] | None = None) -> argparse.Namespace:
     """Returns the options of a command line; None = of this process."""
     parser = argparse.ArgumentParser(description="Times training steps of a model with random weights.")
+    parser.add_argument(
+        "--program", default="ours", choices=["ours", "diffusers"], help="diffusers: its transformer, with peft's LoRA"
+    )
     parser.add_argument("--preset", default="medium", choices=list(presets.PRESETS), help="the model's size")
     parser.add_argument("--size", type=int, default=512, help="picture side in pixels")
     parser.add_argument("--width", type=int, help="instead of --size")

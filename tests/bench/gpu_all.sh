@@ -21,6 +21,8 @@
 #         --platform manylinux_2_24_x86_64 --platform manylinux2014_x86_64 -d .whl \
 #         diffusers==0.42.1 importlib_metadata==10.2.0 toml==0.10.2 bitsandbytes==0.50.2
 #
+# peft, for the comparison with diffusers' transformer, is one more (and psutil, where it is missing).
+#
 # Wheels in ./.whl (or the folder WHEELS) are unpacked into a temporary folder on PYTHONPATH. A part whose package is missing
 # is left out, and the summary says why.
 
@@ -153,6 +155,11 @@ elif has flash_attn || has flash_attn_interface; then
 else
     skip step_flash "the packages flash_attn and flash_attn_interface are missing"
     steps 60 step_cudnn
+fi
+if has diffusers && has peft; then
+    steps 60 step_diffusers step_diffusers_checkpointing
+else
+    skip step_diffusers "the packages diffusers and peft are not both there"
 fi
 steps 200 step_compiled step_compiled_small step_fp8_compiled step_fp8_compiled_small
 part attention 120 "$python" tests/bench/bench_attention.py "${attention[@]}"

@@ -31,12 +31,13 @@ _CHECKPOINTING = "--gradient_checkpointing"
 
 
 class Step(NamedTuple):
-    """A row: picture side in pixels, flags of the trainer, and how it departs from batch 4 with captions of one length."""
+    """A row: picture side in pixels, flags of the trainer, and how it departs from our batch 4, captions of one length."""
 
     size: int
     flags: tuple[str, ...] = ()
     batch: int = 4
     captions: tuple[int, ...] = (160,)
+    program: str = "ours"
 
 
 STEPS = {
@@ -49,6 +50,8 @@ STEPS = {
     "step_ragged": Step(1024, captions=(160, 96, 64, 32)),
     "step_selective": Step(1024, (_CHECKPOINTING, "--gradient_checkpointing_level=selective")),
     "step_one_picture": Step(512, batch=1),
+    "step_diffusers": Step(1024, program="diffusers"),
+    "step_diffusers_checkpointing": Step(1024, (_CHECKPOINTING,), program="diffusers"),
     "step_cudnn": Step(1024, ("--attn_mode=cudnn",)),
     "step_flash": Step(1024, ("--attn_mode=flash",)),
     "step_compiled": Step(1024, ("--torch_compile",)),
@@ -67,7 +70,16 @@ def command_line(step: Step, quick: bool) -> list[str]:
         else ["--preset=full", f"--size={step.size}"]
     )
     captions = [str(length) for length in step.captions]
-    return [*sizes, f"--batch={step.batch}", "--kernels=25", "--captions", *captions, "--", *flags]
+    return [
+        f"--program={step.program}",
+        *sizes,
+        f"--batch={step.batch}",
+        "--kernels=25",
+        "--captions",
+        *captions,
+        "--",
+        *flags,
+    ]
 
 
 def main() -> None:

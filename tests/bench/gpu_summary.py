@@ -68,6 +68,12 @@ def targets(parts: Parts) -> list[tuple[str, str, str]]:
             ">= 50 %",
             lambda: share("step_checkpointing", "mfu_with_recomputation"),
         ),
+        ("over diffusers' transformer with peft: eager", "compared", lambda: speed_up("step_eager", "step_diffusers")),
+        (
+            "the same, full checkpointing",
+            "compared",
+            lambda: speed_up("step_checkpointing", "step_diffusers_checkpointing"),
+        ),
         ("--fp8_fast over bf16, 1024 px", ">= 1.15 x", lambda: speed_up("step_fp8", "step_eager")),
         ("--fp8_fast over bf16, 512 px", ">= 1.25 x", lambda: speed_up("step_fp8_small", "step_bf16_small")),
         ("the same, --torch_compile", ">= 1.15 x", lambda: speed_up("step_fp8_compiled", "step_compiled")),
