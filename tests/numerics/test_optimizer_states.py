@@ -68,6 +68,25 @@ def _flat(state: object, path: str = "") -> dict:
     return {path: (state.dtype, state.tolist()) if isinstance(state, torch.Tensor) else state}
 
 
+@pytest.mark.parametrize("name", ["AdamW", "Adam", "SGDNesterov"])
+def test_one_kernel_computes_what_single_steps_do_and_takes_over_their_state(name: str) -> None:
+    values = flags(name)
+    slow = {**values, "optimizer_args": (*values.get("optimizer_args", ()), "fused=False")}
+    plain, one_kernel = SmallTraining(STEPS, **slow), SmallTraining(STEPS, **values)
+    plain.run(5)
+    state = through_a_file(plain.updater.state_dict())
+    with torch.no_grad():
+        for parameter, value in zip(one_kernel.updater.parameters, plain.tensors(), strict=True):
+            parameter.copy_(value)
+    one_kernel.updater.load_state_dict(state)
+    assert all(group["fused"] for group in one_kernel.updater.optimizer.param_groups)
+    plain.run(5)
+    one_kernel.run(5)
+    for found, expected in zip(one_kernel.tensors(), plain.tensors(), strict=True):
+        # Both compute in float32, in another order: some roundings of 6e-8 in each of five steps.
+        torch.testing.assert_close(found, expected, rtol=1e-5, atol=1e-6)
+
+
 def test_eight_bit_states_are_eight_bit_before_and_after() -> None:
     first = SmallTraining(STEPS, optimizer_type="AdamW8bit")
     first.run(3)

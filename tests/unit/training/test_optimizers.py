@@ -52,6 +52,18 @@ def test_arguments_reach_the_optimizer() -> None:
     )
 
 
+@pytest.mark.parametrize("name", ["AdamW", "Adam", "SGDNesterov"])
+def test_a_step_of_torchs_optimizers_is_one_kernel(name: str) -> None:
+    optimizer = optimizers.build_optimizer(OptimizerSettings(optimizer_type=name), parameters())
+    assert all(group["fused"] for group in optimizer.param_groups)
+    asked = OptimizerSettings(optimizer_type=name, optimizer_args=("foreach=True",))
+    assert not any(group["fused"] for group in optimizers.build_optimizer(asked, parameters()).param_groups)
+    assert "fused" not in optimizers.describe_optimizer(OptimizerSettings(optimizer_type=name))  # nor in metadata
+    elsewhere = [{"params": [torch.nn.Parameter(torch.ones(3, device="meta"))], "lr": 0.1}]
+    on_meta = optimizers.build_optimizer(OptimizerSettings(optimizer_type=name), elsewhere)
+    assert not any(group["fused"] for group in on_meta.param_groups)
+
+
 @pytest.mark.parametrize(
     ("values", "says"),
     [
