@@ -3,12 +3,15 @@
 from __future__ import annotations
 
 import argparse
+import logging
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, NoReturn
 
 from library.errors import SettingsError, nearest
 from library.settings import FlagSpec
+
+logger = logging.getLogger(__name__)
 
 _METAVARS: dict[type, str] = {int: "N", float: "X", Path: "PATH", str: "TEXT"}
 
@@ -63,6 +66,8 @@ def read_command_line(
 ) -> dict[str, Any]:
     """Returns the flags that were given, with their values converted.
 
+    A flag that takes several values and has none is empty, as in sd-scripts, and warned about.
+
     Raises:
         SettingsError: a flag is unknown or has a wrong value.
     """
@@ -72,4 +77,8 @@ def read_command_line(
         if not name.startswith("-"):
             raise SettingsError(f"{name!r} belongs to no flag; put values with spaces in quotes")
         raise SettingsError(f"{name} is no flag of this program{nearest(name, [f'--{known}' for known in specs])}")
-    return {name: specs[name].convert(value, f"--{name}") for name, value in vars(namespace).items()}
+    given = vars(namespace)
+    empty = [f"--{name}" for name, value in given.items() if value == []]
+    if empty:
+        logger.warning("%s: no value follows, which counts as none; give values, or leave it out", ", ".join(empty))
+    return {name: specs[name].convert(value, f"--{name}") for name, value in given.items()}

@@ -2,7 +2,7 @@
 
 Triton comes with torch's CUDA build for Linux. It compiles a kernel when it is first launched, and needs a C compiler for
 that, which a machine may lack; and it may not know the GPU. Both show in a trial, after which torch's operations do the
-work. The answer is a fact about the machine, so who asks remembers it.
+work. The answer is a fact about the machine, so who asks remembers it. That memory is full is no such fact.
 """
 
 from __future__ import annotations
@@ -19,6 +19,9 @@ from typing import Any
 
 import torch
 from torch import Tensor
+
+from library.errors import SettingsError
+from library.shortage import is_out_of_memory
 
 __all__ = ["has_triton", "on_device_of", "tried"]
 
@@ -41,6 +44,9 @@ def tried(name: str, what: str, failure_of: Callable[[ModuleType], str | None]) 
         name: of the module.
         what: its kernels compute, for the warning.
         failure_of: runs the kernels and returns what is wrong with their results; None = nothing.
+
+    Raises:
+        SettingsError: the GPU's memory is full.
     """
     if not has_triton():
         return None
@@ -49,15 +55,20 @@ def tried(name: str, what: str, failure_of: Callable[[ModuleType], str | None]) 
         logger.info("%s: trying Triton's kernels, which takes a while where they have to be compiled", what)
         reason = _in_a_thread(failure_of, kernels)
     except Exception as error:  # whatever a compiler or a driver raises: that it cannot run is the answer
+        if is_out_of_memory(error):  # a trial takes less than a MiB: torch's operations would find none either
+            raise SettingsError(
+                f"{what}: the GPU's memory is full, so that not even a trial of Triton's kernels fits; end what else uses it"
+                " (nvidia-smi shows that), or have the run need less (docs/memory.md)"
+            ) from error
         first_line = next(iter(str(error).strip().splitlines()), "")
-        reason = f"a try ended with an error ({type(error).__name__}: {first_line})"
+        reason = (
+            f"a try ended with an error ({type(error).__name__}: {first_line}). Triton needs a C compiler (gcc), Python's"
+            " header files, and a folder for compiled code that can be written"
+        )
     if reason is None:
         return kernels
     logger.warning(
-        "%s: Triton's kernels cannot be used: %s. torch's operations stand in, which takes longer. Triton needs a C compiler"
-        " (gcc) and a folder for compiled code that can be written",
-        what,
-        reason,
+        "%s: Triton's kernels cannot be used: %s. torch's operations stand in, which takes longer", what, reason
     )
     return None
 

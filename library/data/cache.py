@@ -28,7 +28,7 @@ from library.errors import DatasetError
 
 __all__ = ["ALONE", "EncodeCaptions", "EncodePixels", "Fingerprint", "LatentCache", "LengthOf", "Sharing", "TextCache"]
 
-# Part of every digest: raise it when entries are made differently.
+# Part of every digest: raise it when entries are made differently by more than rounding.
 _VERSION = 1
 
 # Entries that each process sends at a time: a whole cache at once would need its size twice.

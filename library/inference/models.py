@@ -134,7 +134,7 @@ class DrawingModels:
         Raises:
             DrawingError: it is.
         """
-        from library.memory.shortage import is_out_of_memory
+        from library.shortage import is_out_of_memory
 
         try:
             yield

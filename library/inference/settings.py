@@ -123,12 +123,15 @@ def split_lora(text: str) -> tuple[Path, float]:
     """Returns the file and multiplier of ``path`` or ``path;multiplier``.
 
     Raises:
-        SettingsError: the multiplier is no number.
+        SettingsError: there is no path, or the multiplier is no number.
     """
     path, semicolon, multiplier = text.rpartition(";")
     if not semicolon:
-        return expanded(Path(text), "--lora_weights"), 1.0
+        path, multiplier = text, ""
+    if not path:
+        raise SettingsError(f"--lora_weights: {text!r} names no file; write path or path;0.8, or leave the flag out")
+    file = expanded(Path(path), "--lora_weights")
     try:
-        return expanded(Path(path), "--lora_weights"), parse_multiplier(multiplier or "1")
+        return file, parse_multiplier(multiplier or "1")
     except ValueError as error:
         raise SettingsError(f"--lora_weights: {multiplier!r} of {text!r} is no multiplier; write path;0.8") from error

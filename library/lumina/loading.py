@@ -118,7 +118,10 @@ def gemma2_fingerprint(files: ModelFiles, dtype: torch.dtype, max_token_length: 
 
 
 def autoencoder_fingerprint(file: ComponentFile[AutoencoderConfig], dtype: torch.dtype, tiled: bool = False) -> str:
-    """Returns a hash of all that latents depend on besides their picture; the model is not loaded for it."""
+    """Returns a hash of all that latents depend on besides their picture; the model is not loaded for it.
+
+    What only rounds otherwise is left out: the device, kernels, strips (``library/lumina/strips.py``), pictures in a batch.
+    """
     return _hash(file.fingerprint, dtype, *(["tiles"] if tiled else []))
 
 

@@ -154,7 +154,7 @@ class FrozenModels(ModelFamily):
         """
         import torch
 
-        from library.memory.shortage import is_out_of_memory
+        from library.shortage import is_out_of_memory
 
         try:
             return self.ready_autoencoder().encode(pixels)

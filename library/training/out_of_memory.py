@@ -55,7 +55,7 @@ def raise_where_memory_was_short(error: BaseException, config: TrainConfig, devi
     Raises:
         SettingsError: memory was too small.
     """
-    from library.memory.shortage import is_out_of_memory
+    from library.shortage import is_out_of_memory
 
     if is_out_of_memory(error):
         raise SettingsError(
@@ -72,7 +72,7 @@ def raise_where_a_caption_was_too_long(
     Raises:
         SettingsError: memory was too small.
     """
-    from library.memory.shortage import is_out_of_memory
+    from library.shortage import is_out_of_memory
 
     if not is_out_of_memory(error):
         return

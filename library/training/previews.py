@@ -13,8 +13,8 @@ import torch
 from library.errors import DrawingError
 from library.files import write_with
 from library.keyed_random import key
-from library.memory.shortage import is_out_of_memory
 from library.prompts import Prompt
+from library.shortage import is_out_of_memory
 from library.training.contact_sheet import Entry, contact_sheet
 
 if TYPE_CHECKING:

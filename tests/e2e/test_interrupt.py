@@ -51,6 +51,17 @@ def test_ctrl_c_saves(job: Job, output: Path, how: signal.Signals) -> None:
     assert state.name == f"{path.stem}-state"
 
 
+def test_ctrl_c_under_a_launcher_that_does_not_wait(job: Job, output: Path) -> None:
+    """accelerate's launcher of one process gives it a quarter of a second; the trainer saves all the same."""
+    flags = job.train_flags(output, "--max_train_epochs=100000", "--network_train_unet_only", "--save_state")
+    one = ["--num_processes=1", "--num_machines=1", "--mixed_precision=no", "--dynamo_backend=no"]
+    command = [*launch_command(), *one, "lumina_train_network.py", *flags]
+    code, said = interrupted(command, signal.SIGINT, whole_group=True)  # all of it is read when both have ended
+    assert code != 0
+    assert b"Stopped by the user" in said
+    assert len(list(output.glob("my-step*-state"))) == 1, said.decode()
+
+
 @pytest.mark.slow
 def test_ctrl_c_in_two_processes_and_resume(job: Job, tmp_path: Path) -> None:
     flags = ["--train_batch_size=1", "--network_train_unet_only", "--save_state", "--shuffle_caption"]

@@ -30,8 +30,20 @@ def test_sizes_and_steps_beyond_reach_end_at_once(name: str, option: str, most: 
 
 def test_home_folders_of_lora_files() -> None:
     assert split_lora("~/a.safetensors;0.5") == (Path.home() / "a.safetensors", 0.5)
-    with pytest.raises(SettingsError, match="--lora_weights: '~no_such_user_here"):
-        split_lora("~no_such_user_here/a.safetensors")
+    for multiplier in ("", ";0.5"):
+        with pytest.raises(SettingsError, match="--lora_weights: '~no_such_user_here"):
+            split_lora(f"~no_such_user_here/a.safetensors{multiplier}")
+
+
+@pytest.mark.parametrize("text", ["", ";", ";0.5"])
+def test_a_lora_without_a_file_is_told(text: str) -> None:
+    """As where a script's variable is empty."""
+    with pytest.raises(SettingsError, match=f"--lora_weights: '{text}' names no file; write path or path;0.8"):
+        split_lora(text)
+
+
+def test_a_lora_without_a_multiplier_has_one() -> None:
+    assert split_lora("a.safetensors") == split_lora("a.safetensors;") == (Path("a.safetensors"), 1.0)
 
 
 def test_the_gpu_that_is_named_becomes_the_current_one(monkeypatch: pytest.MonkeyPatch) -> None:

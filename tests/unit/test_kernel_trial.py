@@ -11,8 +11,10 @@ from pathlib import Path
 from types import ModuleType
 
 import pytest
+import torch
 
 from library import kernel_trial
+from library.errors import SettingsError
 from library.kernel_trial import tried
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -53,6 +55,37 @@ def test_a_trial_is_announced_before_it_begins(caplog: pytest.LogCaptureFixture)
         assert tried("math", "Sums", looks) is not None
     assert len(said) == 1
     assert "Sums: trying Triton's kernels" in said[0]
+
+
+@pytest.mark.usefixtures("triton_is_there")
+@pytest.mark.parametrize(
+    "error",
+    [
+        torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 MiB."),
+        RuntimeError("Triton Error [CUDA]: out of memory"),  # where a kernel's code finds no place
+    ],
+)
+def test_full_memory_is_nothing_that_a_compiler_mends(error: RuntimeError, caplog: pytest.LogCaptureFixture) -> None:
+    def runs_short(kernels: ModuleType) -> None:
+        raise error
+
+    with pytest.raises(SettingsError, match="Sums: the GPU's memory is full") as raised:
+        tried("math", "Sums", runs_short)
+    assert "compiler" not in str(raised.value)
+    assert "stand in" not in caplog.text
+
+
+@pytest.mark.usefixtures("triton_is_there")
+def test_a_compiler_is_asked_for_where_nothing_ran(caplog: pytest.LogCaptureFixture) -> None:
+    def fails(kernels: ModuleType) -> None:
+        raise PermissionError(13, "Permission denied", "/.triton")
+
+    assert tried("math", "Sums", fails) is None
+    assert tried("math", "Products", lambda kernels: "a try gave wrong results") is None
+    ended, wrong = (record.message for record in caplog.records if record.levelno == logging.WARNING)
+    assert "(PermissionError: [Errno 13] Permission denied: '/.triton'). Triton needs a C compiler (gcc)" in ended
+    assert wrong.startswith("Products: Triton's kernels cannot be used: a try gave wrong results. torch's operations")
+    assert "compiler" not in wrong
 
 
 @pytest.mark.usefixtures("triton_is_there")
