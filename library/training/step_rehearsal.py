@@ -154,7 +154,8 @@ def reading_of(kind: Quantisation | None) -> Reading:
 def optimizer_with_states(network: nn.Module) -> torch.optim.Optimizer:
     """Returns AdamW over the trained parameters, with the memory that it has from its first step on."""
     parameters = [parameter for parameter in network.parameters() if parameter.requires_grad]
-    optimizer = torch.optim.AdamW(parameters, foreach=True)  # what it takes by itself on a GPU
+    # One kernel, as AdamW's step is on a GPU, needs less; but there is none for meta tensors, and others work so.
+    optimizer = torch.optim.AdamW(parameters, foreach=True)
     for parameter in parameters:
         parameter.grad = torch.empty_like(parameter)
     optimizer.step()
