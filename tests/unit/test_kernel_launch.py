@@ -6,62 +6,18 @@ The kernels are compiled in earnest, for a GPU that is not there.
 from __future__ import annotations
 
 import importlib.util
-import itertools
 from collections.abc import Sequence
-from typing import Any, NamedTuple
+from typing import Any
 
 import pytest
 import torch
+from kernel_helpers import STREAM, Driver, Launch
 from torch import Tensor
 
 pytestmark = pytest.mark.skipif(importlib.util.find_spec("triton") is None, reason="needs the package triton")
 
-STREAM = 5
-DEVICES = itertools.count(1000)  # numbers that no real device has: Triton keeps kernels by them
 CONSTANTS = (2304, 2048, 256, True)
 GRID = (3, 1, 1)
-
-
-class Launch(NamedTuple):
-    """What a driver is told."""
-
-    grid: tuple[int, int, int]
-    stream: int
-    function: object
-    metadata: Any
-    arguments: tuple[Any, ...]
-
-
-class Driver:
-    """Stands for Triton's driver of an NVIDIA GPU."""
-
-    def __init__(self) -> None:
-        self.launches: list[Launch] = []
-        self.utils = self
-        self.device = next(DEVICES)
-
-    def get_current_device(self) -> int:
-        return self.device
-
-    def get_current_stream(self, device: int) -> int:
-        return STREAM
-
-    def get_current_target(self) -> Any:
-        from triton.backends.compiler import GPUTarget
-
-        return GPUTarget("cuda", 90, 32)
-
-    def get_device_properties(self, device: int) -> dict[str, int]:
-        return {"max_shared_mem": 2**20}
-
-    def load_binary(self, *_: Any) -> tuple[Any, ...]:
-        return object(), object(), 32, 0, 1024
-
-    def launcher_cls(self, source: Any, metadata: Any) -> Any:
-        def launcher(x: int, y: int, z: int, stream: int, function: object, packed: Any, *rest: Any) -> None:
-            self.launches.append(Launch((x, y, z), stream, function, packed, rest[3:]))
-
-        return launcher
 
 
 @pytest.fixture
