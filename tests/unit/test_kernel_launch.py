@@ -16,7 +16,7 @@ from torch import Tensor
 
 pytestmark = pytest.mark.skipif(importlib.util.find_spec("triton") is None, reason="needs the package triton")
 
-CONSTANTS = (2304, 2048, 256, True)
+CONSTANTS = (2304, 256, True)
 GRID = (3, 1, 1)
 
 
@@ -109,15 +109,15 @@ def test_the_kernel_is_the_one_that_triton_takes(
 def test_every_kernel_leaves_its_numbers_alone(driver: Driver) -> None:
     """A number that was compiled for would be wrong in the next launch."""
     from library.lumina import elementwise_launches
+    from library.memory import fp8_kernels
 
-    launchers = [
-        value for value in vars(elementwise_launches).values() if isinstance(value, elementwise_launches.Launcher)
-    ]
-    assert len(launchers) == 6
+    values = (*vars(elementwise_launches).values(), *vars(fp8_kernels).values())
+    launchers = [value for value in values if isinstance(value, elementwise_launches.Launcher)]
+    assert len(launchers) == 8
     for launcher in launchers:
         for parameter in launcher._kernel.params:
             # Floats are never compiled for; what is given to kernels as a number and not called eps is an integer.
-            if parameter.name in ("own", "tokens", "units"):
+            if parameter.name in ("own", "tokens", "units", "rows", "columns"):
                 assert parameter.do_not_specialize, launcher._kernel
 
 
@@ -150,3 +150,13 @@ def test_known_versions(version: str, is_amd: bool, known: bool) -> None:
     from library import kernel_launch
 
     assert kernel_launch._is_known(version, is_amd) == known
+
+
+@pytest.mark.parametrize(
+    ("width", "piece", "warps"),
+    [(2304, 256, 1), (3840, 512, 2), (9216, 1024, 4), (2305, 512, 2), (101, 128, 1), (48, 64, 1), (1, 1, 1)],
+)
+def test_rows_are_taken_in_nine_pieces_at_most(width: int, piece: int, warps: int) -> None:
+    from library import kernel_launch
+
+    assert kernel_launch.pieces(width) == (piece, warps)
