@@ -26,10 +26,12 @@ from triton.runtime import driver
 
 from library.kernel_trial import on_device_of
 
-__all__ = ["Launcher"]
+__all__ = ["Launcher", "pieces"]
 
 _FIRST_KNOWN, _LAST_KNOWN = (3, 6), (3, 9)  # versions of triton
 _ALIGNMENT = 16  # bytes
+_PIECE = 256  # numbers of a row that a warp takes at once: 16 bytes of halves a lane
+_PIECES = 9  # of a row at most, for which a warp has the registers
 _LARGEST = 2**31 - 1
 
 
@@ -45,6 +47,12 @@ def _is_known(version: str, is_amd: bool) -> bool:
 
 
 _IS_KNOWN = _is_known(triton.__version__, torch.version.hip is not None)
+
+
+def pieces(width: int) -> tuple[int, int]:
+    """Returns how many numbers of a row are taken at once, a power of two, and by how many warps."""
+    piece = max(_PIECE, triton.next_power_of_2(-(-width // _PIECES)))
+    return min(piece, triton.next_power_of_2(width)), piece // _PIECE
 
 
 class Launcher:

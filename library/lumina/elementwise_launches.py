@@ -15,7 +15,7 @@ import triton
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-from library.kernel_launch import Launcher
+from library.kernel_launch import Launcher, pieces
 from library.lumina import elementwise_kernels as kernels
 
 __all__ = ["QueriesKeysValues", "ScaledNorm", "SwiGLU"]
@@ -23,19 +23,12 @@ __all__ = ["QueriesKeysValues", "ScaledNorm", "SwiGLU"]
 _HEADS_AT_ONCE = 8  # heads of a token that one pass of a program turns
 _SWIGLU_BLOCK = 2048
 _UNIT = 16  # numbers
-_FEW_TOKENS = 8192  # of a batch: so few that programs of more rows would leave a large GPU idle
+_FEW_TOKENS = 4096  # of a batch: so few that programs of more rows would leave a large GPU idle
 _ROWS = (4, 8)  # whose part of a factor's gradient one program adds up: of few tokens, of more
 
 _norm_forward, _norm_backward = Launcher(kernels.norm_forward), Launcher(kernels.norm_backward)
 _rotate_forward, _rotate_backward = Launcher(kernels.rotate_forward), Launcher(kernels.rotate_backward)
 _swiglu_forward, _swiglu_backward = Launcher(kernels.swiglu_forward), Launcher(kernels.swiglu_backward)
-
-
-def _pieces(width: int) -> tuple[int, int, int]:
-    """Returns the two powers of two that a row is taken in (the second may be 0), and the number of warps for it."""
-    head = 1 << (width.bit_length() - 1)
-    tail = triton.next_power_of_2(width - head) if width > head else 0
-    return head, tail, min(max(head // 512, 1), 8)
 
 
 def _tile(num_heads: int, channels: int) -> tuple[int, int]:
@@ -59,8 +52,8 @@ class ScaledNorm(torch.autograd.Function):
         x, factor = x.contiguous(), factor.contiguous()
         out = torch.empty_like(x)
         added = x if residual is None else residual.contiguous()
-        head, tail, warps = _pieces(width)
-        constants = (width, head, tail, residual is not None)
+        piece, warps = pieces(width)
+        constants = (width, piece, residual is not None)
         _norm_forward((tokens, batch, 1), (x, factor, added, out), (_own(factor, width), eps), constants, warps)
         return out
 
@@ -78,8 +71,9 @@ class ScaledNorm(torch.autograd.Function):
         rows = _ROWS[batch * tokens > _FEW_TOKENS] if sums else 1
         groups = -(-tokens // rows)
         partial = torch.empty((batch, groups, width), dtype=torch.float32, device=x.device) if sums else of_x
-        head, tail, warps = _pieces(width)
-        constants = (width, head, tail, rows, sums)
+        piece, warps = pieces(width)
+        warps *= 1 + sums  # one warp has no registers for the sums as well
+        constants = (width, piece, rows, sums)
         tensors = (x, scale, gradient.contiguous(), of_x, partial)
         _norm_backward((groups, batch, 1), tensors, (tokens, _own(factor, width), ctx.eps), constants, warps)
         of_factor = partial.sum_to_size(factor.shape).to(factor.dtype) if sums else None

@@ -20,11 +20,11 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from library.kernel_launch import Launcher
-from library.kernel_trial import on_device_of
+from library.kernel_launch import Launcher, pieces
 
 __all__ = ["quantise_rows", "transpose"]
 
+_UNIT = 16  # codes
 _TILE = 128  # channels each way; a row of a tile is a whole line of a GPU's cache
 _MAGNITUDE = tl.constexpr(0x7FFFFFFF)  # bits of a float32 without its sign
 _EXPONENT = tl.constexpr(0x7F800000)
@@ -45,45 +45,52 @@ def _quantise(
     codes: tl.tensor,
     scale: tl.tensor,
     C: tl.constexpr,
-    HEAD: tl.constexpr,
-    TAIL: tl.constexpr,
+    PIECE: tl.constexpr,
     SCALED: tl.constexpr,
 ) -> None:
     """codes = x * factor / scale, with a scale for each row; grid (M,), a row a program.
 
-    A row of a width that is no power of two is taken as two pieces: padding it to the next one would cost registers.
+    A row is taken in pieces, all of which are read before the first is waited for, and not padded to a power of two.
     Magnitudes are compared as integers: in the same order, but for NaN, which is above all of them.
     """
     row = tl.program_id(0).to(tl.int64) * C
-    head = tl.arange(0, HEAD)
     # Gradients are read for the last time, and are not to push out the factors, which all rows read.
     HINT: tl.constexpr = "evict_first" if SCALED else ""
-    x_head = tl.load(x + row + head, eviction_policy=HINT).to(tl.float32)
-    if SCALED:
-        x_head *= tl.load(factor + head)
-    largest = tl.max(x_head.to(tl.int32, bitcast=True) & _MAGNITUDE, 0)
-    if TAIL:
-        tail = HEAD + tl.arange(0, TAIL)
-        inside = tail < C
-        x_tail = tl.load(x + row + tail, mask=inside, other=0.0, eviction_policy=HINT).to(tl.float32)
+    values: tl.tuple = ()
+    magnitudes = tl.zeros([PIECE], tl.int32)
+    for first in tl.static_range(0, C, PIECE):
+        at = first + tl.arange(0, PIECE)
+        value = tl.load(x + row + at, mask=at < C, other=0.0, eviction_policy=HINT).to(tl.float32)
         if SCALED:
-            x_tail *= tl.load(factor + tail, mask=inside, other=0.0)
-        largest = tl.maximum(largest, tl.max(x_tail.to(tl.int32, bitcast=True) & _MAGNITUDE, 0))
-    wanted = (largest.to(tl.float32, bitcast=True) * _PART_OF_LARGEST).to(tl.int32, bitcast=True)
+            value *= tl.load(factor + at, mask=at < C, other=0.0)
+        values += (value,)
+        magnitudes = tl.maximum(magnitudes, value.to(tl.int32, bitcast=True) & _MAGNITUDE)
+    largest = tl.max(magnitudes, 0).to(tl.float32, bitcast=True)
+    wanted = (largest * _PART_OF_LARGEST).to(tl.int32, bitcast=True)
     power = (tl.maximum(wanted & _MAGNITUDE, _SMALLEST_SCALE) + _MANTISSA) & _EXPONENT  # of a row with NaN: 0
     tl.store(scale + tl.program_id(0), power.to(tl.float32, bitcast=True))
     # The inverse of infinity is 0; with a scale of 0 all codes become NaN.
     inverse = tl.where(power == 0, _NAN, tl.maximum(_ONE_TWICE - power, 0)).to(tl.float32, bitcast=True)
-    tl.store(codes + row + head, (x_head * inverse).to(codes.dtype.element_ty))
-    if TAIL:
-        tl.store(codes + row + tail, (x_tail * inverse).to(codes.dtype.element_ty), mask=inside)
+    for piece in tl.static_range(len(values)):
+        at = piece * PIECE + tl.arange(0, PIECE)
+        tl.store(codes + row + at, (values[piece] * inverse).to(codes.dtype.element_ty), mask=at < C)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["rows", "columns"])
 def _transpose(
-    codes: tl.tensor, out: tl.tensor, ones: tl.tensor, rows: tl.tensor, columns: tl.tensor, TILE: tl.constexpr
+    codes: tl.tensor,
+    out: tl.tensor,
+    ones: tl.tensor,
+    rows: tl.tensor,
+    columns: tl.tensor,
+    UNIT: tl.constexpr,
+    TILE: tl.constexpr,
 ) -> None:
-    """out (columns,rows) = codes' (rows,columns), ones (columns,) = 1; grid (tiles of columns, tiles of rows)."""
+    """out (columns,rows) = codes' (rows,columns), ones (columns,) = 1; grid (tiles of columns, tiles of rows).
+
+    Both sides are given in units of UNIT: of a multiple of 16 the compiler must know it, or it moves single bytes.
+    """
+    rows, columns = rows * UNIT, columns * UNIT
     column = tl.program_id(0) * TILE + tl.arange(0, TILE)
     row = tl.program_id(1) * TILE + tl.arange(0, TILE)
     inside_columns, inside_rows = column < columns, row < rows
@@ -97,7 +104,7 @@ def _transpose(
 
 # ---- launches ----
 
-_quantise_launcher = Launcher(_quantise)
+_quantise_launcher, _transpose_launcher = Launcher(_quantise), Launcher(_transpose)
 
 
 def quantise_rows(matrix: Tensor, factor: Tensor | None = None) -> tuple[Tensor, Tensor]:
@@ -113,11 +120,9 @@ def quantise_rows(matrix: Tensor, factor: Tensor | None = None) -> tuple[Tensor,
     matrix = matrix.contiguous()
     codes = torch.empty((num_rows, width), dtype=torch.float8_e4m3fn, device=matrix.device)
     scale = torch.empty((num_rows, 1), dtype=torch.float32, device=matrix.device)
-    head = 1 << (width.bit_length() - 1)
-    tail = triton.next_power_of_2(width - head) if width > head else 0
-    warps = min(max(head // 512, 1), 8)
+    piece, warps = pieces(width)
     tensors = (matrix, scale if factor is None else factor, codes, scale)
-    _quantise_launcher((num_rows, 1, 1), tensors, (), (width, head, tail, factor is not None), warps)
+    _quantise_launcher((num_rows, 1, 1), tensors, (), (width, piece, factor is not None), warps)
     return codes, scale
 
 
@@ -127,6 +132,7 @@ def transpose(codes: Tensor) -> tuple[Tensor, Tensor]:
     codes = codes.contiguous()
     out = torch.empty((columns, rows), dtype=codes.dtype, device=codes.device)
     ones = torch.empty((1, columns), dtype=torch.float32, device=codes.device)
-    with on_device_of(codes):
-        _transpose[(-(-columns // _TILE), -(-rows // _TILE))](codes, out, ones, rows, columns, _TILE, num_warps=4)
+    grid = (-(-columns // _TILE), -(-rows // _TILE), 1)
+    unit = 1 if rows % _UNIT or columns % _UNIT else _UNIT
+    _transpose_launcher(grid, (codes, out, ones), (rows // unit, columns // unit), (unit, _TILE), 4)
     return out, ones

@@ -6,62 +6,18 @@ The kernels are compiled in earnest, for a GPU that is not there.
 from __future__ import annotations
 
 import importlib.util
-import itertools
 from collections.abc import Sequence
-from typing import Any, NamedTuple
+from typing import Any
 
 import pytest
 import torch
+from kernel_helpers import STREAM, Driver, Launch
 from torch import Tensor
 
 pytestmark = pytest.mark.skipif(importlib.util.find_spec("triton") is None, reason="needs the package triton")
 
-STREAM = 5
-DEVICES = itertools.count(1000)  # numbers that no real device has: Triton keeps kernels by them
-CONSTANTS = (2304, 2048, 256, True)
+CONSTANTS = (2304, 256, True)
 GRID = (3, 1, 1)
-
-
-class Launch(NamedTuple):
-    """What a driver is told."""
-
-    grid: tuple[int, int, int]
-    stream: int
-    function: object
-    metadata: Any
-    arguments: tuple[Any, ...]
-
-
-class Driver:
-    """Stands for Triton's driver of an NVIDIA GPU."""
-
-    def __init__(self) -> None:
-        self.launches: list[Launch] = []
-        self.utils = self
-        self.device = next(DEVICES)
-
-    def get_current_device(self) -> int:
-        return self.device
-
-    def get_current_stream(self, device: int) -> int:
-        return STREAM
-
-    def get_current_target(self) -> Any:
-        from triton.backends.compiler import GPUTarget
-
-        return GPUTarget("cuda", 90, 32)
-
-    def get_device_properties(self, device: int) -> dict[str, int]:
-        return {"max_shared_mem": 2**20}
-
-    def load_binary(self, *_: Any) -> tuple[Any, ...]:
-        return object(), object(), 32, 0, 1024
-
-    def launcher_cls(self, source: Any, metadata: Any) -> Any:
-        def launcher(x: int, y: int, z: int, stream: int, function: object, packed: Any, *rest: Any) -> None:
-            self.launches.append(Launch((x, y, z), stream, function, packed, rest[3:]))
-
-        return launcher
 
 
 @pytest.fixture
@@ -153,15 +109,15 @@ def test_the_kernel_is_the_one_that_triton_takes(
 def test_every_kernel_leaves_its_numbers_alone(driver: Driver) -> None:
     """A number that was compiled for would be wrong in the next launch."""
     from library.lumina import elementwise_launches
+    from library.memory import fp8_kernels
 
-    launchers = [
-        value for value in vars(elementwise_launches).values() if isinstance(value, elementwise_launches.Launcher)
-    ]
-    assert len(launchers) == 6
+    values = (*vars(elementwise_launches).values(), *vars(fp8_kernels).values())
+    launchers = [value for value in values if isinstance(value, elementwise_launches.Launcher)]
+    assert len(launchers) == 8
     for launcher in launchers:
         for parameter in launcher._kernel.params:
             # Floats are never compiled for; what is given to kernels as a number and not called eps is an integer.
-            if parameter.name in ("own", "tokens", "units"):
+            if parameter.name in ("own", "tokens", "units", "rows", "columns"):
                 assert parameter.do_not_specialize, launcher._kernel
 
 
@@ -194,3 +150,13 @@ def test_known_versions(version: str, is_amd: bool, known: bool) -> None:
     from library import kernel_launch
 
     assert kernel_launch._is_known(version, is_amd) == known
+
+
+@pytest.mark.parametrize(
+    ("width", "piece", "warps"),
+    [(2304, 256, 1), (3840, 512, 2), (9216, 1024, 4), (2305, 512, 2), (101, 128, 1), (48, 64, 1), (1, 1, 1)],
+)
+def test_rows_are_taken_in_nine_pieces_at_most(width: int, piece: int, warps: int) -> None:
+    from library import kernel_launch
+
+    assert kernel_launch.pieces(width) == (piece, warps)

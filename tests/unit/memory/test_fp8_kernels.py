@@ -8,9 +8,9 @@ import os
 import subprocess
 import sys
 from pathlib import Path
-from typing import Any
 
 import pytest
+from kernel_helpers import compiled_for, driver_of, launch_fp8
 
 ROOT = Path(__file__).resolve().parents[3]
 
@@ -29,35 +29,15 @@ def test_results_are_those_of_torch_bit_for_bit() -> None:
     assert [name for name, same in report.items() if not same] == []
 
 
-WIDE, NARROW = {"C": 9216, "HEAD": 8192, "TAIL": 1024}, {"C": 2048, "HEAD": 2048, "TAIL": 0}
-
-
 @pytest.mark.parametrize("capability", [89, 90, 100, 120])
-@pytest.mark.parametrize(
-    ("name", "constants"),
-    [
-        ("_quantise", {**WIDE, "SCALED": False}),
-        ("_quantise", {**WIDE, "SCALED": True}),
-        ("_quantise", {**NARROW, "SCALED": True}),
-        ("_transpose", {"TILE": 128}),
-    ],
-)
-def test_kernels_compile_for_gpus_that_multiply_in_fp8(name: str, constants: dict[str, Any], capability: int) -> None:
+def test_kernels_compile_for_gpus_that_multiply_in_fp8(capability: int) -> None:
     """The interpreter lets pass what the compiler does not know."""
-    import triton
-    from triton.backends.compiler import GPUTarget
-    from triton.compiler import ASTSource
-
     from library.memory import fp8_kernels
 
-    kinds = {"x": "*bf16", "codes": "*fp8e4nv", "rows": "i32", "columns": "i32"}
-    kinds |= dict.fromkeys(("factor", "scale", "ones"), "*fp32") | dict.fromkeys(constants, "constexpr")
-    kernel = getattr(fp8_kernels, name)
-    signature = {argument: kinds.get(argument, "*fp8e4nv") for argument in kernel.arg_names}
-    # Tensors lie at multiples of 16 bytes, and the sides of a matrix for the hardware are multiples of 16.
-    whole = [at for at, kind in enumerate(signature.values()) if kind == "i32" or kind.startswith("*")]
-    source = ASTSource(kernel, signature, constants, {(at,): [["tt.divisibility", 16]] for at in whole})
-    compiled = triton.compile(source, target=GPUTarget("cuda", capability, 32))
-    assert compiled.asm["cubin"]
-    # The conversion that the interpreter test stands in for.
-    assert ("cvt.rn.satfinite.e4m3x2" in compiled.asm["ptx"]) == (name == "_quantise")
+    with driver_of(capability) as driver:
+        launch_fp8()
+        made = list(compiled_for(driver, fp8_kernels))
+    assert len(made) == 7
+    for name, kernel in made:
+        # The conversion that the interpreter test stands in for.
+        assert ("cvt.rn.satfinite.e4m3x2" in kernel.asm["ptx"]) == (name == "_quantise")
