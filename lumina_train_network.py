@@ -33,8 +33,8 @@ if TYPE_CHECKING:
     from PIL.Image import Image
     from torch import Tensor, nn
 
-    from library.data.dataset import Batch
     from library.data.debug_page import CaptionTokens
+    from library.data.items import Batch
     from library.lumina.autoencoder import Autoencoder
     from library.lumina.configs import NextDiTConfig
     from library.lumina.gemma2 import Gemma2Encoder

@@ -9,7 +9,8 @@ from dataclasses import dataclass
 from typing import Protocol
 
 from library.console import is_stopped, uninterrupted
-from library.data.dataset import Batch, TrainingData
+from library.data.dataset import TrainingData
+from library.data.items import Batch
 from library.training.processes import Processes
 from library.training.progress import Progress
 from library.training.report import RunPlan

@@ -34,8 +34,8 @@ if TYPE_CHECKING:
 
     from PIL.Image import Image
 
-    from library.data.cache import Sharing
     from library.data.dataset import TrainingData
+    from library.data.sharing import Sharing
     from library.memory.attention import Workload
     from library.training.lora_writer import LoraWriter
 
@@ -226,7 +226,7 @@ class NetworkTrainer(FrozenModels):
 
     def sharing(self) -> Sharing:
         """Returns how processes share the work of filling a cache."""
-        from library.data.cache import Sharing
+        from library.data.sharing import Sharing
 
         processes = self.processes
         return Sharing(

@@ -244,7 +244,7 @@ def run_reading(count: int, side_px: int, num_tokens: int, step_s: float) -> Non
         )
         data = TrainingData.build(settings, 1, show_progress=False)
         data.fill_latents(lambda pixels: pixels.new_zeros(len(pixels), 16, side_px // 8, side_px // 8), "latents")
-        data.fill_text(data.caption_folders([1]), lambda texts: [torch.zeros(num_tokens, 2304) for _ in texts], "text")
+        data.fill_captions([1], lambda texts: [torch.zeros(num_tokens, 2304) for _ in texts], "text")
         waits = []
         batches = data.batches(data.plan_epoch(1, 1))
         while True:

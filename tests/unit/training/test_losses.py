@@ -14,7 +14,7 @@ from trainer_helpers import fill_network, gradients, made_trainer
 
 from library import keyed_random
 from library.data.config import DatasetConfig, SubsetConfig
-from library.data.dataset import Batch
+from library.data.items import Batch
 from library.errors import SettingsError
 from library.lumina import flow
 from library.training.output_preservation import check_can_be_switched_off, warn_where_nothing_is_learned
