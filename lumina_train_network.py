@@ -311,7 +311,7 @@ class LuminaNetworkTrainer(NetworkTrainer):
             [prompt.prompt for prompt in self.prompts],
             self.encode_captions,
             self.text_fingerprint(),
-            self.sharing(),
+            self.processes.sharing(),
             "sample prompts",
         )
         # As in sd-scripts, the system prompt is not part of the negative prompt.
@@ -320,7 +320,7 @@ class LuminaNetworkTrainer(NetworkTrainer):
             [prompt.negative_prompt for prompt in self.prompts],
             lambda texts: self.encode_captions(texts, template),
             self._text_fingerprint(template),
-            self.sharing(),
+            self.processes.sharing(),
             "negative prompts",
         )
         self._prompt_features.update(zip(self.prompts, zip(positive, negative, strict=True), strict=True))
