@@ -17,7 +17,8 @@ from torch import Tensor, nn
 
 from library import files
 from library.errors import NetworkError
-from networks.lora import DropoutKeys, LoRAModule, SplitLoRAModule
+from networks.lora import LoRAModule, SplitLoRAModule
+from networks.lora_dropout import DropoutKeys
 from networks.lora_files import Factors, content_hashes, drop_unused_layers, read_lora_file, to_factors
 from networks.lora_fit import require_fit
 from networks.lora_plan import Plan, Planned
@@ -168,7 +169,7 @@ class LoRANetwork(nn.Module):
             lora.multiplier = multiplier
 
     def set_dropout_keys(self, keys: Tensor | None) -> None:
-        """Sets the keys (B,) int64 of the batch's samples; dropouts are functions of them, see :mod:`networks.lora`."""
+        """Sets the keys (B,) int64 of the batch's samples; dropouts are functions of them (:mod:`networks.lora_dropout`)."""
         self.dropout_keys.keys = keys
 
     def is_mergeable(self) -> bool:
