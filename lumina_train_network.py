@@ -33,8 +33,8 @@ if TYPE_CHECKING:
     from PIL.Image import Image
     from torch import Tensor, nn
 
-    from library.data.dataset import Batch
     from library.data.debug_page import CaptionTokens
+    from library.data.items import Batch
     from library.lumina.autoencoder import Autoencoder
     from library.lumina.configs import NextDiTConfig
     from library.lumina.gemma2 import Gemma2Encoder
@@ -241,6 +241,7 @@ class LuminaNetworkTrainer(NetworkTrainer):
         from library import keyed_random
         from library.lumina import flow
         from library.lumina.placement import copied_to
+        from library.training.noise import input_noise, noise_levels, noise_of
         from library.training.output_preservation import indices_of
 
         settings, device = self.config.flow, self.device
@@ -248,13 +249,10 @@ class LuminaNetworkTrainer(NetworkTrainer):
         if hasattr(self.network, "set_dropout_keys"):
             dropout_keys = [keyed_random.key("dropout", key) for key in keys]
             self.network.set_dropout_keys(copied_to(torch.tensor(dropout_keys, dtype=torch.int64), device))
-        latents = self._latents(batch)  # (B,C,H,W) float32
-        # Drawn on the CPU and keyed by sample: every device and every number of processes draws the same.
-        noise = copied_to(keyed_random.normal("noise", keys, latents.shape[1:]), device)
-        uniform = keyed_random.uniform("sigma, uniform", keys, ())
-        normal = keyed_random.normal("sigma, normal", keys, ())
-        sigma = copied_to(flow.sample_sigma(settings, uniform, normal, *latents.shape[-2:]), device)
-        noisy = flow.add_noise(latents, self._input_noise(noise, keys), sigma)
+        latents = self.latents_of(batch)  # (B,C,H,W) float32
+        noise = noise_of("noise", keys, latents)
+        sigma = noise_levels(settings, keys, latents)
+        noisy = flow.add_noise(latents, input_noise(settings, keys, noise), sigma)
         target = flow.target_of(settings, latents, noise)
         preserved = indices_of(batch.preserves_output)
         if preserved:
@@ -263,7 +261,7 @@ class LuminaNetworkTrainer(NetworkTrainer):
             base = self._base_velocity(batch, preserved, noisy[indices], sigma[indices])
             wanted = flow.prediction_of(settings, base, noisy[indices], sigma[indices])
             target = target.index_put((indices,), wanted)
-        velocity = self._velocity(noisy, sigma, self._caption_features(batch))
+        velocity = self._velocity(noisy, sigma, self.caption_features(batch))
         prediction = flow.prediction_of(settings, velocity, noisy, sigma)
         losses = flow.loss_between(settings, prediction, target, sigma)
         by_area = self.config.data.normalize_masked_loss
@@ -272,18 +270,16 @@ class LuminaNetworkTrainer(NetworkTrainer):
     def validation_losses(self, batch: Batch, sigmas: Sequence[float]) -> Tensor:
         import torch
 
-        from library import keyed_random
         from library.lumina import flow
-        from library.lumina.placement import copied_to
+        from library.training.noise import noise_of
 
         with torch.no_grad():
-            latents = self._latents(batch)
-            keys = [draw.key for draw in batch.draws]
-            noise = copied_to(keyed_random.normal("validation noise", keys, latents.shape[1:]), self.device)
-            features = self._caption_features(batch)
+            latents = self.latents_of(batch)
+            noise = noise_of("validation noise", [draw.key for draw in batch.draws], latents)
+            features = self.caption_features(batch)
             columns = []
             for level in sigmas:
-                sigma = torch.full((len(keys),), level, device=self.device)
+                sigma = torch.full((len(batch.draws),), level, device=self.device)
                 noisy = flow.add_noise(latents, noise, sigma)
                 velocity = self._velocity(noisy, sigma, features)
                 losses = flow.loss_map(self.config.flow, velocity, latents, noise, noisy, sigma)
@@ -304,43 +300,7 @@ class LuminaNetworkTrainer(NetworkTrainer):
         from library.training.output_preservation import without_network
 
         with torch.no_grad(), without_network(self.network):
-            return self._velocity(noisy, sigma, self._caption_features(batch, samples))
-
-    def _latents(self, batch: Batch) -> Tensor:
-        from library.lumina.placement import copied_to
-
-        if batch.latents is not None:
-            return copied_to(batch.latents, self.device).float()
-        if batch.pixels is None:
-            raise RuntimeError("a batch holds neither latents nor pixels")
-        return self.encode_pictures(batch.pixels).float()
-
-    def _input_noise(self, noise: Tensor, keys: Sequence[int]) -> Tensor:
-        from library import keyed_random
-        from library.lumina import flow
-        from library.lumina.placement import copied_to
-
-        gamma = self.config.flow.ip_noise_gamma
-        if not gamma:
-            return noise
-        extra = keyed_random.normal("input perturbation", keys, noise.shape[1:])
-        strength = keyed_random.uniform("input perturbation strength", keys, ()) * gamma
-        if not self.config.flow.ip_noise_gamma_random_strength:
-            strength = strength.new_full(strength.shape, gamma)
-        return flow.perturbed_noise(noise, copied_to(extra, noise.device), copied_to(strength, noise.device))
-
-    def _caption_features(self, batch: Batch, samples: Sequence[int] | None = None) -> list[Tensor]:
-        """Returns the features (L_i,D) of a batch's captions, or of some samples' captions."""
-        import torch
-
-        from library.lumina.placement import copied_to
-
-        samples = range(len(batch.draws)) if samples is None else samples
-        if batch.text is not None:
-            return [copied_to(batch.text[index], self.device).to(self.dit.dtype) for index in samples]
-        # A caller that wants no gradients gets none, whatever is trained.
-        with torch.set_grad_enabled(torch.is_grad_enabled() and self.config.trains_text_encoder):
-            return self.ready_text_encoder().encode([batch.draws[index].caption for index in samples])
+            return self._velocity(noisy, sigma, self.caption_features(batch, samples))
 
     # ---- previews ----
 
@@ -351,7 +311,7 @@ class LuminaNetworkTrainer(NetworkTrainer):
             [prompt.prompt for prompt in self.prompts],
             self.encode_captions,
             self.text_fingerprint(),
-            self.sharing(),
+            self.processes.sharing(),
             "sample prompts",
         )
         # As in sd-scripts, the system prompt is not part of the negative prompt.
@@ -360,7 +320,7 @@ class LuminaNetworkTrainer(NetworkTrainer):
             [prompt.negative_prompt for prompt in self.prompts],
             lambda texts: self.encode_captions(texts, template),
             self._text_fingerprint(template),
-            self.sharing(),
+            self.processes.sharing(),
             "negative prompts",
         )
         self._prompt_features.update(zip(self.prompts, zip(positive, negative, strict=True), strict=True))

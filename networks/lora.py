@@ -2,17 +2,11 @@
 
 out = base(x) + up(down(x)) * multiplier * alpha / rank, with ``down`` (r,in) and ``up`` (out,r).
 
-Dropouts are not drawn from a random number generator. Whether a rank activation is kept is a pure function of the
-sample's key, the module's name and the position, computed by integer hashing on the device. So two processes drop what
-one process with twice the batch would drop, gradient checkpointing recomputes with the same masks, and
-``torch.compile`` sees nothing but tensor arithmetic.
-
 Shapes: B samples, S tokens, r rank. Modules that work on time embeddings see (B,in), all others (B,S,in).
 """
 
 from __future__ import annotations
 
-import hashlib
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -20,53 +14,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from networks.lora_dropout import NEURON, RANK, WHOLE_MODULE, DropoutKeys, kept, number_of
 from networks.lora_product import FrozenProduct, LinearWithLoRA, frozen_product, is_observed
-
-_GOLDEN_GAMMA = 0x9E3779B97F4A7C15 - 2**64
-_GAMMA_INVERSE = pow(0x9E3779B97F4A7C15, -1, 2**64) - 2**64  # gamma is odd, so there is one modulo 2^64
-_MIX_1 = 0xBF58476D1CE4E5B9 - 2**64
-_MIX_2 = 0x94D049BB133111EB - 2**64
-# What a dropout's hash is for, so that the three kinds never share their bits.
-_NEURON, _RANK, _MODULE = 1, 2, 3
-
-
-def _shift_right(x: Tensor, bits: int) -> Tensor:
-    # int64 has an arithmetic shift only; the mask turns it into a logical one.
-    return (x >> bits) & ((1 << (64 - bits)) - 1)
-
-
-def mix(x: Tensor) -> Tensor:
-    """Returns splitmix64's finaliser of int64 ``x`` (Steele et al. 2014, variant 13 by Stafford); overflow wraps."""
-    x = (x ^ _shift_right(x, 30)) * _MIX_1
-    x = (x ^ _shift_right(x, 27)) * _MIX_2
-    return x ^ _shift_right(x, 31)
-
-
-def kept(keys: Tensor, module_number: Tensor, purpose: int, positions: int, drop: float) -> Tensor:
-    """Returns which positions are kept: a splitmix64 stream for each sample, seeded by key, module and purpose.
-
-    Args:
-        keys: (B,) int64, one key for each sample.
-        module_number: () int64, the module's number.
-        purpose: what the draw is for.
-        positions: number of positions P; position i gets the same draw whatever P is.
-        drop: probability of dropping, in [0, 1), resolved to 2^-32.
-
-    Returns:
-        (B,P) bool.
-    """
-    seed = mix(mix(keys ^ module_number) + purpose)  # (B,)
-    numbers = torch.arange(1, positions + 1, device=keys.device, dtype=torch.int64)  # (P,)
-    # State i is seed + i * gamma, computed as (seed / gamma + i) * gamma. A position times a constant would be index
-    # arithmetic to torch.compile, and in Triton that is int32: gamma has no room there. A sum with what is read has.
-    states = ((seed * _GAMMA_INVERSE)[:, None] + numbers) * _GOLDEN_GAMMA  # (B,P)
-    return _shift_right(mix(states), 32) >= int(drop * 2**32)
-
-
-def number_of(*parts: object) -> int:
-    """Returns a 63-bit number that depends on all parts (BLAKE2b, the same on every machine)."""
-    text = "\x1f".join(str(part) for part in parts)
-    return int.from_bytes(hashlib.blake2b(text.encode(), digest_size=8).digest(), "little") >> 1
 
 
 class _AddUp(torch.autograd.Function):
@@ -88,13 +37,6 @@ class _AddUp(torch.autograd.Function):
         (gradient,) = gradients
         of_up = gradient.reshape(-1, gradient.shape[-1]).t() @ hidden.reshape(-1, hidden.shape[-1])
         return gradient, gradient @ up, of_up
-
-
-class DropoutKeys:
-    """The keys of the samples that are in the batch now; one object is shared by all modules of a network."""
-
-    def __init__(self) -> None:
-        self.keys: Tensor | None = None
 
 
 class LoRAModule(nn.Module):
@@ -270,14 +212,14 @@ class LoRAModule(nn.Module):
         ones = [1] * (hidden.dim() - 2)
         if self.dropout:
             # Row-major (token, rank): a token's draw does not depend on how far the batch is padded.
-            mask = kept(keys, self.dropout_number, _NEURON, hidden[0].numel(), self.dropout).view(hidden.shape)
+            mask = kept(keys, self.dropout_number, NEURON, hidden[0].numel(), self.dropout).view(hidden.shape)
             hidden = hidden * mask * (1 / (1 - self.dropout))
         if self.rank_dropout:
-            mask = kept(keys, self.dropout_number, _RANK, hidden.shape[-1], self.rank_dropout)
+            mask = kept(keys, self.dropout_number, RANK, hidden.shape[-1], self.rank_dropout)
             hidden = hidden * mask.view(-1, *ones, hidden.shape[-1]) * (1 / (1 - self.rank_dropout))
         if self.module_dropout:
             # A dropped module is left out as a whole and the others are not scaled up, as in the reference program.
-            hidden = hidden * kept(keys, self.dropout_number, _MODULE, 1, self.module_dropout).view(-1, *ones, 1)
+            hidden = hidden * kept(keys, self.dropout_number, WHOLE_MODULE, 1, self.module_dropout).view(-1, *ones, 1)
         return hidden
 
     def factors(self) -> list[tuple[Tensor, Tensor]]:

@@ -14,19 +14,11 @@ from typing import Any
 from torch import Tensor, nn
 
 from library.errors import NetworkError, some
-from networks.lora_files import Factors, drop_unused_layers, guess, read_lora_file, to_factors
+from networks.lora_files import drop_unused_layers, guess, read_lora_file, to_factors
 from networks.lora_lumina_args import GEMMA2, LUMINA, NetworkArgs, check_network_args
-from networks.lora_network import (
-    Dropouts,
-    LoRANetwork,
-    LoraPlus,
-    Plan,
-    Planned,
-    linears,
-    qkv_rows,
-    require_split,
-)
-from networks.lora_table import Assignment, Table, assign
+from networks.lora_network import Dropouts, LoRANetwork, LoraPlus
+from networks.lora_plan import Plan, linears, plan_of, plan_of_file, qkv_rows
+from networks.lora_table import assign
 
 __all__ = ["GEMMA2", "LUMINA", "check_network_args", "create_network", "create_network_from_weights"]
 
@@ -67,10 +59,10 @@ def create_network(
     plans = []
     encoders = [linears(encoder) for encoder in text_encoders or () if encoder is not None]
     for encoder in encoders:
-        plans.append(_plan(GEMMA2, encoder, assign(GEMMA2, encoder, {}, dim), alpha, split=False))
+        plans.append(plan_of(GEMMA2, encoder, assign(GEMMA2, encoder, {}, dim), alpha, split=False))
     modules = linears(unet)
     assignments = assign(LUMINA, modules, args.ranks, dim, args.blocks)
-    plans.append(_plan(LUMINA, modules, assignments, alpha, split=args.split_qkv))
+    plans.append(plan_of(LUMINA, modules, assignments, alpha, split=args.split_qkv))
     return _network(plans, multiplier, neuron_dropout, args, _num_layers(encoders), qkv_rows(LUMINA, modules))
 
 
@@ -115,8 +107,8 @@ def create_network_from_weights(
     encoders = [linears(encoder) for encoder in text_encoders or () if encoder is not None]
     num_layers = _num_layers(encoders)
     factors = drop_unused_layers(to_factors(weights_sd, rows, source), GEMMA2.prefix, num_layers, source)
-    plans = [_plan_from(GEMMA2, encoder, factors, split=False, source=source) for encoder in encoders]
-    plans.append(_plan_from(LUMINA, modules, factors, args.split_qkv, source))
+    plans = [plan_of_file(GEMMA2, encoder, factors, split=False, source=source) for encoder in encoders]
+    plans.append(plan_of_file(LUMINA, modules, factors, args.split_qkv, source))
     if not any(plan.modules for plan in plans):
         raise NetworkError(
             f"LoRA file {source} has no module of this model ({some(factors) or 'it is empty'}){guess(weights_sd)};"
@@ -147,44 +139,6 @@ def _warn_of_what_the_file_decides(args: NetworkArgs) -> None:
 def _num_layers(encoders: Sequence[Mapping[str, nn.Module]]) -> int:
     paths = [path for encoder in encoders for path in encoder]
     return 1 + max((int(match[1]) for path in paths if (match := re.match(r"layers\.(\d+)\.", path))), default=-1)
-
-
-def _plan(
-    table: Table, modules: Mapping[str, nn.Module], assignments: Sequence[Assignment], alpha: float, split: bool
-) -> Plan:
-    rows = qkv_rows(table, modules)
-    return Plan(
-        table,
-        [
-            Planned(one, modules[one.path], alpha, rows if split and _is_fused(table, one.path) else None)
-            for one in assignments
-        ],
-    )
-
-
-def _plan_from(
-    table: Table, modules: Mapping[str, nn.Module], factors: Mapping[str, Factors], split: bool, source: str
-) -> Plan:
-    """Returns a plan for those Linears that the file has factors for, with the file's ranks and alphas."""
-    plan = Plan(table)
-    rows = qkv_rows(table, modules)
-    for path in table.in_order(modules):
-        component = table.component_of(path)
-        one = factors.get(table.lora_name(path))
-        if one is None:
-            continue
-        rank, alpha, split_rows = one.down.shape[0], one.alpha, None
-        if split and rows is not None and _is_fused(table, path):
-            require_split(one.up, rows, table.lora_name(path), source)
-            # Files hold the three LoRAs as one of three times the rank and alpha.
-            rank, alpha, split_rows = rank // len(rows), alpha / len(rows), rows
-        assignment = Assignment(path, table.lora_name(path), component, rank)
-        plan.modules.append(Planned(assignment, modules[path], alpha, split_rows))
-    return plan
-
-
-def _is_fused(table: Table, path: str) -> bool:
-    return table.fused_qkv is not None and re.fullmatch(table.fused_qkv, path) is not None
 
 
 def _network(

@@ -1,15 +1,14 @@
-"""A LoRA network: all LoRA modules of a run, made from tables and models, and what a trainer does with them.
+"""A LoRA network: all LoRA modules of a run, made from plans, and what a trainer does with them.
 
 The names and call forms are those of sd-scripts-style network modules, so that a trainer treats this network and
-third-party ones alike. Nothing here knows a model: :mod:`networks.lora_table` says which Linears are reached.
+third-party ones alike. Nothing here knows a model: :mod:`networks.lora_plan` says beside which Linears modules are made.
 """
 
 from __future__ import annotations
 
 import logging
-import re
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -17,17 +16,12 @@ import torch
 from torch import Tensor, nn
 
 from library import files
-from library.errors import NetworkError, some
-from networks.lora import DropoutKeys, LoRAModule, SplitLoRAModule, is_block_diagonal
-from networks.lora_files import (
-    Factors,
-    content_hashes,
-    drop_unused_layers,
-    guess,
-    read_lora_file,
-    to_factors,
-)
-from networks.lora_table import Assignment, Table
+from library.errors import NetworkError
+from networks.lora import LoRAModule, SplitLoRAModule
+from networks.lora_dropout import DropoutKeys
+from networks.lora_files import Factors, content_hashes, drop_unused_layers, read_lora_file, to_factors
+from networks.lora_fit import require_fit
+from networks.lora_plan import Plan, Planned
 
 logger = logging.getLogger(__name__)
 
@@ -49,24 +43,6 @@ class LoraPlus:
     text_encoder: float | None = None
 
 
-@dataclass(frozen=True)
-class Planned:
-    """A LoRA module to be made: where, and with what rank and alpha."""
-
-    assignment: Assignment
-    linear: nn.Module
-    alpha: float
-    split_rows: tuple[int, ...] | None = None
-
-
-@dataclass(frozen=True)
-class Plan:
-    """All modules to be made for one model."""
-
-    table: Table
-    modules: list[Planned] = field(default_factory=list)
-
-
 class ComponentSummary(NamedTuple):
     """One line of the trainer's summary."""
 
@@ -74,28 +50,6 @@ class ComponentSummary(NamedTuple):
     num_modules: int
     ranks: str
     num_parameters: int
-
-
-def linears(model: nn.Module) -> dict[str, nn.Module]:
-    """Returns module path -> Linear, in the model's order; a quantised replacement with its sizes counts as one."""
-    return {
-        path: module
-        for path, module in model.named_modules()
-        if isinstance(module, nn.Linear) or (hasattr(module, "in_features") and hasattr(module, "out_features"))
-    }
-
-
-def qkv_rows(table: Table, modules: Mapping[str, nn.Module]) -> tuple[int, int, int] | None:
-    """Returns how many rows of the model's fused Linears are q, k and v, or None where nothing is fused.
-
-    The output projection has as many inputs as there are query rows; keys and values share the rest.
-    """
-    for path, linear in modules.items():
-        if table.fused_qkv and re.fullmatch(table.fused_qkv, path):
-            query = int(modules[path.rpartition(".")[0] + ".out"].in_features)  # type: ignore[arg-type]
-            rest = int(linear.out_features) - query  # type: ignore[arg-type]
-            return query, rest // 2, rest // 2
-    return None
 
 
 class LoRANetwork(nn.Module):
@@ -215,7 +169,7 @@ class LoRANetwork(nn.Module):
             lora.multiplier = multiplier
 
     def set_dropout_keys(self, keys: Tensor | None) -> None:
-        """Sets the keys (B,) int64 of the batch's samples; dropouts are functions of them, see :mod:`networks.lora`."""
+        """Sets the keys (B,) int64 of the batch's samples; dropouts are functions of them (:mod:`networks.lora_dropout`)."""
         self.dropout_keys.keys = keys
 
     def is_mergeable(self) -> bool:
@@ -285,43 +239,9 @@ class LoRANetwork(nn.Module):
     def load_factors(self, factors: Mapping[str, Factors], tensors: Mapping[str, Tensor], source: str) -> None:
         """Loads factors that go by kohya's names; ``tensors`` are what they came from, for the guess in messages."""
         modules = {lora.lora_name: lora for lora in self.loras}
-        problems = []
-        unexpected = [name for name in factors if name not in modules]
-        missing = [name for name in modules if name not in factors]
-        misshaped = [
-            f"{name} {_shapes(one)} instead of {modules[name].file_shapes()}"
-            for name, one in factors.items()
-            if name in modules and _shapes(one) != modules[name].file_shapes()
-        ]
-        if unexpected:
-            problems.append(f"{len(unexpected)} modules that this network does not have ({some(unexpected)})")
-        if missing:
-            problems.append(f"no weights for {len(missing)} modules ({some(missing)})")
-        if misshaped:
-            problems.append(f"{len(misshaped)} modules of other shapes ({some(misshaped)})")
-        if problems:
-            raise NetworkError(
-                f"LoRA file {source} does not fit: it has {'; '.join(problems)}"
-                f"{guess(tensors) if unexpected or missing else ''}. {self._remedy(unexpected, misshaped, factors)}"
-            )
-        for name, one in factors.items():
-            lora = modules[name]
-            if isinstance(lora, SplitLoRAModule):
-                require_split(one.up, lora.rows, name, source)
+        require_fit(factors, modules, self._text_encoder_prefix, tensors, source)
         for name, one in factors.items():
             modules[name].load(one.down, one.up, one.alpha)
-
-    def _remedy(self, unexpected: list[str], misshaped: list[str], factors: Mapping[str, Factors]) -> str:
-        text_encoder_only = all(name.startswith(self._text_encoder_prefix + "_") for name in unexpected)
-        if unexpected and text_encoder_only and not self.text_encoder_loras:
-            return (
-                "It holds a LoRA of the text encoder, which this run does not train: train it too, or use another file."
-            )
-        if len(unexpected) == len(factors):
-            return "Give a LoRA that was made for this model."
-        if misshaped or unexpected:
-            return "--dim_from_weights takes modules, ranks and alphas from the file."
-        return "Use the --network_args that the file was made with, or --dim_from_weights."
 
     def file_state_dict(self, dtype: torch.dtype | None = None) -> dict[str, Tensor]:
         """Returns the tensors that a file holds, on the CPU: alpha, ``lora_down``, ``lora_up`` of each module."""
@@ -472,10 +392,6 @@ class LoRANetwork(nn.Module):
             logger.info("%s: rank %s, alpha / rank %g", lora.lora_name, lora.rank_text, lora.scale)
 
 
-def _shapes(one: Factors) -> tuple[tuple[int, ...], tuple[int, ...]]:
-    return tuple(one.down.shape), tuple(one.up.shape)
-
-
 def _lora_plus_groups(loras: list[LoRAModule], ratio: float | None) -> list[tuple[str, list[nn.Parameter], float]]:
     if ratio is None:
         return [("", [parameter for lora in loras for parameter in lora.parameters()], 1.0)]
@@ -483,16 +399,3 @@ def _lora_plus_groups(loras: list[LoRAModule], ratio: float | None) -> list[tupl
         ("", [parameter for lora in loras for parameter in lora.lora_down.parameters()], 1.0),
         (" plus", [parameter for lora in loras for parameter in lora.lora_up.parameters()], ratio),
     ]
-
-
-def require_split(up: Tensor, rows: Sequence[int], name: str, source: str) -> None:
-    """Checks that a fused ``up`` is made of separate LoRAs for q, k and v.
-
-    Raises:
-        NetworkError: it is not.
-    """
-    if not is_block_diagonal(up, rows):
-        raise NetworkError(
-            f"LoRA file {source}: {name} was not trained with split_qkv (its lora_up is not block-diagonal); leave"
-            " split_qkv out"
-        )

@@ -55,6 +55,10 @@ class Table:
         """Returns the LoRA module's name for a module path, as in files: ``lora_unet_layers_0_attention_qkv``."""
         return f"{self.prefix}_{path.replace('.', '_')}"
 
+    def is_fused(self, path: str) -> bool:
+        """Whether a module path is that of a Linear that holds query, key and value projections."""
+        return self.fused_qkv is not None and re.fullmatch(self.fused_qkv, path) is not None
+
     def component_of(self, path: str) -> Component:
         """Returns the one row that a module path matches.
 

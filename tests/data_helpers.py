@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import threading
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import Any
 
@@ -11,8 +11,10 @@ import numpy as np
 import torch
 from PIL import Image
 
+from library.data.cache import Fingerprint
 from library.data.dataset import TrainingData
 from library.data.settings import DataSettings
+from library.data.sharing import ALONE, Sharing
 
 
 def noise_image(width: int, height: int, seed: int = 0, mode: str = "RGB") -> Image.Image:
@@ -42,6 +44,24 @@ def settings_for(folder: Path, **changes: Any) -> DataSettings:
 
 def build(folder: Path, seed: int = 1, **changes: Any) -> TrainingData:
     return TrainingData.build(settings_for(folder, **changes), seed, show_progress=False)
+
+
+def captions_of(data: TrainingData, epochs: Iterable[int]) -> set[str]:
+    """Returns every caption that these epochs and validation use."""
+    return {caption for caption, _ in data.captions(epochs)}
+
+
+def missing_latents(data: TrainingData, fingerprint: Fingerprint, sharing: Sharing = ALONE) -> int:
+    """Returns how many pictures have no latents of an encoder yet; all processes call it."""
+    assert data.latents is not None
+    jobs, _ = data.latents.missing((*data.items, *data.validation_items), fingerprint, sharing)
+    return len(jobs)
+
+
+def missing_text(data: TrainingData, captions: Iterable[str], fingerprint: str, sharing: Sharing = ALONE) -> int:
+    """Returns how many captions have no features of an encoder yet; all processes call it."""
+    assert data.text is not None
+    return len(data.text.missing(captions, fingerprint, sharing))
 
 
 class FakeAutoencoder:

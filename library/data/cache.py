@@ -21,12 +21,10 @@ from library.data.config import SubsetConfig
 from library.data.content import hash_contents
 from library.data.items import Item
 from library.data.prefetch import prefetch
-from library.data.sharing import ALONE, Sharing
+from library.data.sharing import Sharing
 from library.data.stores import Digest, DiskStore, MemoryStore, Store, digest_of
 from library.data.write_behind import WriteBehind
 from library.errors import DatasetError
-
-__all__ = ["ALONE", "EncodeCaptions", "EncodePixels", "Fingerprint", "LatentCache", "LengthOf", "Sharing", "TextCache"]
 
 # Part of every digest: raise it when entries are made differently by more than rounding.
 _VERSION = 1

@@ -19,7 +19,7 @@ from library.data.cache_places import CachePlaces
 from library.data.caption_plan import CaptionPlan, Clock, draw_key
 from library.data.config import DatasetConfig, load_dataset_config
 from library.data.content import content_of, hash_contents
-from library.data.epoch_plan import EpochPlan, GlobalBatch, Group, Members, count_batches, make_plan
+from library.data.epoch_plan import EpochPlan, Group, Members, count_batches, make_plan
 from library.data.items import Batch, Draw, Item
 from library.data.prefetch import prefetch
 from library.data.settings import DataSettings
@@ -27,8 +27,6 @@ from library.data.sharing import ALONE, Sharing
 from library.data.showings import Showings
 from library.data.validation_split import Split, asks_for_split, split_by_content
 from library.errors import DatasetError
-
-__all__ = ["Batch", "Draw", "EpochPlan", "GlobalBatch", "Item", "TrainingData"]
 
 logger = logging.getLogger(__name__)
 
@@ -135,26 +133,19 @@ class TrainingData:
 
     # Which pictures, in which order, with which captions
 
-    @property
-    def num_draws(self) -> int:
-        """Showings in an epoch: pictures times repeats."""
-        return sum(item.num_repeats for item in self.items)
-
     def num_batches(self, num_processes: int) -> int:
         """Returns the number of steps of an epoch, that is of global batches."""
         return count_batches(self._groups, num_processes)
 
     def largest_batch(self) -> tuple[Item, int]:
         """Returns a picture of the bucket whose batches have the most pixels, and how many pictures such a batch has."""
-        members: dict[tuple[int, tuple[int, int]], list[Item]] = {}
-        for item in self.items:
-            members.setdefault((item.dataset_index, item.bucket_px), []).append(item)
 
-        def size(items: list[Item]) -> int:
-            return min(self.datasets[items[0].dataset_index].batch_size, sum(item.num_repeats for item in items))
+        def size(group: Group) -> int:
+            return min(group.batch_size, sum(num_repeats for _, num_repeats in group.members))
 
-        largest = max(members.values(), key=lambda items: (size(items) * math.prod(items[0].bucket_px), size(items)))
-        return largest[0], size(largest)
+        largest = max(self._groups, key=lambda group: (size(group) * math.prod(group.bucket_px), size(group)))
+        index, _ = largest.members[0]
+        return self._all[index], size(largest)
 
     def set_clock(self, steps_per_epoch: int, accumulation: int, num_steps: int, num_processes: int = 1) -> None:
         """Tells how global batches become optimizer steps, for captions whose number of tags grows with them."""
@@ -176,30 +167,20 @@ class TrainingData:
             step: optimizer steps done before it; ``None``: after captions have grown to their full length.
         """
         item = self._all[index]
-        key = self._draw_key(index, epoch, repeat)
+        key = draw_key(self._seed, epoch, index, repeat)
         flip = item.subset.flip_aug and bool(keyed_random.key("flip", key) & 1)
         caption = self.caption_plan.caption(item, epoch, repeat, step)
         return Draw(item, epoch, repeat, caption, flip, key)
 
-    def captions(self, epochs: Iterable[int]) -> set[str]:
-        """Returns every final caption that these epochs use, and ``""`` where captions can be dropped."""
-        return set(self.caption_folders(epochs))
+    def captions(self, epochs: Iterable[int]) -> Iterator[tuple[str, Path]]:
+        """Yields every final caption that these epochs (counted from 1) and validation use, with its cache folder.
 
-    def caption_folders(self, epochs: Iterable[int]) -> dict[str, Path]:
-        """Returns every final caption that these epochs and validation use, with the cache folder of the first that does."""
-        folders: dict[str, Path] = {}
-        for caption, folder in self._listed(epochs):
-            folders.setdefault(caption, folder)
-        return folders
-
-    def _listed(self, epochs: Iterable[int]) -> Iterator[tuple[str, Path]]:
+        ``""`` is one where captions can be dropped. A caption is yielded again for other pictures and showings.
+        """
         for item, caption in self.caption_plan.listed(self.items, epochs, self.plan_epoch):
             yield caption, self._places.folder(item.subset.image_dir)
         for item in self.validation_items:
             yield self.validation_draw(item.index).caption, self._places.folder(item.subset.image_dir)
-
-    def _draw_key(self, index: int, epoch: int, repeat: int) -> int:
-        return draw_key(self._seed, epoch, index, repeat)
 
     def _set_items(self) -> None:
         kept = [item for item in self.items if item.index not in self._dropped]
@@ -267,28 +248,7 @@ class TrainingData:
 
     # Caches
 
-    @property
-    def _encoded_items(self) -> tuple[Item, ...]:
-        return (*self.items, *self.validation_items)
-
-    def missing_latents(
-        self,
-        fingerprint: Fingerprint,
-        sharing: Sharing = ALONE,
-    ) -> int:
-        """Returns how many pictures are to be encoded; 0: no autoencoder is needed. All processes call it."""
-        if self.latents is None:
-            return 0
-        jobs, unreadable = self.latents.missing(self._encoded_items, fingerprint, sharing)
-        self._drop(unreadable)
-        return len(jobs)
-
-    def fill_latents(
-        self,
-        encode: EncodePixels,
-        fingerprint: Fingerprint,
-        sharing: Sharing = ALONE,
-    ) -> None:
+    def fill_latents(self, encode: EncodePixels, fingerprint: Fingerprint, sharing: Sharing = ALONE) -> None:
         """Encodes the pictures that are missing; ones that cannot be read are left out. All processes call it.
 
         Args:
@@ -300,46 +260,9 @@ class TrainingData:
             DatasetError: nothing can be written, a latent is not finite, or no picture is left.
         """
         if self.latents is not None:
-            batch_size = self._settings.vae_batch_size
-            self._drop(self.latents.fill(self._encoded_items, encode, fingerprint, batch_size, sharing))
+            items = (*self.items, *self.validation_items)
+            self._drop(self.latents.fill(items, encode, fingerprint, self._settings.vae_batch_size, sharing))
             self.showings.fill_masks(self.items, sharing)
-
-    def missing_text(self, captions: Iterable[str], fingerprint: str, sharing: Sharing = ALONE) -> int:
-        """Returns how many captions are to be encoded; 0: no text encoder is needed. All processes call it."""
-        if self.text is None:
-            return 0
-        return len(self.text.missing(captions, fingerprint, sharing))
-
-    def fill_text(
-        self,
-        captions: dict[str, Path] | Iterable[str],
-        encode: EncodeCaptions,
-        fingerprint: str,
-        sharing: Sharing = ALONE,
-        length_of: LengthOf = len,
-    ) -> None:
-        """Encodes the captions that are missing. All processes call it.
-
-        Args:
-            captions: from :meth:`caption_folders`, or any texts (which go to the first cache folder).
-            encode: texts -> one (L_i, D) tensor each.
-            fingerprint: of the text encoder with its system prompt and token limit.
-            sharing: with whom the work is shared.
-            length_of: grows with a caption's number of tokens; those of like length are encoded together.
-
-        Raises:
-            DatasetError: nothing can be written, or a feature is not finite.
-        """
-        if self.text is None:
-            return
-        folders = dict(captions) if isinstance(captions, dict) else dict.fromkeys(captions)
-        size = self._text_batch_size
-        self.text.fill(folders, encode, fingerprint, size, sharing, length_of=length_of)
-
-    @property
-    def _text_batch_size(self) -> int:
-        given = self._settings.text_encoder_batch_size
-        return given or max(_LEAST_CAPTIONS_AT_ONCE, *(config.batch_size for config in self.datasets))
 
     def fill_captions(
         self,
@@ -358,15 +281,15 @@ class TrainingData:
             encode: texts -> one (L_i, D) tensor each.
             fingerprint: of the text encoder with its system prompt and token limit.
             sharing: with whom the work is shared.
-            length_of: as for :meth:`fill_text`.
+            length_of: grows with a caption's number of tokens; those of like length are encoded together.
 
         Raises:
             DatasetError: nothing can be written, or a feature is not finite.
         """
         if self.text is not None:
             self.text.look_again(fingerprint)
-            missing = self.text.without_known(self._listed(epochs))
-            self.fill_text(missing, encode, fingerprint, sharing, length_of)
+            missing = self.text.without_known(self.captions(epochs))
+            self.text.fill(missing, encode, fingerprint, self._text_batch_size, sharing, length_of=length_of)
 
     def extra_text(
         self,
@@ -390,6 +313,11 @@ class TrainingData:
         cache = self._new_text_cache()
         cache.fill(dict.fromkeys(texts), encode, fingerprint, self._text_batch_size, sharing, what)
         return [cache.get(text) for text in texts]
+
+    @property
+    def _text_batch_size(self) -> int:
+        given = self._settings.text_encoder_batch_size
+        return given or max(_LEAST_CAPTIONS_AT_ONCE, *(config.batch_size for config in self.datasets))
 
     def _new_text_cache(self) -> TextCache:
         if not self._settings.cache_text_encoder_outputs_to_disk:

@@ -1,6 +1,7 @@
 """The frozen models of a run: read when they are first needed, kept where they compute, and let go of in between.
 
-This is policy that holds for every model family, between its hooks (:class:`ModelFamily`) and the steps of a run
+Here too is what they give for a batch: from the caches, or computed for it. All of this is policy that holds for every
+model family, between its hooks (:class:`ModelFamily`) and the steps of a run
 (:class:`~library.training.network_trainer.NetworkTrainer`). Modules that import torch are imported where they are used.
 """
 
@@ -20,6 +21,7 @@ if TYPE_CHECKING:
     import torch
     from torch import Tensor, nn
 
+    from library.data.items import Batch
     from library.memory.block_stream import BlockStream
     from library.memory.settings import Quantisation
 
@@ -172,6 +174,32 @@ class FrozenModels(ModelFamily):
             raise SettingsError(
                 f"the device's memory is too small to encode a picture of {width}x{height} pixels: {', '.join(remedies)}"
             ) from error
+
+    def latents_of(self, batch: Batch) -> Tensor:
+        """Returns a batch's latents (B,C,H,W) float32 on the device: from the cache, or encoded now."""
+        from library.lumina.placement import copied_to
+
+        if batch.latents is not None:
+            return copied_to(batch.latents, self.device).float()
+        if batch.pixels is None:
+            raise RuntimeError("a batch holds neither latents nor pixels")
+        return self.encode_pictures(batch.pixels).float()
+
+    def caption_features(self, batch: Batch, samples: Sequence[int] | None = None) -> list[Tensor]:
+        """Returns the features (L_i,D) of a batch's captions, or of some samples' captions, on the device.
+
+        They are the cached ones, or encoded now; with gradients where the text encoder is trained and the caller wants any.
+        """
+        import torch
+
+        from library.lumina.placement import copied_to
+
+        samples = range(len(batch.draws)) if samples is None else samples
+        if batch.text is not None:
+            return [copied_to(batch.text[index], self.device).to(self.weight_dtype) for index in samples]
+        # A caller that wants no gradients gets none, whatever is trained.
+        with torch.set_grad_enabled(torch.is_grad_enabled() and self.config.trains_text_encoder):
+            return self.ready_text_encoder().encode([batch.draws[index].caption for index in samples])
 
     def _put_autoencoder_away(self, has_trained: bool) -> None:
         """Takes the autoencoder off the device after previews, unless training needs it or there is memory to spare.

@@ -15,8 +15,8 @@ if TYPE_CHECKING:
     from PIL.Image import Image
     from torch import Tensor, nn
 
-    from library.data.dataset import Batch
     from library.data.debug_page import CaptionTokens
+    from library.data.items import Batch
 
 
 class TextEncoder(Protocol):

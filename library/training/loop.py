@@ -9,7 +9,8 @@ from dataclasses import dataclass
 from typing import Protocol
 
 from library.console import is_stopped, uninterrupted
-from library.data.dataset import Batch, TrainingData
+from library.data.dataset import TrainingData
+from library.data.items import Batch
 from library.training.processes import Processes
 from library.training.progress import Progress
 from library.training.report import RunPlan
@@ -42,7 +43,6 @@ class LoopParts:
     train_step: TrainStep
     progress: Progress
     processes: Processes
-    events: Events
 
 
 @dataclass(frozen=True)
@@ -96,8 +96,11 @@ class Loop:
             return Position(self.step, self._epoch + 1, 0, self._epoch)
         return Position(self.step, self._epoch, self._batch, self.finished_epochs)
 
-    def run(self) -> None:
+    def run(self, events: Events) -> None:
         """Trains until the last step.
+
+        Args:
+            events: told what has been done.
 
         Raises:
             UserError: the loss is no number any more.
@@ -105,22 +108,22 @@ class Loop:
         """
         with self.parts.progress.shown(self.step):
             while not self.is_at_end:
-                self._run_epoch()
+                self._run_epoch(events)
 
-    def _run_epoch(self) -> None:
+    def _run_epoch(self, events: Events) -> None:
         plan, parts = self.settings.plan, self.parts
         if self._batch < plan.num_batches:
-            self._run_steps()
+            self._run_steps(events)
         values = {}
         if self.finished_epochs < self._epoch:
             with uninterrupted():
                 values = parts.progress.after_epoch()
                 self.finished_epochs = self._epoch
-        parts.events.after_epoch(self._epoch, self.step, values)
+        events.after_epoch(self._epoch, self.step, values)
         if self._batch >= plan.num_batches:
             self._epoch, self._batch = self._epoch + 1, 0
 
-    def _run_steps(self) -> None:
+    def _run_steps(self, events: Events) -> None:
         """Runs what is left of the epoch."""
         parts = self.parts
         steps: Generator[tuple[list[Batch], int]] = self._steps_of(self._epoch, self._batch)
@@ -132,10 +135,10 @@ class Loop:
                     values = None if batches is None else self._run_step(batches, num_samples)
                 if values is None:
                     return
-                parts.events.report(self.step, values)
+                events.report(self.step, values)
                 if parts.train_step.is_stopped if parts.processes.count > 1 else is_stopped():
                     raise KeyboardInterrupt
-                parts.events.after_step(self.step)
+                events.after_step(self.step)
                 if self.step >= self.settings.plan.num_steps:
                     return
         finally:

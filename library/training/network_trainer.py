@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import dataclasses
 import logging
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
 from library.errors import DatasetError, SettingsError
@@ -34,7 +34,6 @@ if TYPE_CHECKING:
 
     from PIL.Image import Image
 
-    from library.data.cache import Sharing
     from library.data.dataset import TrainingData
     from library.memory.attention import Workload
     from library.training.lora_writer import LoraWriter
@@ -81,6 +80,7 @@ class NetworkTrainer(FrozenModels):
             self.build_optimizer()
             self.report_plan()
             self.restore_state()
+            self.build_loop()
             self.run_epochs()
             self.report_memory()
         except BaseException as error:
@@ -157,9 +157,8 @@ class NetworkTrainer(FrozenModels):
         """Lists pictures and captions and sorts them into buckets."""
         from library.data.dataset import TrainingData
 
-        self.data: TrainingData = TrainingData.build(
-            self.config.data, self.seed, self.dataset_configs, sharing=self.sharing()
-        )
+        sharing = self.processes.sharing()
+        self.data: TrainingData = TrainingData.build(self.config.data, self.seed, self.dataset_configs, sharing=sharing)
         self.check_captions()
         check_writable("--output_dir", self.output_dir())
 
@@ -185,11 +184,6 @@ class NetworkTrainer(FrozenModels):
 
         if self.config.log.log_config:
             self.trackers.log_settings(logged_settings(self.config))
-
-    @property
-    def num_processes(self) -> int:
-        """Of this run."""
-        return self.processes.count
 
     def show_data(self) -> None:
         """Writes a page that shows what the model would see in the first epoch."""
@@ -219,19 +213,10 @@ class NetworkTrainer(FrozenModels):
         """Encodes the pictures that have no cache entry yet, if they are to be cached, and lets the autoencoder go."""
         if not self.config.data.cache_latents:
             return
-        self.data.fill_latents(self.encode_pictures, self.latent_fingerprint, self.sharing())
+        self.data.fill_latents(self.encode_pictures, self.latent_fingerprint, self.processes.sharing())
         self.peak.note(self.device, "encoding pictures")
         self.autoencoder = None
         self._free()
-
-    def sharing(self) -> Sharing:
-        """Returns how processes share the work of filling a cache."""
-        from library.data.cache import Sharing
-
-        processes = self.processes
-        return Sharing(
-            processes.rank, processes.count, processes.gather, processes.is_main, new_tally=processes.new_tally
-        )
 
     def plan_steps(self) -> None:
         """Counts batches, steps and epochs; pictures that could not be read are out by now."""
@@ -254,7 +239,7 @@ class NetworkTrainer(FrozenModels):
             range(1, self.plan.num_epochs + 1),
             self.encode_captions,
             self.text_fingerprint(),
-            self.sharing(),
+            self.processes.sharing(),
             length_of=lambda caption: self.text_cache_bytes([caption]),
         )
         self.encode_prompts()
@@ -346,12 +331,9 @@ class NetworkTrainer(FrozenModels):
             self.network, self.updater, self.plan, self.facts, self.settings_in_effect
         )
 
-    def run_epochs(self) -> None:
-        """Trains, saving and drawing on the way, and writes the final file.
-
-        Where the run ends before its time, by Ctrl+C or by an error, what has been trained is saved first.
-        """
-        from library.console import uninterrupted
+    def build_loop(self) -> None:
+        """Makes the loop, and what happens around its steps."""
+        from library.training.events import RunEvents
         from library.training.loop import Loop, LoopParts, LoopSettings
         from library.training.previews import Previews
         from library.training.progress import Progress
@@ -360,37 +342,31 @@ class NetworkTrainer(FrozenModels):
         from library.training.step import TrainStep
         from library.training.validation import Validation, levels
 
-        config = self.config
-        self.progress = Progress(self.plan, visible=self.processes.is_main, device=self.device)
-        self.validation = Validation(
+        config, processes = self.config, self.processes
+        progress = Progress(self.plan, visible=processes.is_main, device=self.device)
+        self.resuming.load_progress(progress)
+        validation = Validation(
             config.validation,
             self.data,
             self.validation_losses,
             self.weights,
-            self.processes,
+            processes,
             levels(config.flow.timestep_range),
             averaged_too=config.optimizer.ema_decay is not None,
             on_measured=self.updater.after_validation,
         )
-        self.previews = Previews(
+        previews = Previews(
             config.samples,
             self.prompts,
             self.seed,
             self.output_dir(),
             config.output.output_name,
-            self.processes,
+            processes,
             self.trackers,
             self._draw_preview,
             max(dataset.batch_size for dataset in self.dataset_configs),
         )
-        self.resuming.load_progress(self.progress)
-        parts = LoopParts(
-            data=self.data,
-            train_step=TrainStep(self.losses_of, self.updater, self.processes),
-            progress=self.progress,
-            processes=self.processes,
-            events=self,
-        )
+        parts = LoopParts(self.data, TrainStep(self.losses_of, self.updater, processes), progress, processes)
         accumulation, readers = config.schedule.gradient_accumulation_steps, config.data.max_data_loader_n_workers
         self.loop = Loop(parts, LoopSettings(self.plan, accumulation, readers), self.start_position)
         states = StateWriter(
@@ -400,71 +376,28 @@ class NetworkTrainer(FrozenModels):
             self.network,
             self.updater,
             self.loop,
-            self.processes.on_cuda,
+            processes.on_cuda,
         )
-        self.saver = Saver(config.output, self.plan.num_epochs, self._lora_writer(), config.state, states, self.uploads)
-        if self.loop.is_at_end:
-            logger.warning(
-                "The run is at its end already (step %d of %d): nothing is left to train, and the final file is written"
-                " again; a larger --max_train_steps or --max_train_epochs goes on",
-                self.loop.step,
-                self.plan.num_steps,
-            )
-        if self.loop.step == 0:
-            self.previews.at_first()
-            self._put_autoencoder_away(has_trained=self.loop.step > 0)
-        elif self.resuming.continues_at(self.loop.step) and self.updater.awaits_validation(self.loop.step):
-            # The run was interrupted between this step and a measurement that the learning rate goes by.
-            self.trackers.log(self.validation.after_step(self.loop.step, self.progress.average), self.loop.step)
+        saver = Saver(config.output, self.plan.num_epochs, self._lora_writer(), config.state, states, self.uploads)
+        self.events = RunEvents(
+            self.loop, self.updater, self.trackers, validation, previews, saver, self._put_autoencoder_away
+        )
+
+    def run_epochs(self) -> None:
+        """Trains, saving and drawing on the way, and writes the final file.
+
+        Where the run ends before its time, by Ctrl+C or by an error, what has been trained is saved first.
+        """
+        self.events.before_steps(self.resuming.continues_at(self.loop.step))
         # The first step is where the GPUs' own exchange begins, which gives up after minutes: one process may read its model
         # from a slower disk than the others.
         self.processes.wait()
         try:
-            self.loop.run()
+            self.loop.run(self.events)
         except BaseException:
-            if self.processes.is_main and self.loop.step > self.start_position.step:
-                # A launcher sends further signals to processes that it sees ending.
-                with uninterrupted():
-                    self.saver.at_interrupt(self.loop.step, self._finished_epochs(self.loop.step), self.loop.is_whole)
+            self.events.at_interrupt()
             raise
-        if self.processes.is_main:
-            self.saver.at_end(self.loop.step, self.plan.num_epochs)
-
-    def _finished_epochs(self, step: int) -> int:
-        return step // self.plan.steps_per_epoch
-
-    def report(self, step: int, values: Mapping[str, float]) -> None:
-        """Reports what an optimizer step gave."""
-        self.trackers.log(values, step)
-
-    def after_step(self, step: int) -> None:
-        """Saves, validates and draws after an optimizer step."""
-        if self.processes.is_main:
-            self.saver.after_step(step, self._finished_epochs(step))
-        self.trackers.log(self.validation.after_step(step, self.progress.average), step)
-        self.previews.after_step(step)
-        self._put_autoencoder_away(has_trained=self.loop.step > 0)
-        if self.processes.is_main:
-            self.saver.state_after_step(step)  # last, so that a continued run leaves nothing out
-        if self.saver.is_step(step):
-            self.processes.wait()
-        self.progress.leave_time_out()
-
-    def after_epoch(self, epoch: int, step: int, values: Mapping[str, float]) -> None:
-        """Reports, saves and draws after an epoch."""
-        if values:  # empty where the epoch's end was interrupted, and comes again; first, because it changes training
-            self.updater.after_epoch(values["loss/epoch_average"])
-        self.trackers.log(values, step)
-        if self.processes.is_main:
-            self.saver.after_epoch(epoch, step)
-        self.trackers.log(self.validation.after_epoch(epoch, step, self.progress.average), step)
-        self.previews.after_epoch(epoch, step)
-        self._put_autoencoder_away(has_trained=self.loop.step > 0)
-        if self.processes.is_main:
-            self.saver.state_after_epoch(epoch)  # last, so that a continued run leaves nothing out
-        if self.saver.is_epoch(epoch):
-            self.processes.wait()
-        self.progress.leave_time_out()
+        self.events.at_end()
 
     def _draw_preview(self, prompts: Sequence[Prompt], seeds: Sequence[int]) -> list[Image]:
         self.peak.note(self.device, "training" if self.loop.step else "setting up")

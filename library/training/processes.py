@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor, distributed
 
+from library.data.sharing import Sharing
 from library.errors import SettingsError, UserError
 from library.training.settings import LogSettings
 from library.training.trackers import accelerate_arguments
@@ -148,6 +149,10 @@ class Processes:
         self._num_tallies += 1
         name = f"lumina_tally_{self._num_tallies}"
         return lambda amount: int(store.add(name, amount))
+
+    def sharing(self) -> Sharing:
+        """Returns how the processes share the work of filling a cache."""
+        return Sharing(self.rank, self.count, self.gather, self.is_main, new_tally=self.new_tally)
 
     def add_up(self, flat: Tensor) -> distributed.Work:
         """Begins to add a flat buffer up over all processes, in place; all of them begin the same ones in the same order.

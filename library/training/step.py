@@ -12,7 +12,7 @@ from collections.abc import Callable, Sequence
 import torch
 
 from library.console import is_stopped, raise_if_stopped
-from library.data.dataset import Batch
+from library.data.items import Batch
 from library.lumina.placement import copied_to
 from library.training import sigma_bands
 from library.training.gradient_sums import GradientSums

@@ -184,7 +184,7 @@ def besides(run: NetworkTrainer, optimizer: torch.optim.Optimizer) -> int:
     class_name = settings.resolved_optimizer.rpartition(".")[2] if known is None else known.class_name
     copies = _EXTRA_STATES.get(class_name, 0) + (settings.ema_decay is not None)
     copies += run.config.schedule.gradient_accumulation_steps > 1  # gradients are there during the forward pass
-    copies += run.num_processes > 1  # the buckets that gradients are exchanged in
+    copies += run.processes.count > 1  # the buckets that gradients are exchanged in
     return copies * size
 
 

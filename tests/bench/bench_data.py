@@ -151,13 +151,17 @@ def run_start(arguments: list[str], began: float, traced: bool) -> None:
     found: dict[str, Any] = {"seconds": {"imports": round(time.monotonic() - began, 2)}}
 
     class Trainer(LuminaNetworkTrainer):
-        def after_step(self, step: int) -> None:
-            found["first_step_s"] = round(time.monotonic() - began, 2)
-            found["cpu_s"] = round(time.process_time(), 2)  # says more where the machine does other things too
-            found.update(_memory_bytes())
-            if traced:
-                found["traced"], found["traced_peak"] = tracemalloc.get_traced_memory()
-            raise Done
+        def build_loop(self) -> None:
+            super().build_loop()
+            self.events.after_step = first_step  # type: ignore[method-assign]
+
+    def first_step(step: int) -> None:
+        found["first_step_s"] = round(time.monotonic() - began, 2)
+        found["cpu_s"] = round(time.process_time(), 2)  # says more where the machine does other things too
+        found.update(_memory_bytes())
+        if traced:
+            found["traced"], found["traced_peak"] = tracemalloc.get_traced_memory()
+        raise Done
 
     trainer = Trainer(config)
     for name in _STEPS:
@@ -210,10 +214,14 @@ def run_waiting(arguments: list[str], num_steps: int) -> None:
 
             self.data.batches = timed  # type: ignore[method-assign, assignment]
 
-        def after_step(self, step: int) -> None:
-            steps.append(time.monotonic())
-            if step > num_steps:
-                raise Done
+        def build_loop(self) -> None:
+            super().build_loop()
+            self.events.after_step = after_step  # type: ignore[method-assign]
+
+    def after_step(step: int) -> None:
+        steps.append(time.monotonic())
+        if step > num_steps:
+            raise Done
 
     try:
         Trainer(config).train()
@@ -244,7 +252,7 @@ def run_reading(count: int, side_px: int, num_tokens: int, step_s: float) -> Non
         )
         data = TrainingData.build(settings, 1, show_progress=False)
         data.fill_latents(lambda pixels: pixels.new_zeros(len(pixels), 16, side_px // 8, side_px // 8), "latents")
-        data.fill_text(data.caption_folders([1]), lambda texts: [torch.zeros(num_tokens, 2304) for _ in texts], "text")
+        data.fill_captions([1], lambda texts: [torch.zeros(num_tokens, 2304) for _ in texts], "text")
         waits = []
         batches = data.batches(data.plan_epoch(1, 1))
         while True:

@@ -22,6 +22,7 @@ import tempfile
 import time
 from collections.abc import Collection, Iterator
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import torch
@@ -71,7 +72,7 @@ class RehearsedTrainer(RandomModelTrainer):
     """A trainer that has not been started; it can only rehearse."""
 
     weight_dtype = torch.bfloat16
-    num_processes = 1
+    processes = SimpleNamespace(count=1)
 
 
 def rehearsed(size_px: int, row: Row, folder: Path, preset: str = "full") -> Need:

@@ -108,11 +108,17 @@ def run_child(flags: list[str], began: float, num_steps: int) -> dict[str, Any]:
         phases["command line"] = round(time.monotonic() - started, 3)
 
         class Trainer(LuminaNetworkTrainer):
-            def report(self, step: int, values: Mapping[str, float]) -> None:
-                steps.append((self.loop._epoch, time.monotonic()))
-                if step >= num_steps:
-                    raise Done
-                super().report(step, values)
+            def build_loop(self) -> None:
+                super().build_loop()
+                report = self.events.report
+
+                def noted(step: int, values: Mapping[str, float]) -> None:
+                    steps.append((self.loop._epoch, time.monotonic()))
+                    if step >= num_steps:
+                        raise Done
+                    report(step, values)
+
+                self.events.report = noted  # type: ignore[method-assign]
 
         trainer = Trainer(config)
         for name in _PHASES:

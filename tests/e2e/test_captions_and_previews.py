@@ -9,7 +9,7 @@ from e2e_helpers import Job
 from PIL import Image
 
 import lumina_minimal_inference
-from library.data.dataset import Batch
+from library.data.items import Batch
 from library.training.hooks import Losses
 from lumina_train_network import LuminaNetworkTrainer
 

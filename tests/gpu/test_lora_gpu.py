@@ -5,7 +5,8 @@ import torch
 from lora_helpers import fill
 from torch import Tensor, nn
 
-from networks.lora import DropoutKeys, LoRAModule, kept
+from networks.lora import LoRAModule
+from networks.lora_dropout import DropoutKeys, kept
 
 pytestmark = [
     pytest.mark.gpu,

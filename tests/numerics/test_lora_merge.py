@@ -11,7 +11,8 @@ from torch import nn
 from torch.utils.checkpoint import checkpoint
 
 from library.lumina.filling import in_turn
-from networks.lora import DropoutKeys, LoRAModule
+from networks.lora import LoRAModule
+from networks.lora_dropout import DropoutKeys
 from networks.lora_lumina import create_network, create_network_from_weights
 
 GOLDEN_LORA = GOLDEN / "lora.safetensors"

@@ -140,9 +140,15 @@ class Recorded(LuminaNetworkTrainer):
 
         self.updater.clip = noted
 
-    def report(self, step: int, values: Any) -> None:
-        self.found[f"loss {step}"] = torch.tensor(values["loss/current"])
-        super().report(step, values)
+    def build_loop(self) -> None:
+        super().build_loop()
+        report = self.events.report
+
+        def noted(step: int, values: Any) -> None:
+            self.found[f"loss {step}"] = torch.tensor(values["loss/current"])
+            report(step, values)
+
+        self.events.report = noted
 
 
 @dataclasses.dataclass

@@ -2,19 +2,28 @@ import errno
 import json
 import os
 import threading
-from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
-from data_helpers import FakeAutoencoder, FakeProcesses, FakeTextEncoder, build, make_pictures, noise_image
+from data_helpers import (
+    FakeAutoencoder,
+    FakeProcesses,
+    FakeTextEncoder,
+    build,
+    captions_of,
+    make_pictures,
+    missing_latents,
+    missing_text,
+    noise_image,
+)
 from safetensors.torch import load_file, save_file
 
 from library import files
 from library.data import cache, images
-from library.data.cache import Sharing
 from library.data.dataset import TrainingData
+from library.data.sharing import ALONE, Sharing
 from library.errors import DatasetError
 
 SIZES = {"a.png": (64, 64), "b.png": (96, 64), "c.png": (64, 96), "d.png": (70, 70)}
@@ -25,10 +34,10 @@ DISK = {"cache_latents_to_disk": True, "cache_text_encoder_outputs_to_disk": Tru
 def _latents_made(folder: Path, fingerprint: str = "ae-1", **changes: Any) -> int:
     """Starts a run on the folder, fills its latents, and returns how many pictures were encoded for it."""
     data = build(folder, **{**DISK, **changes})
-    expected = data.missing_latents(fingerprint)
+    expected = missing_latents(data, fingerprint)
     encoder = FakeAutoencoder()
     data.fill_latents(encoder, fingerprint)
-    assert data.missing_latents(fingerprint) == 0
+    assert missing_latents(data, fingerprint) == 0
     assert (expected > 0) == (encoder.encoded > 0)
     return encoder.encoded
 
@@ -36,12 +45,12 @@ def _latents_made(folder: Path, fingerprint: str = "ae-1", **changes: Any) -> in
 def _texts_made(folder: Path, fingerprint: str = "te-1", **changes: Any) -> list[str]:
     """As :func:`_latents_made`, for captions of one epoch."""
     data = build(folder, **{**DISK, **changes})
-    captions = data.caption_folders([1])
-    expected = data.missing_text(captions, fingerprint)
+    captions = captions_of(data, [1])
+    expected = missing_text(data, captions, fingerprint)
     encoder = FakeTextEncoder()
-    data.fill_text(captions, encoder, fingerprint)
+    data.fill_captions([1], encoder, fingerprint)
     assert len(encoder.encoded) == expected
-    assert data.missing_text(captions, fingerprint) == 0
+    assert missing_text(data, captions, fingerprint) == 0
     return encoder.encoded
 
 
@@ -53,7 +62,7 @@ def test_what_is_cached_is_what_the_encoder_gives(tmp_path: Path, to_disk: bool,
     data = build(tmp_path, flip_aug=flip_aug, vae_batch_size=3, **BUCKETS, **flags)
     autoencoder, text_encoder = FakeAutoencoder(), FakeTextEncoder()
     data.fill_latents(autoencoder, "ae-1")
-    data.fill_text(data.caption_folders([1]), text_encoder, "te-1")
+    data.fill_captions([1], text_encoder, "te-1")
     assert autoencoder.encoded == len(SIZES) * (1 + flip_aug)
     for item in data.items:
         pixels = images.load_pixels(item.path, item.placement, None)
@@ -73,8 +82,8 @@ def test_an_encoder_that_changes_for_one_size_encodes_that_size_again(tmp_path: 
     make_pictures(tmp_path, {"a.png": (64, 64), "b.png": (64, 64), "wide.png": (128, 64)})
     data = build(tmp_path, **BUCKETS, **(DISK if to_disk else {"cache_latents": True}))
     data.fill_latents(FakeAutoencoder(), "ae-1")
-    assert data.missing_latents(lambda size_px: "ae-1") == 0
-    assert data.missing_latents(lambda size_px: "ae-2" if size_px[0] > size_px[1] else "ae-1") == 1
+    assert missing_latents(data, lambda size_px: "ae-1") == 0
+    assert missing_latents(data, lambda size_px: "ae-2" if size_px[0] > size_px[1] else "ae-1") == 1
 
 
 def test_pictures_of_one_bucket_are_encoded_together(tmp_path: Path) -> None:
@@ -104,7 +113,7 @@ def test_by_themselves_captions_of_small_batches_are_encoded_eight_at_a_time(tmp
     for batch_size, expected in ((1, [8, 4]), (10, [10, 2])):
         data = build(tmp_path, cache_text_encoder_outputs=True, train_batch_size=batch_size)
         encoder = FakeTextEncoder()
-        data.fill_text(data.caption_folders([1]), encoder, "te-1")
+        data.fill_captions([1], encoder, "te-1")
         assert [len(batch) for batch in encoder.batches] == expected
 
 
@@ -132,7 +141,7 @@ def test_the_encoder_does_not_wait_for_the_disk(tmp_path: Path, monkeypatch: pyt
         if fill == "latents":
             data.fill_latents(encode, "ae-1")
         else:
-            data.fill_text(data.caption_folders([1]), encode, "te-1")
+            data.fill_captions([1], encode, "te-1")
         assert late == [True] * len(SIZES)
         late.clear()
 
@@ -156,7 +165,7 @@ def test_a_disk_that_fills_up_meanwhile_is_named_and_leaves_whole_entries(
         with pytest.raises(DatasetError, match=r"lumina_cache cannot be written to \(No space left .* --cache_dir"):
             data.fill_latents(FakeAutoencoder(), "ae-1")
         with pytest.raises(DatasetError, match=r"No space left .* --cache_dir"):
-            data.fill_text(data.caption_folders([1]), FakeTextEncoder(), "te-1")
+            data.fill_captions([1], FakeTextEncoder(), "te-1")
     entries = list((tmp_path / "lumina_cache" / "latents").iterdir())
     assert [path.suffix for path in entries] == [".safetensors"] * 2
     assert not any(path.name.startswith(".") for path in entries)
@@ -255,16 +264,17 @@ def test_texts_are_encoded_once_in_batches_of_like_length(tmp_path: Path) -> Non
         (tmp_path / f"{n}.txt").write_text("x" * (1 + n % 3), encoding="utf-8")
     data = build(tmp_path, cache_text_encoder_outputs=True, text_encoder_batch_size=2)
     encoder = FakeTextEncoder()
-    data.fill_text(data.caption_folders([1]), encoder, "te-1")
+    data.fill_captions([1], encoder, "te-1")
     assert encoder.batches == [["xxx", "xx"], ["x"]]
 
 
 def test_length_is_what_the_caller_says(tmp_path: Path) -> None:
     make_pictures(tmp_path, {"a.png": (64, 64)})
-    data = build(tmp_path, cache_text_encoder_outputs=True, text_encoder_batch_size=2)
+    data = build(tmp_path, cache_text_encoder_outputs=True)
     encoder = FakeTextEncoder()
-    captions = ["one", "a b c", "three", "four five"]
-    data.fill_text(captions, encoder, "te-1", length_of=lambda caption: len(caption.split()))
+    captions = dict.fromkeys(["one", "a b c", "three", "four five"])
+    assert data.text is not None
+    data.text.fill(captions, encoder, "te-1", 2, ALONE, length_of=lambda caption: len(caption.split()))
     assert encoder.batches == [["a b c", "four five"], ["one", "three"]]
 
 
@@ -303,7 +313,7 @@ def test_a_folder_that_cannot_be_written_to_names_cache_dir(tmp_path: Path, capl
         data.fill_latents(encoder, "ae-1")
     assert caplog.text.count("pictures.json cannot be written") == 1
     with pytest.raises(DatasetError, match="--cache_dir"):
-        data.fill_text(data.caption_folders([1]), FakeTextEncoder(), "te-1")
+        data.fill_captions([1], FakeTextEncoder(), "te-1")
     assert encoder.encoded == 0
 
 
@@ -325,7 +335,7 @@ def test_a_damaged_entry_is_named_removed_and_made_anew(tmp_path: Path, how: str
     (path,) = (tmp_path / "lumina_cache" / "latents").iterdir()
     _spoil(path, how)
     data = build(tmp_path, **DISK)
-    assert data.missing_latents("ae-1") == 0
+    assert missing_latents(data, "ae-1") == 0
     with pytest.raises(DatasetError, match=rf"{path.name} is damaged .* It has been deleted; start again"):
         data.latents.get(data.items[0], False)
     assert _latents_made(tmp_path) == 1
@@ -362,7 +372,7 @@ def test_numbers_that_are_not_finite_name_the_picture(tmp_path: Path) -> None:
     with pytest.raises(DatasetError, match=r"Encoding .*b\.png gave numbers that are not finite"):
         data.fill_latents(broken, "ae-1")
     with pytest.raises(DatasetError, match="Encoding the caption 'a a, tag' gave"):
-        data.fill_text(["a a, tag"], lambda captions: [torch.tensor([[float("inf")]]) for _ in captions], "te-1")
+        data.fill_captions([1], lambda captions: [torch.tensor([[float("inf")]]) for _ in captions], "te-1")
 
 
 @pytest.mark.parametrize("to_disk", [False, True])
@@ -401,17 +411,17 @@ def test_processes_share_the_work_and_end_with_the_same(tmp_path: Path, count: i
     def run(rank: int) -> TrainingData:
         data = build(tmp_path, flip_aug=True, vae_batch_size=2, **BUCKETS, **flags)
         among = Sharing(rank, count, processes.gather(rank))
-        assert data.missing_latents("ae-1", among) == 9
+        assert missing_latents(data, "ae-1", among) == 9
         data.fill_latents(encoders[rank][0], "ae-1", among)
-        data.fill_text(data.caption_folders([1]), encoders[rank][1], "te-1", among)
-        assert data.missing_latents("ae-1", among) == 0
-        assert data.missing_text(data.captions([1]), "te-1", among) == 0
+        data.fill_captions([1], encoders[rank][1], "te-1", among)
+        assert missing_latents(data, "ae-1", among) == 0
+        assert missing_text(data, captions_of(data, [1]), "te-1", among) == 0
         return data
 
     results = processes.run(run)
     assert all(autoencoder.encoded > 0 and text.encoded for autoencoder, text in encoders)
     assert sum(autoencoder.encoded for autoencoder, _ in encoders) == 8 * 2
-    assert sorted(caption for _, text in encoders for caption in text.encoded) == sorted(results[0].captions([1]))
+    assert sorted(caption for _, text in encoders for caption in text.encoded) == sorted(captions_of(results[0], [1]))
     for data in results[1:]:
         assert [item.name for item in data.items] == [item.name for item in results[0].items]
         for item in data.items:
@@ -437,9 +447,10 @@ def test_processes_that_do_not_share_a_folder_are_told(tmp_path: Path) -> None:
 def test_captions_given_without_folders_go_to_the_first_one(tmp_path: Path) -> None:
     make_pictures(tmp_path, {"a.png": (64, 64)})
     data = build(tmp_path, **DISK)
-    captions: Iterable[str] = {"", "a sample prompt"}
-    data.fill_text(captions, FakeTextEncoder(), "te-1")
-    assert data.missing_text(captions, "te-1") == 0
+    captions = dict.fromkeys(["", "a sample prompt"])
+    assert data.text is not None
+    data.text.fill(captions, FakeTextEncoder(), "te-1", 2, ALONE)
+    assert missing_text(data, captions, "te-1") == 0
     assert len(list((tmp_path / "lumina_cache" / "text").iterdir())) == 2
 
 

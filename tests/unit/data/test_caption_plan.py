@@ -4,7 +4,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from data_helpers import FakeTextEncoder, build, make_pictures
+from data_helpers import FakeTextEncoder, build, captions_of, make_pictures
 
 from library.data.caption_plan import Clock
 from library.data.dataset import TrainingData
@@ -49,7 +49,7 @@ def test_the_list_holds_what_is_drawn(tmp_path: Path, rule: dict[str, Any]) -> N
     # defects 5 and 28: there, warm-up and dropout are silently off where captions are cached
     data = _data(tmp_path / "pictures", **rule)
     used = {caption for epoch in EPOCHS for caption in _drawn(data, epoch)}
-    listed = data.captions(EPOCHS)
+    listed = captions_of(data, EPOCHS)
     assert used <= listed
     assert listed - used <= {""}  # chance may spare every caption
 
@@ -66,7 +66,7 @@ def test_captions_do_not_depend_on_caching_processes_or_where_the_run_starts(
         assert _drawn(cached, epoch) == expected
         assert _drawn(two, epoch, num_processes=2) == expected
         assert _drawn(data, epoch, start=3) == expected[6:]
-    assert two.captions(EPOCHS) == data.captions(EPOCHS)
+    assert captions_of(two, EPOCHS) == captions_of(data, EPOCHS)
 
 
 def test_the_step_of_a_showing_is_that_of_its_global_batch(tmp_path: Path) -> None:
@@ -84,7 +84,7 @@ def test_the_step_of_a_showing_is_that_of_its_global_batch(tmp_path: Path) -> No
 def test_without_a_clock_captions_are_whole(tmp_path: Path) -> None:
     make_pictures(tmp_path, SIZES)
     data = build(tmp_path, token_warmup_step=5, cache_latents=True)
-    assert data.captions([1]) == {f"a {name[0]}, tag" for name in SIZES}
+    assert captions_of(data, [1]) == {f"a {name[0]}, tag" for name in SIZES}
     assert data.draw(0, 1, 0).caption == "a a, tag"
 
 
@@ -94,7 +94,7 @@ def test_variants_are_shown_equally_often_and_are_found_by_another_seed(tmp_path
         shown = [data.draw(item.index, epoch, repeat).caption for epoch in EPOCHS for repeat in range(2)]
         assert {shown.count(caption) for caption in shown} == {2}
     other = build(tmp_path / "pictures", seed=2, caption_variants=4, shuffle_caption=True, cache_latents=True)
-    assert other.captions(EPOCHS) == data.captions(EPOCHS)
+    assert captions_of(other, EPOCHS) == captions_of(data, EPOCHS)
     starts = {data.draw(item.index, 1, 0).caption == other.draw(item.index, 1, 0).caption for item in data.items}
     assert starts == {True, False}
 
@@ -102,7 +102,7 @@ def test_variants_are_shown_equally_often_and_are_found_by_another_seed(tmp_path
 def test_most_is_an_upper_bound(tmp_path: Path) -> None:
     for rule in RULES:
         data = _data(tmp_path / "pictures", **rule)
-        assert len(data.captions(EPOCHS) - {""}) <= data.caption_plan.most(data.items, 4), rule
+        assert len(captions_of(data, EPOCHS) - {""}) <= data.caption_plan.most(data.items, 4), rule
     data = _data(tmp_path / "pictures", shuffle_caption=True)
     assert data.caption_plan.most(data.items, 4) == 7 * 8
     assert data.caption_plan.most(data.items, 4, num_variants=3) == 7 * 3
@@ -114,6 +114,8 @@ def test_fill_captions_collects_only_what_is_missing(tmp_path: Path) -> None:
         data = _data(tmp_path / "pictures", cache_text_encoder_outputs_to_disk=True, **flags)
         encoder = FakeTextEncoder()
         data.fill_captions(EPOCHS, encoder, "te-1")
-        assert set(encoder.encoded) == (data.captions(EPOCHS) if expected else set())
+        assert set(encoder.encoded) == (captions_of(data, EPOCHS) if expected else set())
         assert len(encoder.encoded) == len(set(encoder.encoded))
-        assert all(data.text is not None and len(data.text.get(caption)) for caption in ("", *data.captions(EPOCHS)))
+        assert all(
+            data.text is not None and len(data.text.get(caption)) for caption in ("", *captions_of(data, EPOCHS))
+        )

@@ -12,7 +12,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from data_helpers import noise_image, settings_for
+from data_helpers import missing_latents, noise_image, settings_for
 from PIL import Image
 
 from library.data.config import DatasetConfig, SubsetConfig
@@ -206,6 +206,6 @@ def test_with_cached_latents_nothing_is_cached_and_broken_files_are_shown(tmp_pa
     (tmp_path / broken / "a.png").write_bytes(whole[: len(whole) // 2])
     page, summary, data = write(tmp_path, conditioning_data_dir=tmp_path / "masks", cached=True)
     assert summary == PageSummary(2, 2, 1)
-    assert data.missing_latents("ae-1") == 2
+    assert missing_latents(data, "ae-1") == 2
     assert f"{broken}/a.png" in next(figure for figure in figures(page) if "read (" in figure)
     assert torch.equal(*(data.showings.read_mask(data.draw(1, 1, 0)) for _ in range(2)))  # type: ignore[arg-type]

@@ -62,7 +62,7 @@ def test_few_regularisation_pictures_are_repeated(tmp_path: Path, caplog: pytest
     assert train == [3, 3, 3]
     assert sorted(reg) == [4, 5]
     assert "Dataset 1: 2 of 2 regularisation pictures are used, 9 times an epoch in all" in caplog.text
-    assert data.num_draws == 18
+    assert data.plan_epoch(1, 1).num_draws == 18
 
 
 def test_extra_regularisation_pictures_are_left_out_of_all_folders_alike(

@@ -5,7 +5,7 @@ from typing import Any
 
 import pytest
 import torch
-from data_helpers import FakeAutoencoder, FakeTextEncoder, build, make_pictures, settings_for
+from data_helpers import FakeAutoencoder, FakeTextEncoder, build, captions_of, make_pictures, settings_for
 
 from library.data import images, summary
 from library.data.dataset import TrainingData
@@ -94,7 +94,7 @@ def test_captions_lists_exactly_what_the_epochs_use(tmp_path: Path) -> None:
     for rule in rules:
         data = build(tmp_path, dataset_repeats=3, cache_latents=True, **rule)
         used = {draw.caption for epoch in (1, 2, 3) for draw in _all_draws(data, epoch)}
-        listed = data.captions([1, 2, 3])
+        listed = captions_of(data, [1, 2, 3])
         assert listed - {""} == used - {""}, rule
         assert used <= listed
 
@@ -102,8 +102,8 @@ def test_captions_lists_exactly_what_the_epochs_use(tmp_path: Path) -> None:
 def test_captions_with_dropout_hold_the_empty_one(tmp_path: Path) -> None:
     make_pictures(tmp_path, {"a.png": (64, 64)})
     data = build(tmp_path, caption_dropout_rate=0.01, cache_latents=True)
-    assert data.captions([1]) == {"", "a a, tag"}
-    assert build(tmp_path, cache_latents=True).captions([1]) == {"a a, tag"}
+    assert captions_of(data, [1]) == {"", "a a, tag"}
+    assert captions_of(build(tmp_path, cache_latents=True), [1]) == {"a a, tag"}
 
 
 def test_draws_depend_on_seed_epoch_item_and_repeat_alone(tmp_path: Path) -> None:
@@ -111,7 +111,7 @@ def test_draws_depend_on_seed_epoch_item_and_repeat_alone(tmp_path: Path) -> Non
     flags: dict[str, Any] = {"dataset_repeats": 4, "flip_aug": True, "shuffle_caption": True, "cache_latents": True}
     data, again = build(tmp_path, **flags), build(tmp_path, train_batch_size=3, **flags)
     identity = {(draw.item.index, draw.repeat): (draw.key, draw.caption, draw.flip) for draw in _all_draws(data)}
-    assert len(identity) == data.num_draws == 20
+    assert len(identity) == data.plan_epoch(1, 1).num_draws == 20
     assert len({key for key, _, _ in identity.values()}) == 20
     other = {
         (draw.item.index, draw.repeat): (draw.key, draw.caption, draw.flip)
@@ -155,7 +155,7 @@ def test_cached_batches_hold_latents_and_text(tmp_path: Path) -> None:
     make_pictures(tmp_path, SIZES)
     data = build(tmp_path, train_batch_size=2, cache_latents=True, cache_text_encoder_outputs=True, **BUCKETS)
     data.fill_latents(FakeAutoencoder(), "ae-1")
-    data.fill_text(data.caption_folders([1]), FakeTextEncoder(), "te-1")
+    data.fill_captions([1], FakeTextEncoder(), "te-1")
     for batch in data.batches(data.plan_epoch(1, 1)):
         width, height = batch.draws[0].item.bucket_px
         assert batch.pixels is None
@@ -249,7 +249,7 @@ def _two_datasets(tmp_path: Path) -> TrainingData:
 def test_several_datasets(tmp_path: Path) -> None:
     data = _two_datasets(tmp_path)
     assert [item.dataset_index for item in data.items] == [0] * 6 + [1] * 5
-    assert data.num_draws == 16
+    assert data.plan_epoch(1, 1).num_draws == 16
     for batch in data.plan_epoch(1, 1).batches:
         assert len({(draw.item.dataset_index, draw.item.bucket_px) for draw in batch.draws}) == 1
         assert len(batch) <= data.datasets[batch.draws[0].item.dataset_index].batch_size

@@ -180,7 +180,7 @@ def test_validation_batches_are_always_the_same_and_not_augmented(tmp_path: Path
     make_pictures(tmp_path, TEN)
     data = build(tmp_path, validation_split=0.5, cache_text_encoder_outputs=True, **AUGMENTED, **MEMORY)
     data.fill_latents(FakeAutoencoder(), "ae")
-    data.fill_text(data.caption_folders([1]), FakeTextEncoder(), "te")
+    data.fill_captions([1], FakeTextEncoder(), "te")
     batches = list(data.validation_batches())
     draws = [draw for batch in batches for draw in batch.draws]
     assert sorted(draw.item.index for draw in draws) == [item.index for item in data.validation_items]

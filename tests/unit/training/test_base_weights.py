@@ -81,7 +81,7 @@ def test_the_models_are_those_of_inference_with_the_same_files(
     with torch.no_grad():
         expected = encoder.encode(batch.captions)
         (plain,) = loading.load_gemma2(trainer.files, torch.float32, 256, "").encode(batch.captions[:1])
-    features = trainer._caption_features(batch)
+    features = trainer.caption_features(batch)
     rounded = expected[0].bfloat16().float() if flags is CACHED else expected[0]  # caches hold bfloat16
     # Cached captions are encoded in batches, where padding changes the order of float32 sums.
     torch.testing.assert_close(features[0], rounded, rtol=2**-7 if flags is CACHED else 0, atol=0)

@@ -14,7 +14,7 @@ from trainer_helpers import fill_network, gradients, made_trainer
 
 from library import keyed_random
 from library.data.config import DatasetConfig, SubsetConfig
-from library.data.dataset import Batch
+from library.data.items import Batch
 from library.errors import SettingsError
 from library.lumina import flow
 from library.training.output_preservation import check_can_be_switched_off, warn_where_nothing_is_learned
@@ -55,7 +55,7 @@ def first_batch(trainer: Any, preserves: tuple[int, ...] = ()) -> Batch:
 def noisy_of(trainer: Any, batch: Batch) -> tuple[torch.Tensor, ...]:
     """Returns latents, noise, sigma and noisy latents as the trainer draws them."""
     keys = [draw.key for draw in batch.draws]
-    latents = trainer._latents(batch)
+    latents = trainer.latents_of(batch)
     noise = keyed_random.normal("noise", keys, latents.shape[1:])
     uniform, normal = (keyed_random.uniform("sigma, uniform", keys, ()), keyed_random.normal("sigma, normal", keys, ()))
     sigma = flow.sample_sigma(trainer.config.flow, uniform, normal, *latents.shape[-2:])
@@ -86,12 +86,12 @@ def test_preserved_output_has_the_gradient_of_a_computation_by_hand(
     # By hand: a copy of the models that never had a network gives the targets, kept as plain numbers.
     plain = made_trainer(flags(job, tmp_path, *more), last="load_models")
     with torch.no_grad():
-        features = plain._caption_features(batch, preserves)
+        features = plain.caption_features(batch, preserves)
         base = plain._velocity(noisy[list(preserves)], sigma[list(preserves)], features)
     target = latents - noise
     for place, index in enumerate(preserves):
         target[index] = base[place].float()
-    velocity = trainer._velocity(noisy, sigma, trainer._caption_features(batch))
+    velocity = trainer._velocity(noisy, sigma, trainer.caption_features(batch))
     # With sigma_scaled both sides are x + sigma * velocity, so that the difference is sigma times raw's.
     factor = sigma.view(-1, 1, 1, 1) if prediction == "sigma_scaled" else 1
     by_hand = ((factor * (velocity - target)) ** 2).mean(dim=(1, 2, 3))
@@ -134,7 +134,7 @@ def test_the_target_of_preserved_samples_is_the_network_switched_off(
     *_, noisy = noisy_of(trainer, batch)
     plain = made_trainer(flags(job, tmp_path), last="load_models")
     with torch.no_grad():
-        features = plain._caption_features(batch, (0, 2))
+        features = plain.caption_features(batch, (0, 2))
         assert torch.equal(outputs[0], plain._velocity(noisy[[0, 2]], sigma[[0, 2]], features))
 
     calls.clear()
@@ -216,12 +216,12 @@ def test_validation_losses_are_fixed(job: Job, tmp_path: Path) -> None:
     assert not first.requires_grad
     assert first.shape == (5, 2)
     # By hand for one level: the noise belongs to the draw, not to the batch or the level.
-    latents = trainer._latents(batch)
+    latents = trainer.latents_of(batch)
     noise = keyed_random.normal("validation noise", [draw.key for draw in batch.draws], latents.shape[1:])
     sigma = torch.full((5,), 0.75)
     noisy = flow.add_noise(latents, noise, sigma)
     with torch.no_grad():
-        velocity = trainer._velocity(noisy, sigma, trainer._caption_features(batch))
+        velocity = trainer._velocity(noisy, sigma, trainer.caption_features(batch))
     by_hand = ((velocity - (latents - noise)) ** 2).mean(dim=(1, 2, 3))
     torch.testing.assert_close(first[:, 1], by_hand, rtol=0, atol=0)
     # Alone or among others: only the order of float32 sums differs.

@@ -45,6 +45,8 @@ def test_no_driver_no_warning(monkeypatch: pytest.MonkeyPatch, caplog: pytest.Lo
     one = processes.Processes(accelerator)
     assert (one.rank, one.count, one.is_main) == (0, 1, True)
     assert one.gather([1, 2]) == [[1, 2]]
+    sharing = one.sharing()
+    assert (sharing.rank, sharing.count, sharing.show_progress) == (0, 1, True)
 
 
 @pytest.mark.parametrize(
