@@ -6,7 +6,7 @@ import importlib
 import inspect
 import logging
 import re
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from functools import partial
 from typing import Any
 
@@ -123,7 +123,13 @@ def parameter_groups(network: Any, settings: OptimizerSettings) -> tuple[list[di
     groups, names = prepared if isinstance(prepared, tuple) else (prepared, None)
     if not groups:
         raise SettingsError("every part of the network has learning rate 0; raise --learning_rate")
+    groups = [{**group, "params": _listed(group["params"])} for group in groups]
     return groups, [name or f"group{i}" for i, name in enumerate(names or [None] * len(groups))]
+
+
+def _listed(parameters: torch.Tensor | Iterable[torch.nn.Parameter]) -> list[Any]:
+    """Returns a group's parameters in the form that may be looked at twice; torch takes one alone, and generators, too."""
+    return [parameters] if isinstance(parameters, torch.Tensor) else list(parameters)
 
 
 def build_optimizer(settings: OptimizerSettings, groups: list[dict[str, Any]]) -> Optimizer:
@@ -168,9 +174,10 @@ def _way(make: Callable[..., Optimizer], given: dict[str, Any], groups: list[dic
     """Returns the argument that has a step of torch's optimizers done by one kernel, unless another way is asked for.
 
     By itself torch does it in a dozen passes over all parameters on GPUs, and parameter by parameter on CPUs, which
-    takes ten times as long.
+    takes ten times as long. SGD's kernel fails where a parameter has its first gradient later than others, as by a
+    module dropout of other network modules.
     """
-    knows = make in (torch.optim.Adam, torch.optim.AdamW, torch.optim.SGD) and not _WAYS & given.keys()
+    knows = make in (torch.optim.Adam, torch.optim.AdamW) and not _WAYS & given.keys()
     devices = {parameter.device.type for group in groups for parameter in group["params"]}
     return {"fused": True} if knows and devices <= {"cpu", "cuda"} else {}
 

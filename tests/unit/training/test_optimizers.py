@@ -2,6 +2,7 @@
 
 import math
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -52,7 +53,7 @@ def test_arguments_reach_the_optimizer() -> None:
     )
 
 
-@pytest.mark.parametrize("name", ["AdamW", "Adam", "SGDNesterov"])
+@pytest.mark.parametrize("name", ["AdamW", "Adam"])
 def test_a_step_of_torchs_optimizers_is_one_kernel(name: str) -> None:
     optimizer = optimizers.build_optimizer(OptimizerSettings(optimizer_type=name), parameters())
     assert all(group["fused"] for group in optimizer.param_groups)
@@ -62,6 +63,31 @@ def test_a_step_of_torchs_optimizers_is_one_kernel(name: str) -> None:
     elsewhere = [{"params": [torch.nn.Parameter(torch.ones(3, device="meta"))], "lr": 0.1}]
     on_meta = optimizers.build_optimizer(OptimizerSettings(optimizer_type=name), elsewhere)
     assert not any(group["fused"] for group in on_meta.param_groups)
+
+
+@pytest.mark.parametrize("name", ["AdamW", "Adam", "SGDNesterov", "RAdam"])
+def test_a_first_gradient_may_come_later_than_others(name: str) -> None:
+    """As where a network module leaves modules out of a step by chance."""
+    groups = [{"params": [torch.nn.Parameter(torch.ones(4)) for _ in range(2)], "lr": 0.1}]
+    optimizer = optimizers.build_optimizer(OptimizerSettings(optimizer_type=name), groups)
+    first, second = groups[0]["params"]
+    first.grad = torch.ones(4)
+    optimizer.step()
+    assert (second == 1).all()
+    second.grad = torch.ones(4)
+    optimizer.step()
+    assert (second != 1).all()
+
+
+@pytest.mark.parametrize("alone", [False, True])
+def test_groups_of_other_networks_may_be_generators_or_single_tensors(alone: bool) -> None:
+    """torch takes both; looking at a generator must not use it up."""
+    parameter = torch.nn.Parameter(torch.ones(()))
+    given = parameter if alone else (one for one in [parameter])
+    network = SimpleNamespace(prepare_optimizer_params=lambda *_: [{"params": given, "lr": 0.1}])
+    settings = OptimizerSettings()
+    optimizer = optimizers.build_optimizer(settings, optimizers.parameter_groups(network, settings)[0])
+    assert [group["params"] for group in optimizer.param_groups] == [[parameter]]
 
 
 @pytest.mark.parametrize(
