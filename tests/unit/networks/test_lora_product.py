@@ -65,6 +65,23 @@ def test_numbers_and_gradients_are_those_of_single_steps(
     assert nodes(out) == 4  # itself, and what collects the gradients of x and both factors
 
 
+@pytest.mark.parametrize("observed", [False, True])
+def test_a_gradient_lies_as_its_parameter_does_where_products_of_columns_cost_nothing(
+    observed: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Otherwise autograd copies it, for each LoRA in each step of a GPU."""
+    base = linear()
+    lora = attached(base).to("meta")
+    base.to("meta")
+    x = torch.randn(3, 5, IN, device="meta", requires_grad=True)
+    if observed:
+        monkeypatch.setattr("networks.lora.is_observed", lambda: True)
+        monkeypatch.setattr(lora, "_is_one_function", lambda: False)
+    trained = [lora.lora_down.weight, lora.lora_up.weight]
+    out = base(x)
+    assert all(gradient.is_contiguous() for gradient in torch.autograd.grad(out, trained, torch.empty_like(out)))
+
+
 @pytest.mark.parametrize("make", [Fp8Linear.of, Nf4Linear.of], ids=["fp8", "nf4"])
 def test_beside_quantised_weights(make: type) -> None:
     base = make(linear().weight.detach())
