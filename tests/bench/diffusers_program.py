@@ -2,8 +2,9 @@
 
 That is diffusers' own LoRA script for this model, and the core of other trainers. It stands here so that ``bench_step.py``
 can time it beside ours on the same machine: the same sizes, random batches, rank and matrices, autocast and optimizer of
-that script. It is made as fast as such a script allows: captions are not padded to 256 tokens, and no mask is given where
-none is needed. peft names queries, keys and values apart, so it trains a tenth more numbers beside the same matrices.
+that script. It is made as fast as such a script allows: captions are not padded to 256 tokens, so that diffusers masks
+nothing but in the caption's refiner where they are of one length. peft names queries, keys and values apart, so it trains a
+tenth more numbers beside the same matrices.
 
 Needs ``pip install peft``; nothing else of this project does.
 """
@@ -25,6 +26,7 @@ from library.lumina.next_dit import BLOCKS, LARGE_MATRICES, NextDiT
 FLAGS = ("--gradient_checkpointing", "--torch_compile")
 _MATRICES = (
     r"(layers|noise_refiner|context_refiner)\.\d+\.(attn\.(to_q|to_k|to_v|to_out\.0)|feed_forward\.linear_[123])"
+    r"|norm_out\.linear_2"
 )
 
 
@@ -50,8 +52,8 @@ class DiffusersProgram:
         self.device: torch.device = accelerator.device
         self.checkpointing = FLAGS[0] in more
         self._sizes = presets.config(preset)
-        dtype = torch.float32 if precision == "fp32" else torch.bfloat16
-        model = _with_adapters(_random_model(preset, self.device, dtype))
+        self._dtype = torch.float32 if precision == "fp32" else torch.bfloat16
+        model = _with_adapters(_random_model(preset, self.device, self._dtype))
         if self.checkpointing:
             model.enable_gradient_checkpointing()
         if FLAGS[1] in more:
@@ -64,7 +66,8 @@ class DiffusersProgram:
 
     def step(self, batch: Batch, number: int) -> float:
         """Trains one step and returns its loss; ``number`` plays no part."""
-        clean, text, mask = (part.to(self.device) for part in _tensors(batch))
+        latents, features, mask = (part.to(self.device) for part in _tensors(batch))
+        clean, text = latents.to(self._dtype), features.to(self._dtype)
         noise, time = torch.randn_like(clean), torch.randn(clean.shape[0], device=self.device).sigmoid()
         share = time[:, None, None, None].to(clean.dtype)
         noisy = (1 - share) * noise + share * clean
@@ -117,7 +120,7 @@ def _random_model(preset: str, device: torch.device, dtype: torch.dtype) -> Any:
 
 
 def _with_adapters(model: Any) -> Any:
-    """Adds a LoRA beside each large matrix of the blocks."""
+    """Adds a LoRA beside each large matrix of the blocks and the last one of all, as ours has by default."""
     try:
         from peft import LoraConfig
     except ImportError as error:
