@@ -7,7 +7,8 @@ in its registers anyway, and takes its mean square again.
 
 What takes time is memory, so all of a program's reads are under way before the first sum or write, which a read behind it
 would have to wait for. A row is a tuple of pieces, of 8 numbers (16 bytes of halves) a lane, not padded to the next power of
-two. One warp takes a whole row, so that warps need not wait for each other; where float32 sums are held as well, two do.
+two. One warp takes a whole row, so that warps need not wait for each other; where float32 sums are held as well, two do,
+with 4 numbers a lane.
 What a compiler makes of it is printed by ``tests/bench/kernel_resources.py``.
 
 Rounding: a norm's and a rotation's results and gradients are float32 arithmetic with one rounding at the end. SwiGLU

@@ -59,6 +59,7 @@ def test_kernels_compile_for_a_gpu(half: torch.dtype) -> None:
     assert len(made) == 9
     for name, kernel in made:
         # 16 bytes at a time, each way: what a compiler does only as far as it knows that addresses are multiples of that.
+        # (Two warps with a factor's sums read only what is float32 so: of the halves each lane has 8 bytes.)
         assert "ld.global.v4.b32" in kernel.asm["ptx"] or "cp.async.cg" in kernel.asm["ptx"], name
         assert "st.global.v4.b32" in kernel.asm["ptx"], name
 
