@@ -45,6 +45,7 @@ SCRIPTS = {
     "train_ae_steps",
     "train_dit_steps",
     "waiting",
+    "program",
     "preset",
     "batch",
     "warmup",
