@@ -57,7 +57,8 @@ class DiffusersProgram:
         if self.checkpointing:
             model.enable_gradient_checkpointing()
         if FLAGS[1] in more:
-            model.compile_repeated_blocks()
+            for block in (*model.noise_refiner, *model.context_refiner, *model.layers):
+                block.compile()
         self._trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
         optimizer = torch.optim.AdamW(self._trained, lr=1e-4)
         self._accelerator = accelerator
