@@ -28,6 +28,7 @@ from library.memory.settings import AttentionSettings, QuantisationSettings
 from library.settings import FlagSpec, specs_of
 from library.training.arguments import GROUPS, ConfigFileSettings
 from library.training.legacy_flags import IGNORED, REFUSED
+from networks.convert_lumina_lora import ConvertFlags
 from networks.lora_lumina_args import GEMMA2, LUMINA, NetworkArgs, check_network_args
 from networks.lora_table import Table
 
@@ -179,6 +180,7 @@ TABLES: dict[str, Callable[[], str]] = {
     "ignored": lambda: legacy_table(IGNORED),
     "refused": lambda: legacy_table(REFUSED),
     "inference": _inference,
+    "converter": lambda: flag_table(specs_of(ConvertFlags)),
     "dataset keys": _dataset_keys,
     "dataset keys refused": _dataset_keys_refused,
     "network arguments": _network_args,

@@ -13,7 +13,6 @@ the programs that leave it out. Separate q, k and v are joined into one LoRA of 
 from __future__ import annotations
 
 import hashlib
-import json
 import logging
 import math
 import pickle
@@ -26,6 +25,8 @@ import torch
 from torch import Tensor
 
 from library.errors import NetworkError, some
+from networks import peft_settings
+from networks.lora_keys import kohya_name, split_part
 
 logger = logging.getLogger(__name__)
 
@@ -39,30 +40,12 @@ class Factors:
     alpha: float
 
 
-# What other programs call the same Linears, as regular expressions on the dotted path, tried in order.
-_RENAMES: tuple[tuple[str, str], ...] = (
-    (r"\.attn\.", ".attention."),
-    (r"\.attention\.to_out\.0$", ".attention.out"),
-    (r"\.feed_forward\.linear_([123])$", r".feed_forward.w\1"),
-    (r"\.norm1\.linear$", ".adaLN_modulation.1"),
-    (r"^norm_out\.linear_1$", "final_layer.adaLN_modulation.1"),
-    (r"^norm_out\.linear_2$", "final_layer.linear"),
-    (r"^time_caption_embed\.timestep_embedder\.linear_1$", "t_embedder.mlp.0"),
-    (r"^time_caption_embed\.timestep_embedder\.linear_2$", "t_embedder.mlp.2"),
-    (r"^time_caption_embed\.caption_embedder\.1$", "cap_embedder.1"),
-)
-_PREFIXES: tuple[tuple[str, str], ...] = (
-    ("text_encoders.gemma2_2b.transformer.model.", "lora_te"),
-    ("model.diffusion_model.", "lora_unet"),
-    ("diffusion_model.", "lora_unet"),
-    ("base_model.model.", "lora_unet"),
-    ("transformer.", "lora_unet"),
-)
 _KEY = re.compile(
     r"(?P<module>.+?)\.(?:"
     r"lora_(?P<ab>[AB])(?:\.default)?(?:\.weight)?|lora_(?P<kohya>down|up)\.weight|"
     r"lora(?:_linear_layer)?\.(?P<dotted>down|up)\.weight|(?P<alpha>alpha))"
 )
+_KEYS_OF_WIDTH = {2304: 768}  # the 2.6 B model has 24 heads of queries and 8 of keys
 # What torch.load raises on bytes that are no pickle, or half of one.
 _UNPICKLING_ERRORS = (
     OSError,
@@ -73,21 +56,30 @@ _UNPICKLING_ERRORS = (
     TypeError,
     AttributeError,
 )
-_SPLIT = re.compile(r"(?P<block>.+\.attention)\.to_(?P<part>[qkv])")
 
 
 def read_lora_file(file: Path) -> dict[str, Tensor]:
     """Returns the tensors of a ``.safetensors``, ``.ckpt`` or ``.pt`` LoRA file, on the CPU.
 
-    A diffusers file's ``lora_adapter_metadata`` becomes ``<module>.alpha`` entries, because its keys do not hold alpha.
+    Alphas that stand in PEFT's settings, and not among the tensors, become ``<module>.alpha`` entries.
 
     Raises:
         NetworkError: the file is missing, damaged, or of another kind.
     """
     if not file.is_file():
         raise NetworkError(f"LoRA file {file} does not exist; check the path")
-    if file.suffix.lower() == ".safetensors":
-        return _read_safetensors(file)
+    tensors, metadata = _read_safetensors(file) if file.suffix.lower() == ".safetensors" else (_unpickle(file), {})
+    ranks = {
+        match["module"]: tensor.shape[0]
+        for key, tensor in tensors.items()
+        if (match := _KEY.fullmatch(key)) and _kind(match) == "down" and tensor.dim() > 0
+    }
+    without = {name: rank for name, rank in ranks.items() if f"{name}.alpha" not in tensors}
+    alphas = peft_settings.alphas_of(file, metadata, without)
+    return tensors | {f"{name}.alpha": torch.tensor(alpha) for name, alpha in alphas.items()}
+
+
+def _unpickle(file: Path) -> dict[str, Tensor]:
     try:
         tensors = torch.load(file, map_location="cpu", weights_only=True)
     except pickle.UnpicklingError as error:  # torch's text advises to let the file run its code
@@ -104,43 +96,15 @@ def read_lora_file(file: Path) -> dict[str, Tensor]:
     return tensors
 
 
-def _read_safetensors(file: Path) -> dict[str, Tensor]:
+def _read_safetensors(file: Path) -> tuple[dict[str, Tensor], dict[str, str]]:
     from safetensors import SafetensorError, safe_open
 
     try:
         with safe_open(file, framework="pt") as opened:
             tensors = {name: opened.get_tensor(name) for name in opened.keys()}  # noqa: SIM118 - not a mapping
-            metadata = opened.metadata() or {}
+            return tensors, opened.metadata() or {}
     except (OSError, SafetensorError) as error:
         raise NetworkError(f"LoRA file {file} cannot be read: {_first_line(error)}; is it complete?") from error
-    if "lora_adapter_metadata" in metadata:
-        tensors |= _alphas_from_adapter_metadata(metadata["lora_adapter_metadata"], tensors, file)
-    return tensors
-
-
-def _alphas_from_adapter_metadata(text: str, tensors: Mapping[str, Tensor], file: Path) -> dict[str, Tensor]:
-    try:
-        settings = json.loads(text)
-    except (ValueError, RecursionError) as error:
-        raise NetworkError(
-            f"LoRA file {file}: its metadata entry lora_adapter_metadata is not JSON ({error}), so its strength is"
-            " unknown; the file is damaged"
-        ) from error
-    if not isinstance(settings, dict):
-        raise NetworkError(
-            f"LoRA file {file}: its metadata entry lora_adapter_metadata is no table, so its strength is unknown; the file"
-            " is damaged"
-        )
-    alpha = settings.get("transformer.lora_alpha")
-    for special in ("alpha_pattern", "use_rslora", "use_dora"):
-        if settings.get(f"transformer.{special}"):
-            raise NetworkError(f"LoRA file {file} uses PEFT's '{special}', which cannot be converted here")
-    if alpha is None:
-        return {}
-    if isinstance(alpha, bool) or not isinstance(alpha, (int, float)) or not abs(alpha) < 1e9:
-        raise NetworkError(f"LoRA file {file}: its metadata says lora_alpha = {alpha!r}, which is no number")
-    modules = {match["module"] for name in tensors if (match := _KEY.fullmatch(name)) and match["ab"]}
-    return {f"{module}.alpha": torch.tensor(float(alpha)) for module in modules if f"{module}.alpha" not in tensors}
 
 
 def _first_line(error: Exception) -> str:
@@ -165,8 +129,7 @@ def to_factors(tensors: Mapping[str, Tensor], qkv_rows: Sequence[int] | None, so
         if match is None:
             foreign.append(key)
             continue
-        kind = {"A": "down", "B": "up"}.get(match["ab"] or "") or match["kohya"] or match["dotted"] or "alpha"
-        modules.setdefault(_module_name(match["module"]), {})[kind] = tensor
+        modules.setdefault(kohya_name(match["module"]), {})[_kind(match)] = tensor
     if foreign:
         raise NetworkError(
             f"{source}: {len(foreign)} of {len(tensors)} keys are no LoRA keys ({some(foreign)}){guess(tensors)}"
@@ -175,19 +138,38 @@ def to_factors(tensors: Mapping[str, Tensor], qkv_rows: Sequence[int] | None, so
     return _join_qkv(factors, qkv_rows, source)
 
 
-def _module_name(name: str) -> str:
-    """Returns kohya's name of a module; separate q, k, v keep their dots (``lora_unet.layers.0.attention.to_q``)."""
-    if "." not in name and name.startswith("lora_"):
-        return name
-    start, path = next(
-        ((start, name.removeprefix(prefix)) for prefix, start in _PREFIXES if name.startswith(prefix)),
-        ("lora_unet", name),
-    )
-    for pattern, replacement in _RENAMES:
-        path = re.sub(pattern, replacement, path)
-    if _SPLIT.fullmatch(path):
-        return f"{start}.{path}"
-    return f"{start}_{path.replace('.', '_')}"
+def _kind(match: re.Match[str]) -> str:
+    """Returns what a key holds: down, up or alpha."""
+    return {"A": "down", "B": "up"}.get(match["ab"] or "") or match["kohya"] or match["dotted"] or "alpha"
+
+
+def qkv_rows_in(tensors: Mapping[str, Tensor], source: str) -> tuple[int, int, int] | None:
+    """Returns how many rows q, k and v have in a file that holds them apart, or None where it does not.
+
+    There are as many queries as the Linear has inputs, and as many values as keys.
+
+    Raises:
+        NetworkError: the file has queries alone, and is not for the 2.6 B model.
+    """
+    rows: dict[str, int] = {}
+    for key, tensor in tensors.items():
+        match = _KEY.fullmatch(key)
+        split = split_part(kohya_name(match["module"])) if match else None
+        if match is None or split is None or tensor.dim() != 2:
+            continue
+        if _kind(match) == "up":
+            rows[split[1]] = tensor.shape[0]
+        else:
+            rows["q"] = tensor.shape[1]
+    if "q" not in rows:
+        return None
+    others = rows.get("k", rows.get("v", _KEYS_OF_WIDTH.get(rows["q"])))
+    if others is None:
+        raise NetworkError(
+            f"{source}: it holds LoRAs of queries alone, {rows['q']} wide, which is not the 2.6 B model, so it is unknown"
+            " how many keys belong to them"
+        )
+    return rows["q"], others, others
 
 
 def _one(name: str, parts: Mapping[str, Tensor], source: str) -> Factors:
@@ -215,13 +197,12 @@ def _join_qkv(factors: Mapping[str, Factors], qkv_rows: Sequence[int] | None, so
     joined: dict[str, Factors] = {}
     groups: dict[str, dict[str, Factors]] = {}
     for name, one in factors.items():
-        start, dot, path = name.partition(".")
-        match = _SPLIT.fullmatch(path) if dot else None
-        if match is None:
+        split = split_part(name)
+        if split is None:
             joined[name] = one
             continue
-        target = f"{start}_{match['block'].replace('.', '_')}_qkv"
-        groups.setdefault(target, {})[match["part"]] = one
+        fused, part = split
+        groups.setdefault(fused, {})[part] = one
     for name, parts in groups.items():
         if name in joined or qkv_rows is None:
             raise NetworkError(f"{source}: {name} cannot be joined from separate q, k and v")

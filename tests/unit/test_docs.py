@@ -13,6 +13,7 @@ from library.inference.settings import ModelFlags, PictureFlags
 from library.memory.settings import MemorySettings, QuantisationSettings
 from library.settings import specs_of
 from library.training.arguments import all_specs
+from networks.convert_lumina_lora import ConvertFlags
 
 ROOT = Path(__file__).resolve().parents[2]
 PAGES = sorted((ROOT / "docs").glob("**/*.md")) + [path for path in [ROOT / "README.md"] if path.exists()]
@@ -80,6 +81,7 @@ def _known_flags() -> set[str]:
             ModelFlags,
             QuantisationSettings,
             PictureFlags,
+            ConvertFlags,
         )
         for spec in specs_of(settings)
     }
