@@ -31,6 +31,7 @@ from library.training.legacy_flags import IGNORED, REFUSED
 from networks.convert_lumina_lora import ConvertFlags
 from networks.lora_lumina_args import GEMMA2, LUMINA, NetworkArgs, check_network_args
 from networks.lora_table import Table
+from networks.merge_lumina_lora import MergeFlags
 
 logger = logging.getLogger(__name__)
 
@@ -181,6 +182,7 @@ TABLES: dict[str, Callable[[], str]] = {
     "refused": lambda: legacy_table(REFUSED),
     "inference": _inference,
     "converter": lambda: flag_table(specs_of(ConvertFlags)),
+    "merger": lambda: flag_table(specs_of(MergeFlags)),
     "dataset keys": _dataset_keys,
     "dataset keys refused": _dataset_keys_refused,
     "network arguments": _network_args,

@@ -15,7 +15,7 @@ import re
 import shutil
 import tempfile
 import threading
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -25,6 +25,7 @@ if TYPE_CHECKING:
     import torch
 
 _CHUNK_BYTES = 8 * 2**20
+_ALIGNMENT = 64  # of the data's start in a safetensors file
 _LONGEST_IN_TEMPORARY_BYTES = 220  # with what comes behind it a name stays within the 255 bytes of file systems
 _PARTIAL, _REMOVED = ".partial", ".removed"
 _UMASK = threading.Lock()
@@ -167,6 +168,38 @@ def write_safetensors(path: Path, tensors: Mapping[str, torch.Tensor], metadata:
             number = re.search(r"\(os error (\d+)\)", str(error))
             code = int(number[1]) if number else errno.EIO
             raise OSError(code, os.strerror(code) if number else str(error), str(path)) from error
+
+
+def write_safetensors_in_parts(
+    path: Path,
+    entries: Mapping[str, tuple[str, Sequence[int], int]],
+    parts_of: Callable[[str], Iterable[bytes | memoryview]],
+    metadata: Mapping[str, str] | None,
+) -> None:
+    """Writes a safetensors file atomically, without its tensors ever being in memory together.
+
+    Args:
+        path: where to.
+        entries: name -> dtype in the format's words (``BF16``), shape, size in bytes; in the file's order.
+        parts_of: gives a tensor's bytes (little-endian, contiguous) in one or more parts; called in that order.
+        metadata: string metadata.
+
+    Raises:
+        RuntimeError: the parts of a tensor are not of the size that its entry says.
+    """
+    header: dict[str, object] = {"__metadata__": dict(metadata)} if metadata else {}
+    position = 0
+    for name, (dtype, shape, size) in entries.items():
+        header[name] = {"dtype": dtype, "shape": list(shape), "data_offsets": [position, position + size]}
+        position += size
+    text = json.dumps(header).encode()
+    text += b" " * (-(8 + len(text)) % _ALIGNMENT)
+    with replacing(path) as temporary, temporary.open("wb") as file:
+        file.write(len(text).to_bytes(8, "little") + text)
+        for name, (_, _, size) in entries.items():
+            written = sum(file.write(part) for part in parts_of(name))
+            if written != size:
+                raise RuntimeError(f"{name}: {written} bytes instead of {size}")
 
 
 def write_with(path: Path, write: Callable[[Path], None]) -> None:

@@ -2,7 +2,7 @@
 
     python networks/convert_lumina_lora.py --src_path my.safetensors --dst_path my_diffusers.safetensors --dst diffusers
 
-See "Using the LoRA in other programs" in docs/lumina_train_network.md.
+See docs/lora_files.md.
 """
 
 from __future__ import annotations
@@ -64,20 +64,15 @@ def convert(source: Path, target: Path, form: str, precision: str | None) -> Non
         NetworkError: it is no LoRA file of this model, or nothing of it can be converted.
         OSError: the new file cannot be written.
     """
-    import torch
+    from library.files import write_safetensors
+    from networks.lora_files import content_hashes, read_lora_file, read_metadata
+    from networks.lora_forms import PRECISION, dtype_of, factors_of, form_of, to_form
 
-    from library.files import read_safetensors_header, write_safetensors
-    from networks.lora_files import content_hashes, read_lora_file
-    from networks.lora_forms import form_of, to_form
-
-    dtype = {None: None, "float": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}[precision]
     tensors = read_lora_file(source)
-    converted = to_form(tensors, form, dtype, str(source))
-    metadata: dict[str, str] = {}
-    if source.suffix.lower() == ".safetensors":
-        metadata = dict(read_safetensors_header(source)[0].get("__metadata__", {}))
-    for name in ("lora_adapter_metadata", "sshs_model_hash", "sshs_legacy_hash", "format"):
-        metadata.pop(name, None)  # they speak of the old file's tensors
+    factors = factors_of(tensors, str(source))
+    dtype = PRECISION[precision] if precision else dtype_of(factors.values())
+    converted = to_form(factors, form, dtype, str(source))
+    metadata = read_metadata(source)
     write_safetensors(target, converted.tensors, metadata | content_hashes(converted.tensors, metadata))
     logger.info("%s: names of %s, %d tensors", source, form_of(list(tensors)), len(tensors))
     if converted.left_out:

@@ -25,6 +25,7 @@ import torch
 from torch import Tensor
 
 from library.errors import NetworkError, some
+from library.files import read_safetensors_header
 from networks import peft_settings
 from networks.lora_keys import kohya_name, split_part
 
@@ -105,6 +106,18 @@ def _read_safetensors(file: Path) -> tuple[dict[str, Tensor], dict[str, str]]:
             return tensors, opened.metadata() or {}
     except (OSError, SafetensorError) as error:
         raise NetworkError(f"LoRA file {file} cannot be read: {_first_line(error)}; is it complete?") from error
+
+
+def read_metadata(file: Path) -> dict[str, str]:
+    """Returns a LoRA file's metadata for a file that is made from it: without entries that speak of its tensors.
+
+    Only ``.safetensors`` files have any.
+    """
+    if file.suffix.lower() != ".safetensors":
+        return {}
+    of_tensors = ("lora_adapter_metadata", "sshs_model_hash", "sshs_legacy_hash", "format")
+    metadata = read_safetensors_header(file)[0].get("__metadata__", {})
+    return {name: text for name, text in metadata.items() if name not in of_tensors}
 
 
 def _first_line(error: Exception) -> str:

@@ -14,8 +14,7 @@ strength, so all modules of a file for it get the same rank, by factors of zeros
 
 from __future__ import annotations
 
-import math
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import reduce
 
@@ -25,6 +24,10 @@ from torch import Tensor
 from library.errors import NetworkError, some
 from networks.lora_files import Factors, guess, qkv_rows_in, to_factors
 from networks.lora_keys import comfyui_name, diffusers_name, is_fused, is_text_encoder, model_path
+from networks.lora_sum import at_strength
+
+# Words of --save_precision.
+PRECISION = {"float": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}
 
 
 @dataclass(frozen=True)
@@ -49,19 +52,15 @@ def form_of(keys: Sequence[str]) -> str:
     return "other programs"
 
 
-def to_form(tensors: Mapping[str, Tensor], form: str, dtype: torch.dtype | None, source: str) -> Form:
-    """Returns a LoRA in the form of a program; its product, alpha / rank * up @ down, is the same in all.
-
-    Nothing is rounded but by ``dtype``, and by an alpha / rank that is no power of two where it goes into the factors.
+def factors_of(tensors: Mapping[str, Tensor], source: str) -> dict[str, Factors]:
+    """Returns the modules of a LoRA file in any form, by kohya's names, without knowing the model's sizes.
 
     Args:
-        tensors: of a LoRA file in any form.
-        form: one of ``FORMS``.
-        dtype: of the factors in the file; None keeps theirs.
-        source: the file that they are from, for messages.
+        tensors: the file's.
+        source: the file, for messages.
 
     Raises:
-        NetworkError: it is no LoRA, or not one of this model; or numbers are not finite; or nothing is left.
+        NetworkError: it is no LoRA, or holds modules that neither Lumina's transformer nor Gemma2 has.
     """
     factors = to_factors(tensors, qkv_rows_in(tensors, source), source)
     unknown = [name for name in factors if model_path(name) is None]
@@ -70,15 +69,35 @@ def to_form(tensors: Mapping[str, Tensor], form: str, dtype: torch.dtype | None,
             f"{source}: {len(unknown)} of {len(factors)} modules are none of this model ({some(unknown) or 'it is empty'})"
             f"{guess(tensors)}; give a LoRA that was made for it"
         )
-    exact = {name: Factors(one.down.float(), one.up.float(), one.alpha) for name, one in factors.items()}
-    made = FORMS[form](exact, source)
+    return factors
+
+
+def dtype_of(factors: Iterable[Factors]) -> torch.dtype:
+    """Returns the dtype that holds all factors exactly."""
+    return reduce(torch.promote_types, (part.dtype for one in factors for part in (one.down, one.up)))
+
+
+def to_form(factors: Mapping[str, Factors], form: str, dtype: torch.dtype, source: str) -> Form:
+    """Returns a LoRA in the form of a program; its product, alpha / rank * up @ down, is the same in all.
+
+    Nothing is rounded but by ``dtype``, and by an alpha / rank that is no power of two where it goes into the factors.
+
+    Args:
+        factors: modules of Lumina's transformer and Gemma2 by kohya's names, see :func:`factors_of`.
+        form: one of ``FORMS``.
+        dtype: of the factors in the file.
+        source: the file that they are from, for messages.
+
+    Raises:
+        NetworkError: a fused Linear has no shape of this model, numbers are not finite, or nothing is left.
+    """
+    made = FORMS[form](
+        {name: Factors(one.down.float(), one.up.float(), one.alpha) for name, one in factors.items()}, source
+    )
     if not made.tensors:
         raise NetworkError(
             f"{source}: nothing is left for {form}, which takes no LoRA of Gemma2, and there is no other"
         )
-    dtype = dtype or reduce(
-        torch.promote_types, (part.dtype for one in factors.values() for part in (one.down, one.up))
-    )
     cast = {
         key: tensor if key.endswith(".alpha") else tensor.to(dtype).contiguous() for key, tensor in made.tensors.items()
     }
@@ -112,7 +131,7 @@ def _diffusers(factors: Mapping[str, Factors], source: str) -> Form:
     for name, one in factors.items():
         if is_text_encoder(name):
             continue
-        down, up = _at_strength_one(one)
+        down, up = at_strength(one)
         if not is_fused(name):
             pairs[diffusers_name(name)] = down, up
             continue
@@ -126,16 +145,6 @@ def _diffusers(factors: Mapping[str, Factors], source: str) -> Form:
         tensors[f"{key}.lora_A.weight"] = torch.cat([down, down.new_zeros(more, down.shape[1])])
         tensors[f"{key}.lora_B.weight"] = torch.cat([up, up.new_zeros(up.shape[0], more)], dim=1)
     return Form(tensors, [name for name in factors if is_text_encoder(name)])
-
-
-def _at_strength_one(one: Factors) -> tuple[Tensor, Tensor]:
-    """Returns factors whose product needs no alpha: a power of two goes into down, the rest into up.
-
-    So both stay in the range of fp16 where they were in it, and nothing is rounded where alpha / rank is a power of two.
-    """
-    scale = one.alpha / one.down.shape[0]
-    power = 2.0 ** round(math.log2(abs(scale)) / 2)
-    return one.down * power, one.up * (scale / power)
 
 
 def _split(name: str, down: Tensor, up: Tensor, source: str) -> list[tuple[Tensor, Tensor] | None]:

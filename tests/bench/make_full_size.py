@@ -14,9 +14,8 @@ import dataclasses
 import json
 import math
 import sys
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from pathlib import Path
-from typing import BinaryIO
 
 import torch
 from tqdm import tqdm
@@ -27,13 +26,12 @@ sys.path.insert(0, str(Path(__file__).resolve().parent))
 from fast_random import NormalNumbers
 
 from configs.quickstart.make_models import train_tokenizer
-from library.files import write_with
+from library.files import write_safetensors_in_parts
 from library.lumina.configs import AutoencoderConfig, Gemma2TextConfig, NextDiTConfig, Shape
 from library.lumina.key_maps import original_autoencoder_name
 
 _DTYPES = {"BF16": (torch.bfloat16, 2), "F16": (torch.float16, 2), "F32": (torch.float32, 4)}
 _CHUNK = 2**24  # numbers drawn at a time
-_ALIGNMENT = 64  # of the data's start
 
 
 def write_random(
@@ -55,35 +53,26 @@ def write_random(
         spiece: becomes the tensor ``spiece_model``.
     """
     torch_dtype, width = _DTYPES[dtype]
-    header: dict[str, object] = {"__metadata__": dict(metadata)} if metadata else {}
-    position = 0
-    for name, shape in shapes.items():
-        size = math.prod(shape) * width
-        header[name] = {"dtype": dtype, "shape": shape, "data_offsets": [position, position + size]}
-        position += size
+    entries = {name: (dtype, shape, math.prod(shape) * width) for name, shape in shapes.items()}
     if spiece:
-        header["spiece_model"] = {
-            "dtype": "U8",
-            "shape": [len(spiece)],
-            "data_offsets": [position, position + len(spiece)],
-        }
-    text = json.dumps(header).encode()
-    text += b" " * (-(8 + len(text)) % _ALIGNMENT)
+        entries["spiece_model"] = ("U8", (len(spiece),), len(spiece))
     numbers = NormalNumbers()
+    progress = tqdm(total=len(entries), desc=path.name)
 
-    def write(temporary: Path) -> None:
-        with temporary.open("wb") as file:
-            file.write(len(text).to_bytes(8, "little") + text)
-            for name, shape in tqdm(shapes.items(), desc=path.name):
-                _write_tensor(file, name, shape, torch_dtype, norms_at, numbers)
-            file.write(spiece)
+    def parts_of(name: str) -> Iterator[memoryview | bytes]:
+        progress.update()
+        if name == "spiece_model":
+            yield spiece
+        else:
+            yield from _parts(name, shapes[name], torch_dtype, norms_at, numbers)
 
-    write_with(path, write)
+    write_safetensors_in_parts(path, entries, parts_of, metadata)
+    progress.close()
 
 
-def _write_tensor(
-    file: BinaryIO, name: str, shape: Shape, dtype: torch.dtype, norms_at: float, numbers: NormalNumbers
-) -> None:
+def _parts(
+    name: str, shape: Shape, dtype: torch.dtype, norms_at: float, numbers: NormalNumbers
+) -> Iterator[memoryview]:
     total = math.prod(shape)
     for start in range(0, total, _CHUNK):
         count = min(_CHUNK, total - start)
@@ -91,7 +80,7 @@ def _write_tensor(
             values = numbers.take(count, 1 / math.sqrt(math.prod(shape[1:])), dtype)
         else:
             values = torch.full((count,), 0.0 if name.endswith(".bias") else norms_at, dtype=dtype)
-        file.write(values.view(torch.uint8).numpy().data)
+        yield values.view(torch.uint8).numpy().data
 
 
 def make(output_dir: Path, layers: int | None = None, shrink: int = 1) -> tuple[Path, Path, Path]:

@@ -14,6 +14,7 @@ from library.memory.settings import MemorySettings, QuantisationSettings
 from library.settings import specs_of
 from library.training.arguments import all_specs
 from networks.convert_lumina_lora import ConvertFlags
+from networks.merge_lumina_lora import MergeFlags
 
 ROOT = Path(__file__).resolve().parents[2]
 PAGES = sorted((ROOT / "docs").glob("**/*.md")) + [path for path in [ROOT / "README.md"] if path.exists()]
@@ -82,6 +83,7 @@ def _known_flags() -> set[str]:
             QuantisationSettings,
             PictureFlags,
             ConvertFlags,
+            MergeFlags,
         )
         for spec in specs_of(settings)
     }

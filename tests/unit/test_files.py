@@ -99,3 +99,25 @@ def test_names_that_are_no_unicode_survive_in_json(tmp_path: Path) -> None:
     name = b"\x83\x65.png".decode("utf-8", "surrogateescape")
     files.write_json(tmp_path / "a.json", {name: 1})
     assert json.loads((tmp_path / "a.json").read_text(encoding="utf-8")) == {name: 1}
+
+
+def test_tensors_are_written_in_parts_as_safetensors_reads_them(tmp_path):
+    tensors = {"b": torch.randn(3, 5), "a": torch.arange(6, dtype=torch.uint8), "none": torch.zeros(0)}
+    entries = {
+        "b": ("F32", (3, 5), 60),
+        "a": ("U8", (6,), 6),
+        "none": ("F32", (0,), 0),
+    }
+    parts = {name: [tensor.view(torch.uint8).reshape(-1).numpy().data] for name, tensor in tensors.items()}
+    parts["a"] = [b"\0\1\2", b"", b"\3\4\5"]
+    files.write_safetensors_in_parts(tmp_path / "x.safetensors", entries, parts.__getitem__, {"k": "ü"})
+    found = load_file(tmp_path / "x.safetensors")
+    assert all(torch.equal(found[name], tensor) for name, tensor in tensors.items())
+    assert files.read_safetensors_header(tmp_path / "x.safetensors")[0]["__metadata__"] == {"k": "ü"}
+    assert files.read_safetensors_header(tmp_path / "x.safetensors")[1] % 64 == 0
+
+
+def test_a_tensor_of_another_size_leaves_no_file(tmp_path):
+    with pytest.raises(RuntimeError, match="b: 3 bytes instead of 4"):
+        files.write_safetensors_in_parts(tmp_path / "x.safetensors", {"b": ("F32", (1,), 4)}, lambda _: [b"123"], None)
+    assert not list(tmp_path.iterdir())

@@ -8,7 +8,7 @@ import pytest
 ROOT = Path(__file__).resolve().parents[2]
 ENTRY_SCRIPTS = {"lumina_train_network", "lumina_minimal_inference"}
 # Programs beside the modules that they are for.
-TOOLS = {"networks/convert_lumina_lora.py"}
+TOOLS = {"networks/convert_lumina_lora.py", "networks/merge_lumina_lora.py"}
 HEAVY = {"torch", "numpy", "PIL", "transformers", "diffusers", "accelerate", "safetensors", "bitsandbytes"}
 SOURCES = sorted([*(ROOT / "library").rglob("*.py"), *(ROOT / "networks").rglob("*.py"), *ROOT.glob("lumina_*.py")])
 # room -> rooms that it must not import
@@ -36,6 +36,7 @@ LIGHT = [
     "networks/lora_keys.py",
     "networks/peft_settings.py",
     "networks/convert_lumina_lora.py",
+    "networks/merge_lumina_lora.py",
     "lumina_train_network.py",
     "lumina_minimal_inference.py",
 ]

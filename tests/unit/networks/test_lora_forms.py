@@ -7,7 +7,7 @@ from safetensors.torch import load_file
 
 from library.errors import NetworkError
 from networks.lora_files import to_factors
-from networks.lora_forms import FORMS, form_of, to_form
+from networks.lora_forms import FORMS, dtype_of, factors_of, form_of, to_form
 from networks.lora_lumina import create_network
 
 QKV_ROWS = (48, 24, 24)
@@ -18,6 +18,11 @@ LORA = "lora_unet_layers_0_attention_out"
 def golden():
     """A LoRA of sd-scripts with ranks 2 to 5 and alpha 2."""
     return load_file(GOLDEN / "lora.safetensors")
+
+
+def converted(tensors, form, dtype=None):
+    factors = factors_of(tensors, "it")
+    return to_form(factors, form, dtype or dtype_of(factors.values()), "it")
 
 
 def changes(tensors):
@@ -36,9 +41,9 @@ def pair(name, down, up, alpha=None):
 @pytest.mark.parametrize("first", FORMS)
 @pytest.mark.parametrize("second", FORMS)
 def test_forms_lead_into_each_other_without_loss(golden, first, second):
-    converted = to_form(to_form(golden, first, None, "a").tensors, second, None, "b").tensors
-    assert form_of(list(converted)).lower() == second
-    expected, found = changes(golden), changes(converted)
+    twice = converted(converted(golden, first).tensors, second).tensors
+    assert form_of(list(twice)).lower() == second
+    expected, found = changes(golden), changes(twice)
     assert set(found) == set(expected)
     for name in expected:
         # alpha / rank is 2 / 3 and 2 / 5 in some modules: rounded once in float32.
@@ -47,7 +52,7 @@ def test_forms_lead_into_each_other_without_loss(golden, first, second):
 
 @pytest.mark.parametrize("form", ["sd-scripts", "comfyui"])
 def test_forms_with_alpha_change_no_bit(golden, form):
-    again = to_form(to_form(golden, form, None, "a").tensors, "sd-scripts", None, "b").tensors
+    again = converted(converted(golden, form).tensors, "sd-scripts").tensors
     assert set(again) == set(golden)
     assert all(torch.equal(again[key], tensor.float()) for key, tensor in golden.items())
 
@@ -58,19 +63,15 @@ def test_a_strength_that_is_a_power_of_two_goes_into_the_factors_exactly(dtype, 
     # fp16 holds 2**-14 exactly, and its neighbours down to 2**-24 no longer to all digits: both factors stay above.
     down, up = (torch.full(shape, 0.0003).to(dtype) * torch.arange(1, 5) for shape in ((4, 4), (6, 4)))
     tensors = pair(LORA, down.to(dtype), up.to(dtype), alpha)
-    found = to_form(tensors, "diffusers", None, "a").tensors
+    found = converted(tensors, "diffusers").tensors
     assert {tensor.dtype for tensor in found.values()} == {dtype}
     assert torch.equal(changes(found)[LORA], changes(tensors)[LORA])
 
 
 def test_all_ranks_are_equal_for_diffusers_and_stay_themselves_elsewhere(golden):
-    ranks = {
-        tensor.shape[0] for key, tensor in to_form(golden, "diffusers", None, "a").tensors.items() if "lora_A" in key
-    }
+    ranks = {tensor.shape[0] for key, tensor in converted(golden, "diffusers").tensors.items() if "lora_A" in key}
     assert ranks == {5}
-    ranks = {
-        tensor.shape[0] for key, tensor in to_form(golden, "comfyui", None, "a").tensors.items() if "lora_A" in key
-    }
+    ranks = {tensor.shape[0] for key, tensor in converted(golden, "comfyui").tensors.items() if "lora_A" in key}
     assert ranks == {2, 3, 4, 5}
 
 
@@ -84,7 +85,7 @@ def test_q_k_v_that_were_trained_apart_are_apart_again():
         for lora in network.loras:
             for parameter in lora.parameters():
                 parameter.normal_()
-    found = to_form(network.file_state_dict(), "diffusers", None, "a").tensors
+    found = converted(network.file_state_dict(), "diffusers").tensors
     assert found["transformer.layers.0.attn.to_k.lora_A.weight"].shape == (4, 48)
     assert found["transformer.layers.0.attn.to_k.lora_B.weight"].shape == (24, 4)
 
@@ -92,16 +93,16 @@ def test_q_k_v_that_were_trained_apart_are_apart_again():
 def test_one_of_q_k_v_alone_stays_alone():
     up = torch.zeros(96, 4)
     up[48:72] = torch.randn(24, 4)
-    found = to_form(qkv(up), "diffusers", None, "a").tensors
+    found = converted(qkv(up), "diffusers").tensors
     assert {key.split(".")[4] for key in found} == {"to_k"}
-    fused = to_form(found, "sd-scripts", None, "a").tensors
+    fused = converted(found, "sd-scripts").tensors
     assert torch.equal(fused["lora_unet_layers_0_attention_qkv.lora_up.weight"], up)
 
 
 @pytest.mark.parametrize("up", [torch.randn(96, 4), torch.zeros(96, 4)], ids=["shared", "untrained"])
 def test_a_common_down_goes_to_all_three(up):
     tensors = qkv(up)
-    found = to_form(tensors, "diffusers", None, "a").tensors
+    found = converted(tensors, "diffusers").tensors
     downs = [found[f"transformer.layers.0.attn.to_{part}.lora_A.weight"] for part in "qkv"]
     assert all(torch.equal(down, tensors["lora_unet_layers_0_attention_qkv.lora_down.weight"]) for down in downs)
     assert not any(first.data_ptr() == second.data_ptr() for first, second in itertools.pairwise(downs))
@@ -111,10 +112,10 @@ def test_queries_alone_of_the_full_model_are_joined_and_of_another_refused():
     def queries(width):
         return pair("transformer.layers.0.attn.to_q", torch.randn(2, width), torch.randn(width, 2))
 
-    found = to_form(queries(2304), "sd-scripts", None, "a").tensors
+    found = converted(queries(2304), "sd-scripts").tensors
     assert found["lora_unet_layers_0_attention_qkv.lora_up.weight"].shape == (3840, 2)
     with pytest.raises(NetworkError, match="queries alone, 48 wide"):
-        to_form(queries(48), "sd-scripts", None, "a")
+        converted(queries(48), "sd-scripts")
 
 
 @pytest.fixture(scope="module")
@@ -123,17 +124,17 @@ def with_gemma2():
 
 
 def test_gemma2_goes_to_comfyui_and_not_to_diffusers(with_gemma2):
-    found = to_form(with_gemma2, "comfyui", None, "a")
+    found = converted(with_gemma2, "comfyui")
     assert found.left_out == ()
     assert "text_encoders.gemma2_2b.transformer.model.layers.1.mlp.up_proj.lora_A.weight" in found.tensors
-    found = to_form(with_gemma2, "diffusers", None, "a")
+    found = converted(with_gemma2, "diffusers")
     assert len(found.left_out) == 14
     assert all(key.startswith("transformer.") for key in found.tensors)
 
 
 def test_a_precision_is_that_of_the_factors_and_alpha_is_never_rounded():
     tensors = pair(LORA, torch.ones(4, 8), torch.ones(8, 4), 257.0)
-    found = to_form(tensors, "comfyui", torch.bfloat16, "a").tensors
+    found = converted(tensors, "comfyui", torch.bfloat16).tensors
     assert found["diffusion_model.layers.0.attention.out.lora_A.weight"].dtype == torch.bfloat16
     assert float(found["diffusion_model.layers.0.attention.out.alpha"]) == 257
 
@@ -141,9 +142,9 @@ def test_a_precision_is_that_of_the_factors_and_alpha_is_never_rounded():
 def test_what_no_precision_can_hold_is_refused():
     tensors = pair(LORA, torch.full((4, 8), 60000.0), torch.ones(8, 4), 4096.0)
     with pytest.raises(NetworkError, match=r"1 of 2 tensors .*--save_precision"):
-        to_form(tensors, "diffusers", torch.float16, "a")
+        converted(tensors, "diffusers", torch.float16)
     with pytest.raises(NetworkError, match="not finite"):
-        to_form(pair(LORA, torch.full((4, 8), torch.nan), torch.ones(8, 4)), "comfyui", None, "a")
+        converted(pair(LORA, torch.full((4, 8), torch.nan), torch.ones(8, 4)), "comfyui")
 
 
 @pytest.mark.parametrize(
@@ -160,7 +161,7 @@ def test_what_no_precision_can_hold_is_refused():
 )
 def test_other_files_are_refused_with_the_reason(tensors, message):
     with pytest.raises(NetworkError, match=message):
-        to_form(tensors, "diffusers", None, "a")
+        converted(tensors, "diffusers")
 
 
 def test_whose_names_a_file_has():
