@@ -39,7 +39,7 @@ def test_other_files_are_refused(keys, message, tmp_path):
         places_of([OUT, W1], keys, tmp_path)
 
 
-def factors(rank=2, alpha=4.0, value=1 / 64):
+def factors(rank=1, alpha=4.0, value=1 / 64):
     return {OUT: Factors(torch.full((rank, 6), value), torch.full((8, rank), 1.0), alpha)}
 
 
@@ -55,7 +55,7 @@ def merged(tensors, lora, tmp_path, precision=None, metadata=None):
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
 def test_the_change_is_added_in_float32_and_rounded_once(dtype, tmp_path):
     weight = torch.randn(8, 6).to(dtype)
-    # 2 ranks of 1/64 at strength 4 / 2
+    # One rank, so that the sum has one rounding: 1/64 at strength 4.
     assert torch.equal(merged({"a": weight}, factors(), tmp_path)["a"], (weight.float() + 1 / 16).to(dtype))
 
 
