@@ -130,6 +130,29 @@ def test_what_each_switch_does_to_the_result_is_told() -> None:
     assert untold == {"dynamo_backend"}
 
 
+def test_what_the_guide_says_of_cards_is_what_the_memory_table_says() -> None:
+    table = (ROOT / "docs" / "memory.md").read_text(encoding="utf-8").partition("**1024 x 1024 px**")[2].split("**")[0]
+    computed = dict(re.findall(r"^\| (.+?) \| (.+?) \|", table, re.MULTILINE))
+    guide = (ROOT / "docs" / "lumina_train_network.md").read_text(encoding="utf-8")
+    rows = re.findall(r"^\| (.+?) \| ([\d.]+) \| (x [\d.]+) \|$", guide, re.MULTILINE)
+    assert len(rows) == 2 * 5  # English, Japanese
+    assert [f"{gib}, {time}" for _, gib, time in rows] == [
+        computed[flags.replace("なし", "none")] for flags, _, _ in rows
+    ]
+
+
+def test_the_example_run_is_one(tmp_path: Path) -> None:
+    from library.training.config_file import read_config_file
+
+    given, _ = read_config_file(ROOT / "configs" / "lora_example.toml", all_specs())
+    text = (ROOT / "configs" / "lora_example.toml").read_text(encoding="utf-8")
+    offered = re.sub(r"^# (\w+ = )", r"\1", text, flags=re.MULTILINE)
+    (tmp_path / "all.toml").write_text(offered, encoding="utf-8")
+    everything, _ = read_config_file(tmp_path / "all.toml", all_specs())
+    assert {"vram_gb", "system_prompt"} < set(given) < set(everything)
+    assert {"sample_prompts", "blocks_to_swap"} < set(everything)
+
+
 @pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)
 def test_flags_exist(page: Path) -> None:
     mentioned = set(_FLAG.findall(page.read_text(encoding="utf-8")))
