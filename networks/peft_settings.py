@@ -20,6 +20,8 @@ logger = logging.getLogger(__name__)
 _METADATA = "lora_adapter_metadata"
 _BESIDE = "adapter_config.json"
 _IN_DIFFUSERS, _IN_PEFT = "transformer.", "base_model.model."
+# Beginnings for which PEFT changes the model's own weights too.
+_CHANGING_STARTS = ("pissa", "corda", "olora", "loftq")
 # A module's path, or its end; others would be regular expressions.
 _PATH = re.compile(r"\^?(?P<path>[\w.]+)")
 
@@ -36,39 +38,44 @@ def alphas_of(file: Path, metadata: Mapping[str, str], ranks: Mapping[str, int])
         NetworkError: the settings are damaged, or of a kind that is no plain LoRA.
     """
     if _METADATA in metadata:
-        settings = _parsed(metadata[_METADATA], f"LoRA file {file}: its metadata entry {_METADATA}")
-        prefix = _IN_DIFFUSERS
+        place, prefix = f"its metadata entry {_METADATA}", _IN_DIFFUSERS
+        settings = _parsed(metadata[_METADATA], f"LoRA file {file}: {place}")
         settings = {key.removeprefix(prefix): value for key, value in settings.items() if key.startswith(prefix)}
     elif any(name.startswith(_IN_PEFT) for name in ranks):
-        beside, prefix = file.with_name(_BESIDE), _IN_PEFT
-        if not beside.is_file():
-            logger.warning(
-                "%s: its names are PEFT's, which keeps alpha in %s beside the file, and that is not there; alpha = rank is"
-                " taken, which may be another strength than in training",
-                file,
-                _BESIDE,
-            )
-            return {}
-        settings = _parsed(
-            beside.read_text(encoding="utf-8", errors="replace"), f"{beside}, the settings of {file.name},"
-        )
+        place, prefix = f"{_BESIDE} beside it", _IN_PEFT
+        beside = file.with_name(_BESIDE)
+        settings = _parsed(beside.read_bytes(), f"{beside}, the settings of {file.name},") if beside.is_file() else {}
     else:
         return {}
     if settings.get("use_dora"):
         raise NetworkError(
-            f"LoRA file {file} is a DoRA by its settings, which is no plain LoRA and cannot be converted here"
+            f"LoRA file {file} is a DoRA by its settings, which is more than a LoRA and cannot be read here; give a plain"
+            " LoRA"
         )
+    start = str(settings.get("init_lora_weights")).lower()
+    if start.startswith(_CHANGING_STARTS):
+        raise NetworkError(
+            f"LoRA file {file}: its settings say init_lora_weights = {start}, which also changed the model that it was"
+            " trained on, so it does not fit the unchanged one; have PEFT save it with"
+            " path_initial_model_for_weight_conversion"
+        )
+    ours = {name: rank for name, rank in ranks.items() if name.startswith(prefix)}
     if settings.get("lora_alpha") is None:
+        if ours:
+            logger.warning(
+                "%s: the strength of such a LoRA stands in %s as lora_alpha, and is not there; alpha = rank is taken, which"
+                " may be another strength than in training",
+                file,
+                place,
+            )
         return {}
-    alphas = {}
-    for name, rank in ranks.items():
-        if name.startswith(prefix):
-            alpha = _alpha(name.removeprefix(prefix), settings, file)
-            alphas[name] = alpha * math.sqrt(rank) if settings.get("use_rslora") else alpha
+    alphas = {name: _alpha(name.removeprefix(prefix), settings, file) for name in ours}
+    if settings.get("use_rslora"):
+        alphas = {name: alpha * math.sqrt(ours[name]) for name, alpha in alphas.items()}
     return alphas
 
 
-def _parsed(text: str, what: str) -> dict[str, Any]:
+def _parsed(text: str | bytes, what: str) -> dict[str, Any]:
     try:
         settings = json.loads(text)
     except (ValueError, RecursionError) as error:
@@ -83,7 +90,11 @@ def _parsed(text: str, what: str) -> dict[str, Any]:
 def _alpha(path: str, settings: Mapping[str, Any], file: Path) -> float:
     found = settings["lora_alpha"]
     patterns = settings.get("alpha_pattern") or {}
-    for pattern, value in patterns.items() if isinstance(patterns, dict) else ():
+    if not isinstance(patterns, dict):
+        raise NetworkError(
+            f"LoRA file {file}: its settings say alpha_pattern = {patterns!r}, which is no table, so its strength is unknown"
+        )
+    for pattern, value in patterns.items():
         match = _PATH.fullmatch(pattern)
         if match is None:
             raise NetworkError(
@@ -94,5 +105,7 @@ def _alpha(path: str, settings: Mapping[str, Any], file: Path) -> float:
             found = value
             break
     if isinstance(found, bool) or not isinstance(found, (int, float)) or not abs(found) < 1e9:
-        raise NetworkError(f"LoRA file {file}: its settings say lora_alpha = {found!r}, which is no number")
+        raise NetworkError(
+            f"LoRA file {file}: its settings say lora_alpha = {found!r}, which is no number, so its strength is unknown"
+        )
     return float(found)

@@ -68,6 +68,9 @@ def test_peft_itself_gives_these_strengths(settings, tmp_path):
         ({"lora_alpha": True}, "lora_alpha = True"),
         ({"lora_alpha": math.inf}, "lora_alpha = inf"),
         ({"lora_alpha": 8, "alpha_pattern": {"to_q": None}}, "lora_alpha = None"),
+        ({"lora_alpha": 8, "alpha_pattern": ["to_q"]}, r"alpha_pattern = \['to_q'\]"),
+        ({"lora_alpha": 8, "init_lora_weights": "pissa_niter_16"}, "init_lora_weights = pissa_niter_16"),
+        ({"lora_alpha": 8, "init_lora_weights": "OLoRA"}, "changed the model"),
     ],
 )
 def test_what_cannot_be_read_is_named(settings, message, tmp_path):
@@ -75,26 +78,31 @@ def test_what_cannot_be_read_is_named(settings, message, tmp_path):
         alphas_of(tmp_path / "a.safetensors", metadata(**settings), RANKS)
 
 
-def peft_folder(folder, config):
+def peft_folder(folder, config, encoding="utf-8"):
     name = "base_model.model.layers.0.attn.to_q"
     save_file(
         {f"{name}.lora_A.weight": torch.ones(4, 72), f"{name}.lora_B.weight": torch.ones(72, 4)},
         folder / "adapter_model.safetensors",
     )
     if config is not None:
-        (folder / "adapter_config.json").write_text(config, encoding="utf-8")
+        (folder / "adapter_config.json").write_text(config, encoding=encoding)
     return folder / "adapter_model.safetensors"
 
 
-def test_settings_beside_a_file_of_peft_are_read(tmp_path):
-    tensors = read_lora_file(peft_folder(tmp_path, '{"lora_alpha": 16, "r": 4}'))
+@pytest.mark.parametrize("encoding", ["utf-8", "utf-8-sig", "utf-16"])
+def test_settings_beside_a_file_of_peft_are_read(encoding, tmp_path):
+    tensors = read_lora_file(peft_folder(tmp_path, '{"lora_alpha": 16, "r": 4, "init_lora_weights": true}', encoding))
     assert float(tensors["base_model.model.layers.0.attn.to_q.alpha"]) == 16
 
 
-def test_missing_settings_are_warned_about_and_damaged_ones_refused(tmp_path, caplog):
-    tensors = read_lora_file(peft_folder(tmp_path, None))
+@pytest.mark.parametrize("config", [None, "{}"])
+def test_a_missing_alpha_is_warned_about(config, tmp_path, caplog):
+    tensors = read_lora_file(peft_folder(tmp_path, config))
     assert not [key for key in tensors if "alpha" in key]
-    assert "alpha = rank" in caplog.text
+    assert "adapter_config.json beside it as lora_alpha, and is not there; alpha = rank" in caplog.text
+
+
+def test_damaged_settings_are_refused(tmp_path):
     with pytest.raises(NetworkError, match=r"adapter_config\.json.*damaged"):
         read_lora_file(peft_folder(tmp_path, "{"))
 
