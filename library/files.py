@@ -235,6 +235,8 @@ def read_safetensors_header(path: Path) -> tuple[dict[str, Any], int]:
             raise ValueError("its safetensors header is not valid JSON") from error
     if not isinstance(header, dict):
         raise ValueError("its safetensors header is not a JSON object")
+    if header.get("__metadata__", {}) is None:  # which the format's own reader takes for none
+        del header["__metadata__"]
     return header, 8 + length
 
 

@@ -62,17 +62,19 @@ def convert(source: Path, target: Path, form: str, precision: str | None) -> Non
 
     Raises:
         NetworkError: it is no LoRA file of this model, or nothing of it can be converted.
+        SettingsError: the new file's folder cannot be written to.
         OSError: the new file cannot be written.
     """
-    from library.files import write_safetensors
+    from library.files import check_writable, write_safetensors
     from networks.lora_files import content_hashes, read_lora_file, read_metadata
     from networks.lora_forms import PRECISION, dtype_of, factors_of, form_of, to_form
 
     tensors = read_lora_file(source)
     factors = factors_of(tensors, str(source))
-    dtype = PRECISION[precision] if precision else dtype_of(factors.values())
+    dtype = PRECISION[precision] if precision else dtype_of(tensors)
     converted = to_form(factors, form, dtype, str(source))
     metadata = read_metadata(source)
+    check_writable("--dst_path", target.parent)
     write_safetensors(target, converted.tensors, metadata | content_hashes(converted.tensors, metadata))
     logger.info("%s: names of %s, %d tensors", source, form_of(list(tensors)), len(tensors))
     if converted.left_out:
@@ -83,7 +85,7 @@ def convert(source: Path, target: Path, form: str, precision: str | None) -> Non
             len(converted.left_out),
             form,
         )
-    logger.info("%s: names of %s, %d tensors", target, form, len(converted.tensors))
+    logger.info("%s: names of %s, %d tensors", target, form_of(list(converted.tensors)), len(converted.tensors))
 
 
 def main(argv: Sequence[str] | None = None) -> None:

@@ -7,7 +7,8 @@ Known forms, by example of one module:
 * ``transformer.layers.0.attn.to_q.lora_A.weight``: diffusers and PEFT, with q, k and v apart;
 
 each with ``lora_A/lora_B``, ``lora_down/lora_up`` or ``lora.down/lora.up``. A missing alpha means alpha = rank, as in
-the programs that leave it out. Separate q, k and v are joined into one LoRA of the fused Linear, exactly.
+the programs that leave it out. Separate q, k and v are joined into one LoRA of the fused Linear: exactly, but for one
+rounding in float32 where their strengths differ.
 """
 
 from __future__ import annotations
@@ -34,7 +35,7 @@ logger = logging.getLogger(__name__)
 
 @dataclass(frozen=True)
 class Factors:
-    """One module's LoRA as files hold it: ``down`` (r,in), ``up`` (out,r), strength alpha / r."""
+    """One module's LoRA: ``down`` (r,in) and ``up`` (out,r) in float32, strength alpha / r."""
 
     down: Tensor
     up: Tensor
@@ -47,16 +48,6 @@ _KEY = re.compile(
     r"lora(?:_linear_layer)?\.(?P<dotted>down|up)\.weight|(?P<alpha>alpha))"
 )
 _KEYS_OF_WIDTH = {2304: 768}  # the 2.6 B model has 24 heads of queries and 8 of keys
-# What torch.load raises on bytes that are no pickle, or half of one.
-_UNPICKLING_ERRORS = (
-    OSError,
-    RuntimeError,
-    EOFError,
-    ValueError,
-    LookupError,
-    TypeError,
-    AttributeError,
-)
 
 
 def read_lora_file(file: Path) -> dict[str, Tensor]:
@@ -68,7 +59,8 @@ def read_lora_file(file: Path) -> dict[str, Tensor]:
         NetworkError: the file is missing, damaged, or of another kind.
     """
     if not file.is_file():
-        raise NetworkError(f"LoRA file {file} does not exist; check the path")
+        what = "is a folder; give the file in it" if file.is_dir() else "does not exist; check the path"
+        raise NetworkError(f"LoRA file {file} {what}")
     tensors, metadata = _read_safetensors(file) if file.suffix.lower() == ".safetensors" else (_unpickle(file), {})
     ranks = {
         match["module"]: tensor.shape[0]
@@ -88,20 +80,27 @@ def _unpickle(file: Path) -> dict[str, Tensor]:
             f"LoRA file {file} cannot be read: it is damaged, or holds more than tensors, which could run any code; give a"
             " .safetensors file"
         ) from error
-    except _UNPICKLING_ERRORS as error:
+    except Exception as error:  # bytes that are no pickle, or half of one, end in errors of many kinds
         raise NetworkError(f"LoRA file {file} cannot be read: {_first_line(error)}; is it complete?") from error
     if isinstance(tensors, dict) and isinstance(tensors.get("state_dict"), dict):
         tensors = tensors["state_dict"]
-    if not isinstance(tensors, dict) or not all(isinstance(value, Tensor) for value in tensors.values()):
+    if not isinstance(tensors, dict) or not all(_is_named_tensor(*entry) for entry in tensors.items()):
         raise NetworkError(f"LoRA file {file} does not hold a table of tensors; it is not a LoRA file")
-    return tensors
+    # Unlike those of a .safetensors file they may be parameters, and share memory.
+    return {name: tensor.detach().clone() for name, tensor in tensors.items()}
+
+
+def _is_named_tensor(name: object, value: object) -> bool:
+    dense = isinstance(value, Tensor) and value.layout == torch.strided and not value.is_meta
+    return isinstance(name, str) and dense
 
 
 def _read_safetensors(file: Path) -> tuple[dict[str, Tensor], dict[str, str]]:
     from safetensors import SafetensorError, safe_open
 
     try:
-        with safe_open(file, framework="pt") as opened:
+        # safe_open says of every file that it cannot open that there is none; open says why.
+        with file.open("rb"), safe_open(file, framework="pt") as opened:
             tensors = {name: opened.get_tensor(name) for name in opened.keys()}  # noqa: SIM118 - not a mapping
             return tensors, opened.metadata() or {}
     except (OSError, SafetensorError) as error:
@@ -133,22 +132,35 @@ def to_factors(tensors: Mapping[str, Tensor], qkv_rows: Sequence[int] | None, so
         source: the file, for messages.
 
     Raises:
-        NetworkError: keys that belong to no LoRA, or incomplete or misshaped modules.
+        NetworkError: keys that belong to no LoRA, or modules that are incomplete, misshaped, or there twice.
     """
     modules: dict[str, dict[str, Tensor]] = {}
-    foreign = []
+    foreign, twice = [], []
     for key, tensor in tensors.items():
         match = _KEY.fullmatch(key)
         if match is None:
             foreign.append(key)
             continue
-        modules.setdefault(kohya_name(match["module"]), {})[_kind(match)] = tensor
+        parts, kind = modules.setdefault(kohya_name(match["module"]), {}), _kind(match)
+        if kind in parts:
+            twice.append(key)
+        parts[kind] = tensor
     if foreign:
         raise NetworkError(
-            f"{source}: {len(foreign)} of {len(tensors)} keys are no LoRA keys ({some(foreign)}){guess(tensors)}"
+            f"{source}: {len(foreign)} of {len(tensors)} keys are no LoRA keys ({some(foreign)})"
+            f"{guess(tensors) or '; give a file that holds a LoRA and nothing else'}"
         )
+    if twice:
+        raise NetworkError(_is_there_twice(source, twice))
     factors = {name: _one(name, parts, source) for name, parts in modules.items()}
     return _join_qkv(factors, qkv_rows, source)
+
+
+def _is_there_twice(source: str, names: Sequence[str]) -> str:
+    return (
+        f"{source}: {some(names)}: the file holds the same under another name too, so it is unclear which of the two counts;"
+        " two files were put into one, give one of them"
+    )
 
 
 def _kind(match: re.Match[str]) -> str:
@@ -172,7 +184,7 @@ def qkv_rows_in(tensors: Mapping[str, Tensor], source: str) -> tuple[int, int, i
             continue
         if _kind(match) == "up":
             rows[split[1]] = tensor.shape[0]
-        else:
+        elif _kind(match) == "down":
             rows["q"] = tensor.shape[1]
     if "q" not in rows:
         return None
@@ -195,15 +207,22 @@ def _one(name: str, parts: Mapping[str, Tensor], source: str) -> Factors:
             f"{source}: the LoRA of {name} has the shapes {tuple(down.shape)} and {tuple(up.shape)}, which do not"
             " multiply as (rank, in) and (out, rank)"
         )
-    if down.shape[0] == 0:
-        raise NetworkError(f"{source}: the LoRA of {name} has rank 0; the file is damaged")
-    given = parts.get("alpha")
-    if given is not None and (given.numel() != 1 or not math.isfinite(float(given))):
+    if 0 in (*down.shape, *up.shape):
+        raise NetworkError(
+            f"{source}: the LoRA of {name} is empty (lora_down {tuple(down.shape)}, lora_up {tuple(up.shape)}); the file is"
+            " damaged"
+        )
+    given = parts.get("alpha", torch.tensor(0.0))
+    alpha = float(given.float()) if given.numel() == 1 and not given.is_complex() else math.nan
+    if not math.isfinite(alpha):
         raise NetworkError(f"{source}: the alpha of {name} is no number; the file is damaged")
-    if not (down.is_floating_point() and up.is_floating_point()):
-        raise NetworkError(f"{source}: the LoRA of {name} holds {down.dtype} and {up.dtype} instead of fractions")
+    if not all(part.is_floating_point() and "float4" not in str(part.dtype) for part in (down, up)):
+        raise NetworkError(
+            f"{source}: the LoRA of {name} holds {down.dtype} and {up.dtype} instead of fractions; give the LoRA in"
+            " float, fp16 or bf16"
+        )
     # sd-scripts reads an alpha of 0 as the rank; as a factor it would make a LoRA that does nothing.
-    return Factors(down, up, float(given) if given is not None and float(given) else float(down.shape[0]))
+    return Factors(down.float(), up.float(), alpha or float(down.shape[0]))
 
 
 def _join_qkv(factors: Mapping[str, Factors], qkv_rows: Sequence[int] | None, source: str) -> dict[str, Factors]:
@@ -217,7 +236,9 @@ def _join_qkv(factors: Mapping[str, Factors], qkv_rows: Sequence[int] | None, so
         fused, part = split
         groups.setdefault(fused, {})[part] = one
     for name, parts in groups.items():
-        if name in joined or qkv_rows is None:
+        if name in joined:
+            raise NetworkError(_is_there_twice(source, [name]))
+        if qkv_rows is None:
             raise NetworkError(f"{source}: {name} cannot be joined from separate q, k and v")
         joined[name] = _fuse(name, parts, qkv_rows, source)
     return joined
@@ -242,24 +263,16 @@ def _fuse(name: str, parts: Mapping[str, Factors], qkv_rows: Sequence[int], sour
             for part, rows in zip("qkv", qkv_rows, strict=True)
         ]
         return Factors(first.down, torch.cat(blocks), first.alpha)
-    scales = [one.alpha / one.down.shape[0] for one in ordered]
-    down = torch.cat([one.down for one in ordered])
-    rank = down.shape[0]
-    equal = len(set(scales)) == 1
-    ups = [
-        one.up if equal else (one.up.float() * scale).to(one.up.dtype)
-        for one, scale in zip(ordered, scales, strict=True)
-    ]
-    up = torch.zeros(sum(qkv_rows), rank, dtype=first.up.dtype)
-    row = column = 0
-    used = iter(ups)
-    for part, rows in zip("qkv", qkv_rows, strict=True):
-        if part in parts:
-            block = next(used)
-            up[row : row + rows, column : column + block.shape[1]] = block
-            column += block.shape[1]
-        row += rows
-    return Factors(down, up, scales[0] * rank if equal else float(rank))
+    scales = {part: one.alpha / one.down.shape[0] for part, one in parts.items()}
+    equal = len(set(scales.values())) == 1
+    ups = {part: one.up if equal else one.up * scales[part] for part, one in parts.items()}
+    # A missing one has rows and no ranks.
+    up = torch.block_diag(
+        *(ups.get(part, first.up.new_zeros(rows, 0)) for part, rows in zip("qkv", qkv_rows, strict=True))
+    )
+    rank = up.shape[1]
+    alpha = first.alpha / first.down.shape[0] * rank if equal else float(rank)
+    return Factors(torch.cat([one.down for one in ordered]), up, alpha)
 
 
 _OTHER_MODEL = "; the LoRA is for another model"
@@ -282,7 +295,7 @@ _SIGNS: tuple[tuple[str, str], ...] = (
 
 
 # Z-Image's Linears go by Lumina's names and are 3840 wide where Lumina's are 2304.
-_Z_IMAGE_KEY = re.compile(r"attention.*(lora_down|lora_A)")
+_Z_IMAGE_KEY = re.compile(r"(attention|feed_forward).*(lora_A|lora[_.]down)")
 
 
 def guess(tensors: Mapping[str, Tensor]) -> str:

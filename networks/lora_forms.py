@@ -8,13 +8,14 @@ comfyui    ``diffusion_model.layers.0.attention.qkv.lora_A.``  as it is   fused 
 diffusers  ``transformer.layers.0.attn.to_q.lora_A.``          in factors apart    left out
 ========== =================================================== ========== ======== =====================
 
-diffusers' loader of this model takes no alphas and no text encoder. Where ranks differ, versions of it disagree about the
-strength, so all modules of a file for it get the same rank, by factors of zeros.
+diffusers' loader of this model takes no alphas among the weights, and no text encoder. Where ranks differ, versions of it
+disagree about the strength (up to 0.35 all modules get the alpha of the first one's rank, in 0.42 each its own), so all
+modules of a file for it get the same rank, by factors of zeros.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import reduce
 
@@ -64,17 +65,23 @@ def factors_of(tensors: Mapping[str, Tensor], source: str) -> dict[str, Factors]
     """
     factors = to_factors(tensors, qkv_rows_in(tensors, source), source)
     unknown = [name for name in factors if model_path(name) is None]
-    if unknown or not factors:
-        raise NetworkError(
-            f"{source}: {len(unknown)} of {len(factors)} modules are none of this model ({some(unknown) or 'it is empty'})"
-            f"{guess(tensors)}; give a LoRA that was made for it"
-        )
+    other_model = guess(tensors)  # tells one whose modules have the same names by their sizes
+    if unknown or other_model or not factors:
+        what = "sizes are not this model's" if factors else "it holds nothing"
+        if unknown:
+            what = f"{len(unknown)} of {len(factors)} modules are none of this model ({some(unknown)})"
+        raise NetworkError(f"{source}: {what}{other_model}; give a LoRA that was made for Lumina Image 2.0")
     return factors
 
 
-def dtype_of(factors: Iterable[Factors]) -> torch.dtype:
-    """Returns the dtype that holds all factors exactly."""
-    return reduce(torch.promote_types, (part.dtype for one in factors for part in (one.down, one.up)))
+def dtype_of(*files: Mapping[str, Tensor]) -> torch.dtype:
+    """Returns the dtype that holds the factors of LoRA files exactly; fp8, which has no room for a strength, counts as bf16.
+
+    Args:
+        *files: their tensors.
+    """
+    given = (tensor.dtype for tensors in files for key, tensor in tensors.items() if not key.endswith(".alpha"))
+    return reduce(torch.promote_types, (torch.bfloat16 if dtype.itemsize == 1 else dtype for dtype in given))
 
 
 def to_form(factors: Mapping[str, Factors], form: str, dtype: torch.dtype, source: str) -> Form:
@@ -91,9 +98,7 @@ def to_form(factors: Mapping[str, Factors], form: str, dtype: torch.dtype, sourc
     Raises:
         NetworkError: a fused Linear has no shape of this model, numbers are not finite, or nothing is left.
     """
-    made = FORMS[form](
-        {name: Factors(one.down.float(), one.up.float(), one.alpha) for name, one in factors.items()}, source
-    )
+    made = FORMS[form](factors, source)
     if not made.tensors:
         raise NetworkError(
             f"{source}: nothing is left for {form}, which takes no LoRA of Gemma2, and there is no other"

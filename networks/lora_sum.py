@@ -29,12 +29,12 @@ class Reduced:
 def at_strength(one: Factors, multiplier: float = 1.0) -> tuple[Tensor, Tensor]:
     """Returns float32 factors (r, in), (out, r) whose product is multiplier * alpha / r * up @ down.
 
-    A power of two goes into down and the rest into up. So both stay in the range of fp16 where they were in it, and
-    nothing is rounded where the strength is a power of two.
+    A power of two goes into down and the rest into up. So nothing is rounded where the strength is a power of two, and both
+    leave the range of fp16 as late as can be.
     """
     strength = multiplier * one.alpha / one.down.shape[0]
     power = 2.0 ** round(math.log2(abs(strength)) / 2) if strength else 1.0
-    return one.down.float() * power, one.up.float() * (strength / power)
+    return one.down * power, one.up * (strength / power)
 
 
 def summed(loras: Sequence[tuple[Mapping[str, Factors], float]]) -> dict[str, Factors]:

@@ -76,7 +76,8 @@ def merge(flags: MergeFlags) -> None:
     from networks.lora_forms import dtype_of, factors_of
     from networks.lora_sum import summed
 
-    loras = [factors_of(read_lora_file(path), str(path)) for path in flags.models]
+    files = [read_lora_file(path) for path in flags.models]
+    loras = [factors_of(tensors, str(path)) for tensors, path in zip(files, flags.models, strict=True)]
     ratios = flags.ratios or (1.0,) * len(loras)
     for path, ratio, lora in zip(flags.models, ratios, loras, strict=True):
         logger.info("%s: %d modules, strength %g", path, len(lora), ratio)
@@ -85,7 +86,7 @@ def merge(flags: MergeFlags) -> None:
     if flags.pretrained_model_name_or_path is not None:
         _into_model(flags, flags.pretrained_model_name_or_path, total)
     else:
-        _into_lora(flags, total, dtype_of(one for lora in loras for one in lora.values()))
+        _into_lora(flags, total, dtype_of(*files))
 
 
 def _into_lora(flags: MergeFlags, total: Mapping[str, Factors], dtype: torch.dtype) -> None:

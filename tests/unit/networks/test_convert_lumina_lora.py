@@ -71,6 +71,21 @@ def test_wrong_flags_are_named(flags, message):
         main(flags)
 
 
+def test_a_header_whose_metadata_are_null_has_none(tmp_path):
+    data = GOLDEN_LORA.read_bytes()
+    end = 8 + int.from_bytes(data[:8], "little")
+    header = json.dumps(json.loads(data[8:end]) | {"__metadata__": None}).encode()
+    (tmp_path / "old.safetensors").write_bytes(len(header).to_bytes(8, "little") + header + data[end:])
+    convert(tmp_path / "old.safetensors", tmp_path / "new.safetensors", "comfyui")
+    assert set(metadata_of(tmp_path / "new.safetensors")) == {"sshs_model_hash", "sshs_legacy_hash"}
+
+
+def test_a_folder_that_cannot_be_written_to_is_named_with_its_flag(tmp_path):
+    (tmp_path / "file").touch()
+    with pytest.raises(SettingsError, match=r"--dst_path: .*file cannot be written to .*give another folder"):
+        convert(GOLDEN_LORA, tmp_path / "file" / "new.safetensors", "comfyui")
+
+
 def test_a_missing_file_is_named_and_nothing_is_written(tmp_path):
     with pytest.raises(NetworkError, match=r"old\.safetensors does not exist"):
         convert(tmp_path / "old.safetensors", tmp_path / "new.safetensors", "comfyui")

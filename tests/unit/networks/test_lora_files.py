@@ -8,7 +8,7 @@ from safetensors.torch import load_file, save_file
 from torch import nn
 
 from library.errors import NetworkError
-from networks.lora_files import content_hashes, read_lora_file, to_factors
+from networks.lora_files import content_hashes, qkv_rows_in, read_lora_file, to_factors
 from networks.lora_lumina import create_network, create_network_from_weights
 
 GOLDEN_LORA = GOLDEN / "lora.safetensors"
@@ -192,6 +192,75 @@ def test_missing_broken_and_empty_files_are_errors_that_name_the_file(dit, tmp_p
             make(dit).load_weights(file)
 
 
+def test_a_file_that_may_not_be_read_is_not_said_to_be_missing(tmp_path, monkeypatch):
+    def refuse(self, *_, **__):
+        raise PermissionError(13, "Permission denied", str(self))
+
+    monkeypatch.setattr("pathlib.Path.open", refuse)
+    with pytest.raises(NetworkError, match="Permission denied"):
+        read_lora_file(GOLDEN_LORA)
+
+
+def test_a_folder_is_not_said_to_be_missing(tmp_path):
+    with pytest.raises(NetworkError, match="is a folder; give the file in it"):
+        read_lora_file(tmp_path)
+
+
+@pytest.mark.parametrize(
+    "content",
+    [
+        {0: torch.ones(2)},
+        {"a": torch.ones(2), "b": 2.0},
+        {"a": torch.ones(2, device="meta")},
+        {"a": torch.ones(2).to_sparse()},
+        [torch.ones(2)],
+    ],
+    ids=["numbered", "number", "without data", "sparse", "list"],
+)
+def test_pickles_of_other_things_are_refused(content, tmp_path):
+    torch.save(content, tmp_path / "a.pt")
+    with pytest.raises(NetworkError, match="does not hold a table of tensors"):
+        read_lora_file(tmp_path / "a.pt")
+
+
+def test_a_pickle_that_ends_within_a_number_is_a_damaged_file(tmp_path):
+    (tmp_path / "a.pt").write_bytes(b"\x80\x02X\x01")
+    with pytest.raises(NetworkError, match="is it complete"):
+        read_lora_file(tmp_path / "a.pt")
+
+
+def test_tensors_of_a_pickle_are_plain_and_each_its_own(tmp_path):
+    parameter = nn.Parameter(torch.ones(2, 2))
+    torch.save({"a": parameter, "b": parameter}, tmp_path / "a.pt")
+    found = read_lora_file(tmp_path / "a.pt")
+    assert not any(tensor.requires_grad for tensor in found.values())
+    save_file(found, tmp_path / "a.safetensors")  # which refuses tensors that share memory
+
+
+OUT, QKV = "layers.0.attention.out", "layers.0.attention.qkv"
+
+
+def pair(name, rows=48):
+    return {f"{name}.lora_A.weight": torch.ones(2, 48), f"{name}.lora_B.weight": torch.ones(rows, 2)}
+
+
+@pytest.mark.parametrize(
+    "tensors",
+    [
+        pair(f"diffusion_model.{OUT}") | pair("lora_unet_layers_0_attention_out"),
+        pair(f"diffusion_model.{OUT}") | pair(f"model.diffusion_model.{OUT}"),
+        pair(OUT) | {f"{OUT}.lora_down.weight": torch.ones(2, 48)},
+        pair(OUT) | {f"{OUT}.alpha": torch.ones(1), "transformer.layers.0.attn.to_out.0.alpha": torch.ones(1)},
+        pair("transformer.layers.0.attn.to_q") | pair("layers.0.attention.to_q"),
+        pair("transformer.layers.0.attn.to_q") | pair(QKV, 96),
+    ],
+    ids=["programs", "prefixes", "suffixes", "alphas", "queries", "queries and all"],
+)
+def test_a_module_under_two_names_is_refused(tensors):
+    with pytest.raises(NetworkError, match=r"layers.0.att.*under another name too.* give one of them"):
+        to_factors(tensors, (48, 24, 24), "x.safetensors")
+
+
 def test_a_pickle_that_holds_code_is_refused_without_advice_to_run_it(tmp_path):
     file = tmp_path / "lora.pt"
     torch.save({"lora_unet_final_layer_linear.alpha": print}, file)
@@ -308,6 +377,28 @@ def test_diffusers_q_k_v_of_different_ranks_and_strengths_are_joined_exactly(dit
         torch.testing.assert_close(rows, expected)
 
 
+def test_q_k_v_of_other_dtypes_and_strengths_are_joined_without_their_dtypes_rounding():
+    """bf16 times a third, put beside float32: each rounded to bf16 would be off by 1 in 500."""
+    parts = {"q": (48, torch.bfloat16, 1.0), "k": (24, torch.float32, 2.0), "v": (24, torch.float8_e4m3fn, 5.0)}
+    generator = torch.Generator().manual_seed(3)
+    tensors, expected = {}, []
+    for part, (rows, dtype, alpha) in parts.items():
+        down, up = (torch.randn(shape, generator=generator).to(dtype) for shape in ((3, 48), (rows, 3)))
+        name = f"transformer.layers.0.attn.to_{part}"
+        tensors |= {f"{name}.lora_A.weight": down, f"{name}.lora_B.weight": up, f"{name}.alpha": torch.tensor(alpha)}
+        expected.append(alpha / 3 * (up.double() @ down.double()))
+    found = to_factors(tensors, (48, 24, 24), "it")["lora_unet_layers_0_attention_qkv"]
+    product = found.alpha / found.down.shape[0] * (found.up.double() @ found.down.double())
+    # The strengths are rounded once in float32.
+    torch.testing.assert_close(product, torch.cat(expected), rtol=1e-6, atol=1e-6)
+
+
+def test_an_alpha_of_any_shape_says_nothing_about_rows():
+    name = "transformer.layers.0.attn.to_k"
+    tensors = {f"{name}.lora_A.weight": torch.ones(2, 48), f"{name}.lora_B.weight": torch.ones(24, 2)}
+    assert qkv_rows_in(tensors | {f"{name}.alpha": torch.ones(1, 1)}, "it") == (48, 24, 24)
+
+
 def test_q_k_v_of_another_model_are_refused(dit, golden):
     foreign = to_diffusers(golden, share_down=True)
     key = "transformer.layers.0.attn.to_k.lora_B.weight"
@@ -405,10 +496,18 @@ def test_the_network_is_a_module_whose_state_dict_round_trips(dit):
 @pytest.mark.parametrize(
     ("tensors", "says"),
     [
-        ({"down": torch.zeros(0, 4), "up": torch.zeros(3, 0)}, "rank 0"),
+        ({"down": torch.zeros(0, 4), "up": torch.zeros(3, 0)}, "is empty"),
+        ({"down": torch.zeros(2, 0), "up": torch.zeros(3, 2)}, "is empty"),
+        ({"down": torch.zeros(2, 4, 1, 1), "up": torch.zeros(3, 2, 1, 1)}, "do not multiply"),
         ({"down": torch.zeros(2, 4), "up": torch.zeros(3, 2), "alpha": torch.zeros(2)}, "alpha"),
         ({"down": torch.zeros(2, 4), "up": torch.zeros(3, 2), "alpha": torch.tensor(float("nan"))}, "alpha"),
+        ({"down": torch.zeros(2, 4), "up": torch.zeros(3, 2), "alpha": torch.tensor(2j)}, "alpha"),
+        (
+            {"down": torch.zeros(2, 4), "up": torch.zeros(3, 2), "alpha": torch.tensor(1e300, dtype=torch.double)},
+            "alpha",
+        ),
         ({"down": torch.zeros(2, 4, dtype=torch.int8), "up": torch.zeros(3, 2)}, "int8"),
+        ({"down": torch.empty(2, 4, dtype=torch.float4_e2m1fn_x2), "up": torch.zeros(3, 2)}, "float4"),
     ],
 )
 def test_damaged_modules_are_named(tensors: dict[str, torch.Tensor], says: str) -> None:

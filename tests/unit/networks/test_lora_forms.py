@@ -22,7 +22,7 @@ def golden():
 
 def converted(tensors, form, dtype=None):
     factors = factors_of(tensors, "it")
-    return to_form(factors, form, dtype or dtype_of(factors.values()), "it")
+    return to_form(factors, form, dtype or dtype_of(tensors), "it")
 
 
 def changes(tensors):
@@ -139,6 +139,20 @@ def test_a_precision_is_that_of_the_factors_and_alpha_is_never_rounded():
     assert float(found["diffusion_model.layers.0.attention.out.alpha"]) == 257
 
 
+@pytest.mark.parametrize("other", [torch.float8_e4m3fn, torch.float8_e5m2, torch.bfloat16])
+def test_fp8_becomes_bf16_which_has_room_for_a_strength(other):
+    tensors = pair(LORA, torch.full((4, 8), 2.0**-6).to(torch.float8_e4m3fn), torch.ones(8, 4).to(other), 2.0**-6)
+    found = converted(tensors, "diffusers").tensors
+    assert {tensor.dtype for tensor in found.values()} == {torch.bfloat16}
+    assert torch.equal(changes(found)[LORA], torch.full((8, 8), 2.0**-12, dtype=torch.double))
+
+
+def test_dtypes_that_do_not_hold_each_others_numbers_become_float32():
+    tensors = pair(LORA, torch.ones(4, 8).half(), torch.ones(8, 4).bfloat16(), 2.0)
+    found = converted(tensors, "sd-scripts").tensors
+    assert {tensor.dtype for tensor in found.values()} == {torch.float32}
+
+
 def test_what_no_precision_can_hold_is_refused():
     tensors = pair(LORA, torch.full((4, 8), 60000.0), torch.ones(8, 4), 4096.0)
     with pytest.raises(NetworkError, match=r"1 of 2 tensors .*--save_precision"):
@@ -150,7 +164,9 @@ def test_what_no_precision_can_hold_is_refused():
 @pytest.mark.parametrize(
     ("tensors", "message"),
     [
-        ({}, "0 of 0 modules .*it is empty"),
+        ({}, "it holds nothing; give"),
+        (pair("lora_unet_layers_0_attention_out", torch.ones(2, 3840), torch.ones(3840, 2)), "sizes .*a Z-Image LoRA"),
+        (pair("lora_unet_layers_0_feed_forward_w1", torch.ones(2, 3840), torch.ones(9, 2)), "sizes .*a Z-Image LoRA"),
         (pair("lora_unet_double_blocks_0_img_attn_qkv", torch.ones(2, 8), torch.ones(24, 2)), "FLUX"),
         (pair("lora_unet_layers_0_attention_to_q", torch.ones(2, 8), torch.ones(8, 2)), "1 of 1 modules are none"),
         (pair("lora_unet_layers_0_attention_qkv", torch.ones(2, 48), torch.ones(95, 2)), "48 inputs and 95 outputs"),
