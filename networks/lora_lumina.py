@@ -61,7 +61,7 @@ def create_network(
     for encoder in encoders:
         plans.append(plan_of(GEMMA2, encoder, assign(GEMMA2, encoder, {}, dim), alpha, split=False))
     modules = linears(unet)
-    assignments = assign(LUMINA, modules, args.ranks, dim, args.blocks)
+    assignments = assign(LUMINA, modules, args.ranks, dim, args.blocks, args.numbers)
     plans.append(plan_of(LUMINA, modules, assignments, alpha, split=args.split_qkv))
     return _network(plans, multiplier, neuron_dropout, args, _num_layers(encoders), qkv_rows(LUMINA, modules))
 
@@ -130,6 +130,7 @@ def _checked(network_args: Mapping[str, str]) -> NetworkArgs:
 
 def _warn_of_what_the_file_decides(args: NetworkArgs) -> None:
     given = list(args.ranks) + ([] if args.blocks is None else ["train_blocks"])
+    given += ["train_block_indices"] if args.numbers else []
     if given:
         logger.warning(
             "--network_args: %s: no effect, because modules and ranks are those of the LoRA file", ", ".join(given)

@@ -117,12 +117,26 @@ def _blocks(text: str) -> str:
     return text
 
 
+def _indices(text: str) -> frozenset[int] | None:
+    if text == "all":
+        return None
+    numbers: set[int] = set()
+    for part in text.split(","):
+        first, dash, last = part.strip().partition("-")
+        start, end = _rank(first), _rank(last if dash else first)
+        if end < start:
+            raise ValueError
+        numbers.update(range(start, end + 1))
+    return frozenset(numbers)
+
+
 _EXPECTED: dict[Callable[[str], Any], str] = {
     _rank: f"a whole number from 0 (which leaves the component out) to {_LARGEST_RANK}",
     _embedder_ranks: f"three whole numbers from 0 to {_LARGEST_RANK}, such as [4,4,4] (image, time, caption; 0 = none)",
     _probability: "a number from 0 to below 1",
     _positive: "a number above 0",
     _boolean: "true or false",
+    _indices: "numbers and ranges of them such as 0-3,8,20-25, or all",
     _blocks: f"one of {', '.join(TRAIN_BLOCKS)}",
 }
 
@@ -146,6 +160,9 @@ class NetworkArgs:
     )
     train_blocks: str = _argument(
         _blocks, "all", "which blocks are trained; embedder_dims and Gemma2 do not depend on it"
+    )
+    train_block_indices: frozenset[int] | None = _argument(
+        _indices, None, "which of the main blocks (0 to 25) are trained; refiners and the rest do not depend on it"
     )
     split_qkv: bool = _argument(_boolean, False, "train q, k and v of each attention as LoRAs of their own")
     rank_dropout: float | None = _argument(_probability, None, "share of ranks that is dropped, for each sample")
@@ -173,6 +190,11 @@ class NetworkArgs:
     def blocks(self) -> tuple[str, ...] | None:
         """The sections that ``train_blocks`` leaves, or None for all."""
         return TRAIN_BLOCKS[self.train_blocks]
+
+    @property
+    def numbers(self) -> dict[str, frozenset[int]]:
+        """Section -> numbers of its blocks that ``train_block_indices`` leaves."""
+        return {} if self.train_block_indices is None else {"layers": self.train_block_indices}
 
     @property
     def without_effect(self) -> list[str]:
@@ -209,4 +231,9 @@ def check_network_args(args: Mapping[str, str]) -> NetworkArgs:
             ) from error
     checked = NetworkArgs(**values)
     assign(LUMINA, LINEAR_KINDS, checked.ranks, default_rank=1, blocks=checked.blocks)
+    if checked.numbers and checked.blocks is not None and "layers" not in checked.blocks:
+        raise NetworkError(
+            f"--network_args: train_block_indices chooses main blocks, and train_blocks={checked.train_blocks} trains"
+            " none of them; leave one of the two out"
+        )
     return checked

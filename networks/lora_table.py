@@ -8,7 +8,7 @@ else is an error that says which. Nothing here imports torch, so arguments can b
 from __future__ import annotations
 
 import re
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 
 from library.errors import NetworkError
@@ -97,6 +97,7 @@ def assign(
     ranks: Mapping[str, int],
     default_rank: int,
     blocks: Sequence[str] | None = None,
+    numbers: Mapping[str, Collection[int]] | None = None,
 ) -> list[Assignment]:
     """Returns which Linears get a LoRA of which rank, in the order of creation.
 
@@ -106,10 +107,16 @@ def assign(
         ranks: the rank arguments that the user gave; 0 leaves a component out.
         default_rank: rank of rows for which no argument is given.
         blocks: sections to which rows that are on by default are restricted, in this order; None for all.
+        numbers: section -> numbers of those of its blocks to which they are restricted; a section that is not in it is
+            taken whole.
 
     Raises:
-        NetworkError: a Linear matches no or several rows, two names are equal, or a given rank reaches no module.
+        NetworkError: a Linear matches no or several rows, two names are equal, a given rank reaches no module, or a
+            section has no block of a given number.
     """
+    paths = list(paths)
+    numbers = numbers or {}
+    _require_numbers(table, paths, numbers)
     assignments: list[Assignment] = []
     names: dict[str, str] = {}
     reached: set[str] = set()
@@ -119,7 +126,10 @@ def assign(
         if name in names:
             raise NetworkError(f"{table.model}: the Linears '{names[name]}' and '{path}' would both be named '{name}'")
         names[name] = path
-        if blocks is not None and row.on_by_default and path.split(".", 1)[0] not in blocks:
+        section, number = _block_of(path)
+        if row.on_by_default and (
+            (blocks is not None and section not in blocks) or (section in numbers and number not in numbers[section])
+        ):
             continue
         argument = next((argument for argument in row.rank_arguments if argument in ranks), None)
         if argument is not None:
@@ -133,6 +143,24 @@ def assign(
     if unused:
         raise NetworkError(_unused_message(table, unused, ranks, blocks))
     return assignments
+
+
+def _block_of(path: str) -> tuple[str, int | None]:
+    section, _, rest = path.partition(".")
+    number = rest.partition(".")[0]
+    return section, int(number) if number.isdecimal() else None
+
+
+def _require_numbers(table: Table, paths: Iterable[str], numbers: Mapping[str, Collection[int]]) -> None:
+    there = {_block_of(path) for path in paths if numbers}
+    for section, given in numbers.items():
+        wrong = [number for number in sorted(given) if (section, number) not in there]
+        if wrong:
+            count = sum(1 for name, number in there if name == section and number is not None)
+            raise NetworkError(
+                f"--network_args: {table.model} has {count} blocks in {section}, counted from 0, and so none of the number"
+                f" {wrong[0]}; name existing ones"
+            )
 
 
 def _unused_message(table: Table, unused: list[str], ranks: Mapping[str, int], blocks: Sequence[str] | None) -> str:

@@ -125,6 +125,18 @@ OPTIONS = {
 }
 
 
+@pytest.mark.parametrize("name", OPTIONS)
+@pytest.mark.parametrize("indices", ["2-3", "1", "0,2"])
+def test_blocks_without_gradients_beside_trained_ones_train_the_same(
+    transport: LateTransport, name: str, indices: str
+) -> None:
+    """Blocks before the first trained one have no backward pass; others pass on a gradient and need none."""
+    args = {"train_blocks": "transformer", "train_block_indices": indices}
+    recomputation = {key: value for key, value in OPTIONS[name].items() if key in SELECTIVE}
+    expected = Run(MemorySettings(**recomputation), network_args=args).train()
+    assert_same(Run(MemorySettings(**OPTIONS[name]), network_args=args).train(), expected)
+
+
 @pytest.mark.parametrize(
     ("weights", "name"),
     [

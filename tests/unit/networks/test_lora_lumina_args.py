@@ -33,6 +33,22 @@ def test_brackets_are_optional():
     assert check_network_args({"embedder_dims": "1,2,3"}).embedder_dims == (1, 2, 3)
 
 
+@pytest.mark.parametrize(
+    ("text", "expected"),
+    [("0-3,8", {0, 1, 2, 3, 8}), ("5", {5}), (" 1 , 2-2 ", {1, 2}), ("0-1,1-3", {0, 1, 2, 3}), ("all", None)],
+)
+def test_block_indices_are_numbers_and_ranges(text, expected):
+    args = check_network_args({"train_block_indices": text})
+    assert args.train_block_indices == expected
+    assert args.numbers == ({} if expected is None else {"layers": expected})
+
+
+def test_block_indices_need_main_blocks():
+    with pytest.raises(NetworkError, match=r"train_blocks=refiners trains none of them"):
+        check_network_args({"train_block_indices": "1", "train_blocks": "refiners"})
+    assert check_network_args({"train_block_indices": "1", "train_blocks": "transformer"}).numbers
+
+
 def test_no_arguments_are_the_defaults():
     assert check_network_args({}) == NetworkArgs()
     assert NetworkArgs().ranks == {}
@@ -53,6 +69,10 @@ def test_no_arguments_are_the_defaults():
         ("embedder_dims", "[4,4]", "expected three whole numbers"),
         ("embedder_dims", "4,4,4,4", "expected three whole numbers"),
         ("split_qkv", "maybe", "expected true or false"),
+        ("train_block_indices", "", "numbers and ranges of them such as 0-3,8,20-25"),
+        ("train_block_indices", "3-1", "numbers and ranges"),
+        ("train_block_indices", "0,-1", "numbers and ranges"),
+        ("train_block_indices", "1-", "numbers and ranges"),
         ("rank_dropout", "1", "expected a number from 0 to below 1"),
         ("module_dropout", "-0.1", "expected a number from 0 to below 1"),
         ("rank_dropout", "nan", "expected a number from 0 to below 1"),

@@ -56,6 +56,23 @@ def test_rows_that_are_off_by_default_need_their_argument_and_ignore_blocks():
     assert [one.path for one in assign(rows, ["a.0", "b.0"], {"extra_dim": 2}, 4, blocks=("b",))] == ["b.0", "a.0"]
 
 
+NUMBERED = ["b.0.x", "b.1.x", "a.0.x", "a.1.x", "a.2.x", "a.extra"]
+
+
+def test_numbers_choose_among_the_blocks_of_their_section_alone():
+    rows = table(Component("all", r"[ab]\.\d\.x"), Component("extra", r"a\.extra", ("extra_dim",), on_by_default=False))
+    found = [one.path for one in assign(rows, NUMBERED, {"extra_dim": 2}, 4, numbers={"a": {0, 2}})]
+    assert found == ["b.0.x", "b.1.x", "a.0.x", "a.2.x", "a.extra"]
+    found = [one.path for one in assign(rows, NUMBERED, {}, 4, blocks=("a",), numbers={"a": {1}})]
+    assert found == ["a.1.x"]
+
+
+def test_a_number_that_no_block_has_is_an_error():
+    rows = table(Component("all", r"[ab]\.\d\.x"), Component("extra", r"a\.extra", on_by_default=False))
+    with pytest.raises(NetworkError, match=r"3 blocks in a, counted from 0, and so none of the number 3"):
+        assign(rows, NUMBERED, {}, 4, numbers={"a": {1, 3}})
+
+
 def test_every_row_of_the_lumina_table_is_reached_by_the_linear_kinds():
     reached = {LUMINA.component_of(path).name for path in LINEAR_KINDS}
     assert reached == {row.name for row in LUMINA.components}
