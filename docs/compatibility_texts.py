@@ -38,7 +38,8 @@ BETTER_FLAGS: dict[str, str] = {
     "bucket_reso_steps": "multiples of 16 work, as the model allows; there only multiples of 64 do",
     "bucket_no_upscale": "a picture smaller than a step is named; there it divides by zero",
     "min_bucket_reso": "not held against the resolution where --bucket_no_upscale makes it meaningless",
-    "max_bucket_reso": "not held against the resolution where --bucket_no_upscale makes it meaningless",
+    "max_bucket_reso": "not held against the resolution where --bucket_no_upscale makes it meaningless; said where it makes"
+    " pictures smaller",
     "resize_interpolation": "an unknown name is refused also inside a subset",
     "color_aug": "refused beside cached latents on every level; there mask datasets are not looked at",
     "flip_aug": "drawn for each picture by itself; there all workers draw the same",
@@ -51,10 +52,12 @@ BETTER_FLAGS: dict[str, str] = {
     "cache_info": "keeps sizes and content hashes, and captions are read anew; there captions are paired with wrong pictures"
     " beside --validation_split",
     "in_json": "sizes are read from the pictures; there a set without sizes in the file fails in its second run",
-    "train_data_dir": "takes a folder of pictures without N_name sub-folders too; photographs are turned upright (EXIF)",
+    "train_data_dir": "takes a folder of pictures without N_name sub-folders too, and says where that is itself named"
+    " N_name; photographs are turned upright (EXIF)",
     "debug_dataset": "writes one page that shows what the model sees; there it never ends on Linux",
     # captions
-    "caption_extension": "a missing or empty caption is named once, and does not end the run",
+    "caption_extension": "a missing or empty caption is named once, and does not end the run; said where files have another"
+    " extension or lines that are not read",
     "shuffle_caption": _CAPTIONS,
     "keep_tokens_separator": "never stays in the caption; there it does where nothing is shuffled",
     "secondary_separator": _CAPTIONS,

@@ -91,9 +91,11 @@ def _known() -> set[str]:
 
 
 def key_rows() -> list[tuple[str, str, str, str]]:
-    """Returns (key, where it may stand, what becomes of it, why or how) for each key of the dataset file."""
+    """Returns (key, where it may stand, what becomes of it, why or how) for each key of sd-scripts' dataset file."""
     rows = []
     for key in schema.KEYS.values():
+        if key.name in new_keys():
+            continue
         levels = ", ".join(f"`{level}`" for level in key.levels)
         if key is schema.WITHOUT_EFFECT:
             status, text = NO_EFFECT, "sd-scripts reads it and never uses it"
@@ -107,6 +109,11 @@ def new_flags() -> list[FlagSpec]:
     """Returns the flags that sd-scripts does not have."""
     recorded = set(recorded_flags())
     return [spec for spec in all_specs().values() if spec.name not in recorded]
+
+
+def new_keys() -> set[str]:
+    """Returns the keys of the dataset file that sd-scripts does not have: those that stand for flags it does not have."""
+    return {key.name for key in schema.KEYS.values() if key.flag in {spec.name for spec in new_flags()}}
 
 
 def unused_texts() -> set[str]:
@@ -140,7 +147,10 @@ def page() -> str:
         ("Key", "Where", "Here", "How, or why"),
         ((f"`{name}`", levels, status, text) for name, levels, status, text in keys),
     )
-    new_table = _table(("Flag", "Meaning"), ((f"`--{spec.name}`", spec.help) for spec in new_flags()))
+    new_table = _table(
+        ("Flag", "Key too", "Meaning"),
+        ((f"`--{spec.name}`", "yes" if spec.name in new_keys() else "", spec.help) for spec in new_flags()),
+    )
     return (
         f"{_HEAD}\n## Flags\n\n{len(flags)} flags: {summary}.\n\n{flag_table}\n\n## Dataset file\n\n{key_table}\n\n"
         f"## Flags that sd-scripts does not have\n\n{new_table}\n\n{_TAIL}"

@@ -3,10 +3,8 @@
 from __future__ import annotations
 
 import hashlib
-import logging
 import os
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TypeVar
 
@@ -15,33 +13,21 @@ from tqdm import tqdm
 from library.data import images
 from library.data.buckets import BucketChooser, Placement, Size
 from library.data.cache_places import CachePlaces
-from library.data.captions import read_caption
+from library.data.captions import kept_lines, leaves_lines_out, read_lines
 from library.data.config import DatasetConfig, SubsetConfig
-from library.data.folders import pictures
+from library.data.findings import Findings
+from library.data.folders import Listing, listing
 from library.data.items import Item
 from library.data.metadata_file import read_metadata
 from library.data.picture_index import FileState
 from library.data.prefetch import prefetch
 from library.data.sharing import Sharing
-from library.errors import DatasetError, some
-
-logger = logging.getLogger(__name__)
+from library.errors import DatasetError
 
 Result = TypeVar("Result")
 Caption = str | None  # None: there is none
-_Key = tuple[Path, Path | None, bool, str]  # what decides which pictures and captions a subset has
+_Key = tuple[Path, Path | None, bool, bool, str]  # what decides which pictures and captions a subset has
 _AT_A_TIME = 128  # files that a thread looks at before it reports
-
-
-@dataclass
-class _Findings:
-    """What is worth telling, collected over all folders so that it is told once."""
-
-    unreadable: list[tuple[Path, str]] = field(default_factory=list)
-    too_small: list[Path] = field(default_factory=list)
-    class_tokens: list[str] = field(default_factory=list)
-    no_caption: list[str] = field(default_factory=list)
-    sources: set[str] = field(default_factory=set)
 
 
 def build_items(
@@ -61,9 +47,9 @@ def build_items(
     Raises:
         DatasetError: no picture is left, a caption or metadata file is broken, or processes see different pictures.
     """
-    findings = _Findings()
+    findings = Findings()
     subsets = [subset for config in datasets for subset in config.subsets]
-    sources = _Sources(subsets, num_workers, sharing.show_progress)
+    sources = _Sources(subsets, findings, num_workers, sharing.show_progress)
     _look_at_sizes(sources, places, findings, num_workers, sharing)
     items: list[Item] = []
     for dataset_index, config in enumerate(datasets):
@@ -79,11 +65,13 @@ def build_items(
                 if placement is None:
                     findings.too_small.append(subset.image_dir / name)
                     continue
-                text = caption if caption is not None else _instead(subset, name, findings)
-                items.append(Item(len(items), name, size, placement, text, subset, dataset_index, repeats))
-    _report(findings, len(items))
+                if caption is None:
+                    findings.without_caption(subset, name, sources.listing(subset))
+                    caption = subset.class_tokens or ""
+                items.append(Item(len(items), name, size, placement, caption, subset, dataset_index, repeats))
+    findings.report(len(items))
     if not items:
-        raise DatasetError("No picture is left to train on: " + _why_none(findings, subsets))
+        raise DatasetError("No picture is left to train on: " + findings.why_none(subsets))
     _check_same(items, sharing)
     return items
 
@@ -91,8 +79,10 @@ def build_items(
 class _Sources:
     """What each subset's folder or metadata file holds; one that several subsets use is read once."""
 
-    def __init__(self, subsets: Sequence[SubsetConfig], num_workers: int, show_progress: bool) -> None:
-        self._names: dict[Path, list[str]] = {}  # of folders
+    def __init__(
+        self, subsets: Sequence[SubsetConfig], findings: Findings, num_workers: int, show_progress: bool
+    ) -> None:
+        self._listings: dict[Path, Listing] = {}  # of folders
         self._pairs: dict[_Key, list[tuple[str, Caption]]] = {}
         for subset in subsets:
             key = _source_key(subset)
@@ -101,39 +91,50 @@ class _Sources:
             if subset.metadata_file is not None:
                 self._pairs[key] = read_metadata(subset)
                 continue
-            if subset.image_dir not in self._names:
-                self._names[subset.image_dir] = sorted(entry.name for entry in pictures(subset.image_dir))
-            names = self._names[subset.image_dir]
-            self._pairs[key] = list(zip(names, _captions(subset, names, num_workers, show_progress), strict=True))
+            if subset.image_dir not in self._listings:
+                self._listings[subset.image_dir] = listing(subset.image_dir)
+            found = self._listings[subset.image_dir]
+            findings.look_at(subset, found)
+            captions = _captions(subset, found.pictures, findings, num_workers, show_progress)
+            self._pairs[key] = list(zip(found.pictures, captions, strict=True))
 
     def of(self, subset: SubsetConfig) -> list[tuple[str, Caption]]:
         """Returns (name, caption) of a subset's pictures, by name."""
         return self._pairs[_source_key(subset)]
+
+    def listing(self, subset: SubsetConfig) -> Listing | None:
+        """Returns what lies in a subset's folder, ``None`` for one with a metadata file."""
+        return None if subset.metadata_file else self._listings[subset.image_dir]
 
     def folders(self) -> dict[Path, tuple[list[str], bool]]:
         """Returns each picture folder with all names in use, and whether these are all of its pictures."""
         found: dict[Path, tuple[list[str], bool]] = {}
         for (image_dir, *_), pairs in self._pairs.items():
             names = found[image_dir][0] if image_dir in found else []
-            found[image_dir] = ([*names, *(name for name, _ in pairs)], image_dir in self._names)
+            found[image_dir] = ([*names, *(name for name, _ in pairs)], image_dir in self._listings)
         return {folder: (list(dict.fromkeys(names)), whole) for folder, (names, whole) in found.items()}
 
 
 def _source_key(subset: SubsetConfig) -> _Key:
     rule = subset.caption_separator if subset.metadata_file else subset.caption_extension
-    return subset.image_dir, subset.metadata_file, subset.enable_wildcard, rule
+    return subset.image_dir, subset.metadata_file, subset.enable_wildcard, subset.join_caption_lines, rule
 
 
-def _captions(subset: SubsetConfig, names: list[str], num_workers: int, show_progress: bool) -> Iterator[Caption]:
+def _captions(
+    subset: SubsetConfig, names: list[str], findings: Findings, num_workers: int, show_progress: bool
+) -> Iterator[Caption]:
     """Yields the texts of the caption files beside pictures, in order; equal ones are one object, to save memory."""
-    folder, extension, all_lines = str(subset.image_dir), subset.caption_extension, subset.enable_wildcard
+    folder, extension = str(subset.image_dir), subset.caption_extension
     known: dict[Caption, Caption] = {}
     what = f"Reading captions of {subset.image_dir.name}"
 
-    def read(name: str) -> Caption:
-        return read_caption(os.path.join(folder, name), extension, all_lines)  # noqa: PTH118 - as in read_caption
+    def read(name: str) -> tuple[Caption, bool]:
+        lines = read_lines(os.path.join(folder, name), extension)  # noqa: PTH118 - as in read_lines
+        return "\n".join(kept_lines(subset, lines)) or None, leaves_lines_out(subset, lines)
 
-    for caption in _each(names, read, num_workers, what, show_progress):
+    results = _each(names, read, num_workers, what, show_progress)
+    for name, (caption, is_cut) in zip(names, results, strict=True):
+        findings.count_caption(name, caption is not None, is_cut)
         yield known.setdefault(caption, caption)
 
 
@@ -149,7 +150,7 @@ def _each(
 
 
 def _look_at_sizes(
-    sources: _Sources, places: CachePlaces, findings: _Findings, num_workers: int, sharing: Sharing
+    sources: _Sources, places: CachePlaces, findings: Findings, num_workers: int, sharing: Sharing
 ) -> None:
     """Brings the indexes up to date: files that are new or changed are opened, each by one process."""
     folders = sources.folders()
@@ -236,15 +237,6 @@ def undecodable(items: Sequence[Item], num_workers: int, sharing: Sharing) -> di
     return {item.index: problems[str(item.path)] for item in items if str(item.path) in problems} if problems else {}
 
 
-def warn_unreadable(pairs: Sequence[tuple[Path, str]]) -> None:
-    """Warns once about pictures that are left out, with the first names."""
-    if pairs:
-        count = (
-            "1 picture cannot be read and is" if len(pairs) == 1 else f"{len(pairs)} pictures cannot be read and are"
-        )
-        logger.warning("%s left out: %s", count, some([f"{path} ({why})" for path, why in pairs]))
-
-
 def _sharing(chooser: BucketChooser) -> Callable[[Size], tuple[Size, Placement | None]]:
     """Returns ``chooser.place`` that gives pictures of one size the same objects, to save memory."""
     known: dict[Size, tuple[Size, Placement | None]] = {}
@@ -255,46 +247,3 @@ def _sharing(chooser: BucketChooser) -> Callable[[Size], tuple[Size, Placement |
         return known[size]
 
     return place
-
-
-def _instead(subset: SubsetConfig, name: str, findings: _Findings) -> str:
-    """Returns the caption of a picture that has none of its own."""
-    findings.sources.add(
-        f"in {subset.metadata_file.name}" if subset.metadata_file else f"in a {subset.caption_extension} file"
-    )
-    (findings.class_tokens if subset.class_tokens else findings.no_caption).append(os.path.split(name)[1])
-    return subset.class_tokens or ""
-
-
-def _report(findings: _Findings, num_items: int) -> None:
-    warn_unreadable(findings.unreadable)
-    if findings.too_small:
-        logger.warning(
-            "%d pictures are left out: with bucket_no_upscale, a side would be shorter than bucket_reso_steps: %s",
-            len(findings.too_small),
-            some([str(path) for path in findings.too_small]),
-        )
-    looked_for = " or ".join(sorted(findings.sources))
-    for names, instead in ((findings.class_tokens, "their class tokens"), (findings.no_caption, "an empty caption")):
-        if names:
-            logger.warning(
-                "%d of %d pictures have no caption %s and are trained with %s: %s",
-                len(names),
-                num_items,
-                looked_for,
-                instead,
-                some(names),
-            )
-
-
-def _why_none(findings: _Findings, subsets: Sequence[SubsetConfig]) -> str:
-    reasons = []
-    if findings.unreadable:
-        path, why = findings.unreadable[0]
-        reasons.append(f"{len(findings.unreadable)} cannot be read, for example {path} ({why})")
-    if findings.too_small:
-        reasons.append(f"{len(findings.too_small)} are too small for a bucket, for example {findings.too_small[0]}")
-    if not reasons and all(subset.metadata_file for subset in subsets):
-        named = some(sorted({str(subset.metadata_file) for subset in subsets}))
-        reasons.append(f"no entry of {named} fits a picture file; mend its keys, or image_dir")
-    return ("; ".join(reasons) or "the folders are empty") + "."

@@ -22,31 +22,53 @@ _CHOICE = re.compile(r"\{([^{}]+)\}")
 _OPEN, _CLOSE = "\ue000", "\ue001"
 
 
-def read_caption(picture: str | Path, extension: str, all_lines: bool) -> str | None:
-    """Returns the text of the caption file beside a picture, or ``None`` where there is none or it is blank.
+LINES_REMEDY = "join_caption_lines reads all lines as one caption, enable_wildcard one of them by chance"
+
+
+def read_lines(picture: str | Path, extension: str) -> list[str]:
+    """Returns the lines of the caption file beside a picture as :func:`lines_of` does, none where there is no file.
 
     Args:
         picture: path of the picture; its caption file has the same stem.
         extension: the caption file's extension with its dot.
-        all_lines: keep all lines that are not blank (a wildcard chooses one), else only the first.
 
     Raises:
         DatasetError: the file is not UTF-8 or cannot be read.
     """
     # Texts and not Path objects, which would cost more than the reading where there are 100,000.
-    stem = os.path.splitext(picture)[0]  # noqa: PTH122
-    content = _read(stem + extension)
-    if content is None:
-        # Tools that mark faces append _cx_cy_w_h to a picture's name; its caption file may have the name without that.
-        folder, name = os.path.split(stem)
-        parts = name.split("_")
-        if len(parts) >= 5:
-            content = _read(os.path.join(folder, "_".join(parts[:-4]) + extension))  # noqa: PTH118
+    for stem in caption_stems(os.path.splitext(picture)[0]):  # noqa: PTH122
+        content = _read(stem + extension)
+        if content is not None:
+            return lines_of(content)
+    return []
+
+
+def caption_stems(stem: str) -> tuple[str, ...]:
+    """Returns the names without extension that a picture's caption file may have, the first to be looked for first.
+
+    Tools that mark faces append ``_cx_cy_w_h`` to a picture's name; its caption file may have the name without that.
+    """
+    folder, name = os.path.split(stem)
+    parts = name.split("_")
+    return (stem, os.path.join(folder, "_".join(parts[:-4]))) if len(parts) >= 5 else (stem,)  # noqa: PTH118
+
+
+def lines_of(text: str) -> list[str]:
+    """Returns the lines that are not blank, without spaces at their ends."""
     # Not splitlines(), which also ends lines at characters that are part of a text, such as U+2028.
-    lines = [line.strip() for line in re.split(r"\r\n|\r|\n", content or "") if line.strip()]
-    if not lines:
-        return None
-    return "\n".join(lines) if all_lines else lines[0]
+    return [line.strip() for line in re.split(r"\r\n|\r|\n", text) if line.strip()]
+
+
+def kept_lines(subset: SubsetConfig, lines: list[str]) -> list[str]:
+    """Returns what of a caption's lines is used: all as one line, all (a wildcard chooses one), or the first alone."""
+    if subset.join_caption_lines:
+        return [" ".join(lines)] if lines else []
+    return lines if subset.enable_wildcard else lines[:1]
+
+
+def leaves_lines_out(subset: SubsetConfig, lines: list[str]) -> bool:
+    """Tells whether a caption has lines that are never read."""
+    return len(lines) > 1 and not (subset.join_caption_lines or subset.enable_wildcard)
 
 
 def _read(path: str) -> str | None:
@@ -101,8 +123,8 @@ def final_caption(
 ) -> str:
     """Returns the caption of one draw.
 
-    Order: dropout of the whole caption; a random line; prefix and suffix; ``{a|b}`` choices; as many tags as the warm-up
-    shows; tag shuffling and dropout; the secondary separator.
+    Order: dropout of the whole caption; a random line, where there are several; prefix and suffix; ``{a|b}`` choices; as
+    many tags as the warm-up shows; tag shuffling and dropout; the secondary separator.
 
     Args:
         subset: the rules.

@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import Any
 
 from library.data import schema
-from library.data.folders import first_picture, named_subfolders
+from library.data.folders import first_picture, named_subfolders, why_no_pictures
 from library.data.settings import DataSettings
 from library.errors import DatasetError, some
 from library.settings import expanded
@@ -45,6 +45,7 @@ class SubsetConfig:
     keep_tokens_separator: str = ""
     secondary_separator: str | None = None
     enable_wildcard: bool = False
+    join_caption_lines: bool = False
     caption_prefix: str | None = None
     caption_suffix: str | None = None
     caption_dropout_rate: float = 0.0
@@ -155,7 +156,7 @@ def _subsets_of_folder(flag: str, folder: Path, settings: DataSettings) -> list[
     found: list[dict[str, Any]] = []
     for sub_folder, repeats, class_tokens in named:
         if repeats < 1 or first_picture(sub_folder) is None:
-            why = "its repeat count is 0" if repeats < 1 else "it holds no pictures"
+            why = "its repeat count is 0" if repeats < 1 else f"it holds no pictures{why_no_pictures(sub_folder)}"
             logger.warning("%s is not used: %s.", sub_folder, why)
             continue
         found.append({"image_dir": sub_folder, "num_repeats": repeats, "class_tokens": class_tokens or None})
@@ -166,7 +167,8 @@ def _subsets_of_folder(flag: str, folder: Path, settings: DataSettings) -> list[
     if not found:
         what = "no picture could be shown for regularisation" if is_reg else "there is nothing to train on"
         raise DatasetError(
-            f"{origin} holds no pictures, and no sub-folder named N_name (N = repeats) with pictures in it, so {what}."
+            f"{origin} holds no pictures, and no sub-folder named N_name (N = repeats) with pictures in it, so {what}"
+            f"{why_no_pictures(folder)}."
         )
     for given in found:
         given["is_reg"] = is_reg

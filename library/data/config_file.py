@@ -13,7 +13,7 @@ from typing import Any
 from library.data import schema
 from library.data.augment_rules import UNCACHED, contradiction
 from library.data.config import DatasetConfig, SubsetConfig, look_up, make_dataset, make_subset
-from library.data.folders import first_picture
+from library.data.folders import first_picture, why_no_pictures
 from library.data.settings import DataSettings
 from library.data.strict_json import load_json
 from library.errors import DatasetError, nearest
@@ -146,7 +146,8 @@ class _FileReader:
         given = values["image_dir"]
         values["image_dir"] = self._folder("image_dir", given, where)
         if metadata_file is None and first_picture(values["image_dir"]) is None:
-            raise self._error(where, f"image_dir = {given!r} holds no pictures (sub-folders are not searched)")
+            problem = f"image_dir = {given!r} holds no pictures (sub-folders are not searched)"
+            raise self._error(where, problem + why_no_pictures(values["image_dir"]))
         masks = values.pop("conditioning_data_dir", None)
         if masks is not None and not self._settings.masked_loss:
             self._warn_once(

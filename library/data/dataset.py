@@ -13,13 +13,14 @@ import torch
 from library import keyed_random
 from library.data import captions as caption_rules
 from library.data import regularisation
-from library.data.building import build_items, undecodable, warn_unreadable
+from library.data.building import build_items, undecodable
 from library.data.cache import EncodeCaptions, EncodePixels, Fingerprint, LatentCache, LengthOf, TextCache
 from library.data.cache_places import CachePlaces
 from library.data.caption_plan import CaptionPlan, Clock, draw_key
 from library.data.config import DatasetConfig, load_dataset_config
 from library.data.content import content_of, hash_contents
 from library.data.epoch_plan import EpochPlan, Group, Members, count_batches, make_plan
+from library.data.findings import warn_unreadable
 from library.data.items import Batch, Draw, Item
 from library.data.prefetch import prefetch
 from library.data.settings import DataSettings

@@ -247,7 +247,15 @@ def _source(subset: SubsetConfig) -> tuple[Path | None, ...]:
 def _settings_of(subset: SubsetConfig) -> str:
     found = [
         name
-        for name in ("flip_aug", "color_aug", "random_crop", "alpha_mask", "shuffle_caption", "enable_wildcard")
+        for name in (
+            "flip_aug",
+            "color_aug",
+            "random_crop",
+            "alpha_mask",
+            "shuffle_caption",
+            "enable_wildcard",
+            "join_caption_lines",
+        )
         if getattr(subset, name)
     ]
     if subset.face_crop_aug_range:

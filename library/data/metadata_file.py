@@ -15,6 +15,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+from library.data.captions import LINES_REMEDY, kept_lines, leaves_lines_out, lines_of
 from library.data.config import SubsetConfig
 from library.data.folders import is_picture
 from library.data.strict_json import load_json
@@ -32,6 +33,7 @@ class _Findings:
     missing: list[str] = field(default_factory=list)
     again: list[str] = field(default_factory=list)
     unclear: list[str] = field(default_factory=list)
+    cut: list[str] = field(default_factory=list)
     unknown: dict[str, int] = field(default_factory=dict)
 
 
@@ -61,7 +63,9 @@ def read_metadata(subset: SubsetConfig) -> list[tuple[str, str | None]]:
         else:
             if len(names) > 1:
                 findings.unclear.append(f"{key} ({', '.join(os.path.split(name)[1] for name in names)})")
-            captions[names[0]] = _caption(subset, entry, where)
+            captions[names[0]], is_cut = _caption(subset, entry, where)
+            if is_cut:
+                findings.cut.append(key)
     _report(path, findings)
     return sorted(captions.items())
 
@@ -111,8 +115,8 @@ def _parse(path: Path, text: str, line: int) -> Any:
         raise DatasetError(f"The metadata file {path}: line {line or error.lineno}: {error.msg}.") from error
 
 
-def _caption(subset: SubsetConfig, entry: dict[str, Any], where: str) -> str | None:
-    """Returns the caption with the tags behind it; with wildcards every line gets them, else the first line alone."""
+def _caption(subset: SubsetConfig, entry: dict[str, Any], where: str) -> tuple[str | None, bool]:
+    """Returns the caption, each line that is used with the tags behind it, and whether lines are left out."""
     caption, tags = entry.get("caption"), entry.get("tags")
     separator = subset.caption_separator
     if isinstance(tags, list) and all(isinstance(tag, str) for tag in tags):
@@ -120,13 +124,11 @@ def _caption(subset: SubsetConfig, entry: dict[str, Any], where: str) -> str | N
     for name, value in (("caption", caption), ("tags", tags)):
         if value is not None and not isinstance(value, str):
             raise DatasetError(f"{where}: {name} = {value!r} is not valid: expected a text.")
-    lines = [line.strip() for line in (caption or "").replace("\r", "\n").split("\n") if line.strip()]
-    tags = separator.join(part.strip() for part in (tags or "").replace("\r", "\n").split("\n") if part.strip())
-    if not subset.enable_wildcard:
-        lines = lines[:1]
+    lines = lines_of(caption or "")
+    kept, tags = kept_lines(subset, lines), separator.join(lines_of(tags or ""))
     if tags:
-        lines = [line + separator + tags for line in lines] or [tags]
-    return "\n".join(lines) or None
+        kept = [line + separator + tags for line in kept] or [tags]
+    return "\n".join(kept) or None, leaves_lines_out(subset, lines)
 
 
 class _Folders:
@@ -185,6 +187,7 @@ def _report(path: Path, findings: _Findings) -> None:
         (findings.missing, "has %d entries without a picture file, which are left out"),
         (findings.again, "names %d pictures again; the first entry of each counts"),
         (findings.unclear, "has %d keys that fit several pictures, of which the first is used"),
+        (findings.cut, f"has %d captions of more than one line, of which only the first is read ({LINES_REMEDY})"),
     ):
         if names:
             logger.warning(f"%s {what}: %s", path, len(names), some(names))

@@ -198,6 +198,7 @@ SUBSET_KEYS = (
     Key("keep_tokens_separator", EVERYWHERE, text, flag="keep_tokens_separator"),
     Key("secondary_separator", EVERYWHERE, text, flag="secondary_separator"),
     Key("enable_wildcard", EVERYWHERE, boolean, flag="enable_wildcard"),
+    Key("join_caption_lines", EVERYWHERE, boolean, flag="join_caption_lines"),
     Key("caption_prefix", EVERYWHERE, text, flag="caption_prefix"),
     Key("caption_suffix", EVERYWHERE, text, flag="caption_suffix"),
     Key("caption_dropout_rate", EVERYWHERE, number(0, 1), flag="caption_dropout_rate"),

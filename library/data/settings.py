@@ -61,6 +61,9 @@ class DataSettings:
     enable_wildcard: bool = flag(
         False, "{a|b} in captions is a random choice, and a caption of several lines a random line"
     )
+    join_caption_lines: bool = flag(
+        False, "all lines of a caption are one text, joined by spaces (else only its first line is read)"
+    )
     caption_prefix: str | None = flag(None, "put in front of every caption, with a space")
     caption_suffix: str | None = flag(None, "put behind every caption, with a space")
     caption_dropout_rate: float = flag(0.0, "probability that a caption is left empty")

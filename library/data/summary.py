@@ -165,6 +165,8 @@ def _subset_summary(subset: SubsetConfig, img_count: int) -> dict[str, Any]:
         summary["metadata_file"] = subset.metadata_file.name
     if subset.conditioning_data_dir is not None:
         summary["conditioning_data_dir"] = subset.conditioning_data_dir.name
+    if subset.join_caption_lines:
+        summary["join_caption_lines"] = True
     if subset.face_crop_aug_range is not None:
         summary["face_crop_aug_range"] = list(subset.face_crop_aug_range)
     if subset.custom_attributes:

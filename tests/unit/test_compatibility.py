@@ -78,7 +78,8 @@ def test_every_flag_and_key_has_one_row(script: ModuleType) -> None:
     assert flags == [flag["dest"] for flag in RECORDED]
     assert len(flags) == len(set(flags)) == 213
     assert sorted(name for name, *_ in script.key_rows()) == sorted(KEYS)
-    assert {key.name for key in schema.KEYS.values()} == set(KEYS)
+    assert {key.name for key in schema.KEYS.values()} == {*KEYS, "join_caption_lines"}
+    assert script.new_keys() == {"join_caption_lines"}
 
 
 def test_what_is_not_acted_on_says_why(script: ModuleType) -> None:

@@ -7,8 +7,10 @@ from library.data.captions import (
     WarmUp,
     caption_varies,
     final_caption,
+    kept_lines,
+    leaves_lines_out,
     longest_captions,
-    read_caption,
+    read_lines,
     undropped_caption,
     variant_caption,
     warm_up_at,
@@ -141,42 +143,65 @@ def test_caption_varies_is_true_exactly_where_draws_differ() -> None:
 
 
 @pytest.mark.parametrize(
-    ("content", "first", "every"),
+    ("content", "lines"),
     [
-        (b"\xef\xbb\xbf a cat \r\n\r\n a dog\r\n", "a cat", "a cat\na dog"),
-        (b"\n\n  second line is first\n", "second line is first", "second line is first"),
-        ("猫、かわいい".encode(), "猫、かわいい", "猫、かわいい"),
-        (b"", None, None),
-        (b" \n\t\n", None, None),
+        (b"\xef\xbb\xbf a cat \r\n\r\n a dog\r\n", ["a cat", "a dog"]),
+        (b"\n\n  second line is first\n", ["second line is first"]),
+        ("猫、かわいい".encode(), ["猫、かわいい"]),
+        (b"", []),
+        (b" \n\t\n", []),
     ],
 )
-def test_read_caption(tmp_path: Path, content: bytes, first: str | None, every: str | None) -> None:
+def test_read_lines(tmp_path: Path, content: bytes, lines: list[str]) -> None:
     (tmp_path / "a.b.txt").write_bytes(content)
-    assert read_caption(tmp_path / "a.b.png", ".txt", all_lines=False) == first
-    assert read_caption(tmp_path / "a.b.png", ".txt", all_lines=True) == every
+    assert read_lines(tmp_path / "a.b.png", ".txt") == lines
+
+
+@pytest.mark.parametrize(
+    ("rules", "kept", "cut"),
+    [
+        ({}, ["a cat,"], True),
+        ({"enable_wildcard": True}, ["a cat,", "a {red|blue} dog"], False),
+        ({"join_caption_lines": True}, ["a cat, a {red|blue} dog"], False),
+        ({"join_caption_lines": True, "enable_wildcard": True}, ["a cat, a {red|blue} dog"], False),
+    ],
+)
+def test_which_lines_are_used(rules: dict[str, bool], kept: list[str], cut: bool) -> None:
+    subset, lines = _subset(**rules), ["a cat,", "a {red|blue} dog"]
+    assert kept_lines(subset, lines) == kept
+    assert leaves_lines_out(subset, lines) is cut
+    assert kept_lines(subset, []) == []
+    assert kept_lines(subset, lines[:1]) == ["a cat,"]
+    assert not leaves_lines_out(subset, lines[:1])
+
+
+def test_joined_lines_are_not_chosen_from_and_their_braces_are() -> None:
+    subset = _subset(enable_wildcard=True, join_caption_lines=True)
+    (raw,) = kept_lines(subset, ["a {red|", "blue} cat", "sits"])
+    assert set(_draws(subset, raw)) == {"a red cat sits", "a  blue cat sits"}
 
 
 def test_a_face_suffix_of_the_picture_is_left_out_of_the_caption_name(tmp_path: Path) -> None:
     (tmp_path / "me.txt").write_text("someone", encoding="utf-8")
-    assert read_caption(tmp_path / "me_0010_0020_0100_0100.png", ".txt", all_lines=False) == "someone"
-    assert read_caption(tmp_path / "me_0010_0020.png", ".txt", all_lines=False) is None
+    assert read_lines(tmp_path / "me_0010_0020_0100_0100.png", ".txt") == ["someone"]
+    assert read_lines(tmp_path / "me_0010_0020.png", ".txt") == []
 
 
 def test_a_caption_that_is_not_utf8_is_named(tmp_path: Path) -> None:
     (tmp_path / "a.txt").write_bytes("Grüße".encode("latin-1"))
     with pytest.raises(DatasetError, match=r"a\.txt is not UTF-8 text \(byte 2\)"):
-        read_caption(tmp_path / "a.png", ".txt", all_lines=False)
+        read_lines(tmp_path / "a.png", ".txt")
 
 
 def test_a_caption_with_nul_bytes_is_named(tmp_path: Path) -> None:
     (tmp_path / "a.txt").write_bytes("a cat".encode("utf-16-le"))
     with pytest.raises(DatasetError, match=r"a\.txt holds NUL bytes"):
-        read_caption(tmp_path / "a.png", ".txt", all_lines=False)
+        read_lines(tmp_path / "a.png", ".txt")
 
 
 def test_only_line_ends_end_lines(tmp_path: Path) -> None:
     (tmp_path / "a.txt").write_bytes("a\u2028b\rc".encode())
-    assert read_caption(tmp_path / "a.png", ".txt", all_lines=True) == "a\u2028b\nc"
+    assert read_lines(tmp_path / "a.png", ".txt") == ["a\u2028b", "c"]
 
 
 def _warming(subset: SubsetConfig, raw: str, num_steps: int) -> list[str]:

@@ -15,7 +15,7 @@ RECORDED = {
     entry["dest"]: entry
     for entry in json.loads((ROOT / "tests/golden/sd_scripts_flags.json").read_text(encoding="utf-8"))
 }
-OURS = {"cache_dir", "caption_variants", "normalize_masked_loss"}
+OURS = {"cache_dir", "caption_variants", "join_caption_lines", "normalize_masked_loss"}
 PARSED = {"resolution", "face_crop_aug_range", "token_warmup_step"}  # texts there, checked values here
 # There 1. Here pictures of one bucket are encoded together as long as they need no more memory than one of 1024 px does.
 AUTOMATIC = {"vae_batch_size"}

@@ -70,6 +70,7 @@ def test_keys_relative_to_the_current_folder_are_found_too(tmp_path: Path, monke
         ({"caption": "a cat", "tags": ["x", "y"]}, {"caption_separator": ", "}, "a cat, x, y"),
         ({"caption": "one\ntwo", "tags": "x"}, {}, "one,x"),
         ({"caption": "one\n\n two \r\n", "tags": "x"}, {"enable_wildcard": True}, "one,x\ntwo,x"),
+        ({"caption": "one\n\n two \r\n", "tags": "x"}, {"join_caption_lines": True}, "one two,x"),
         ({"caption": "one", "tags": "x\ny"}, {"enable_wildcard": True}, "one,x,y"),
         ({"caption": "  ", "tags": ""}, {}, None),
         ({"caption": None}, {}, None),
@@ -85,7 +86,10 @@ def test_tags_go_behind_the_caption(
 
 def test_what_does_not_fit_is_counted_and_named(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
     make_pictures(tmp_path, {"a.png": ONE, "b.png": ONE, "b.jpg": ONE})
-    entries = {key: {"caption": "x", "mood": 1} for key in ("a", "a.png", "b", "gone", "notes.txt", "a\0")}
+    entries: dict[str, dict[str, Any]] = {
+        key: {"caption": "x", "mood": 1} for key in ("a", "a.png", "b", "gone", "notes.txt", "a\0")
+    }
+    entries["b"]["caption"] = "one\ntwo"
     assert [name for name, _ in _read(tmp_path, _write(tmp_path / "meta.json", entries))] == ["a.png", "b.jpg"]
     messages = [record.getMessage() for record in caplog.records]
     path = tmp_path / "meta.json"
@@ -93,6 +97,8 @@ def test_what_does_not_fit_is_counted_and_named(tmp_path: Path, caplog: pytest.L
         f"{path} has 3 entries without a picture file, which are left out: gone, notes.txt, a\0",
         f"{path} names 1 pictures again; the first entry of each counts: a.png",
         f"{path} has 1 keys that fit several pictures, of which the first is used: b (b.jpg, b.png)",
+        f"{path} has 1 captions of more than one line, of which only the first is read (join_caption_lines reads all lines"
+        " as one caption, enable_wildcard one of them by chance): b",
         f"{path} has fields that are not used: mood (6)",
     ]
 

@@ -37,6 +37,7 @@ OURS = {
     "ema_decay": "a moving average of the LoRA; sd-scripts has none",
     "fp8_fast": "products in fp8; sd-scripts only stores weights in it",
     "gradient_checkpointing_level": "how much is computed again; sd-scripts computes everything again",
+    "join_caption_lines": "captions of several lines; of a caption file sd-scripts reads the first alone",
     "nf4_base": "4-bit weights; sd-scripts has none",
     "normalize_masked_loss": "sd-scripts always divides by the whole picture's area",
     "sample_weights": "previews of the raw LoRA or of its moving average",
