@@ -22,6 +22,7 @@ from library.data.metadata_file import read_metadata
 from library.data.picture_index import FileState
 from library.data.prefetch import prefetch
 from library.data.sharing import Sharing
+from library.data.size_report import warn_of_sizes
 from library.errors import DatasetError
 
 Result = TypeVar("Result")
@@ -72,6 +73,7 @@ def build_items(
     findings.report(len(items))
     if not items:
         raise DatasetError("No picture is left to train on: " + findings.why_none(subsets))
+    warn_of_sizes(datasets, items)
     _check_same(items, sharing)
     return items
 

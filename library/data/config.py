@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import Any
 
 from library.data import schema
-from library.data.folders import first_picture, named_subfolders, why_no_pictures
+from library.data.folders import first_picture, named_subfolders, repeats_and_words, why_no_pictures
 from library.data.settings import DataSettings
 from library.errors import DatasetError, some
 from library.settings import expanded
@@ -22,6 +22,8 @@ from library.settings import expanded
 logger = logging.getLogger(__name__)
 
 Table = Mapping[str, Any]
+
+_MOST_REPEATS_IN_A_NAME = 1000  # beyond it the number is rather a year or a size, as in 2024_holidays
 
 
 @dataclass(frozen=True)
@@ -164,6 +166,7 @@ def _subsets_of_folder(flag: str, folder: Path, settings: DataSettings) -> list[
         logger.warning("%s: pictures beside the sub-folders are not used, for example %s.", folder, loose.name)
     if not found and loose:
         found.append({"image_dir": folder})
+        _warn_of_own_name(flag, folder, settings)
     if not found:
         what = "no picture could be shown for regularisation" if is_reg else "there is nothing to train on"
         raise DatasetError(
@@ -175,6 +178,25 @@ def _subsets_of_folder(flag: str, folder: Path, settings: DataSettings) -> list[
         if not is_reg:
             given["conditioning_data_dir"] = _masks_of(given["image_dir"], settings)
     return [make_subset([given], settings) for given in found]
+
+
+def _warn_of_own_name(flag: str, folder: Path, settings: DataSettings) -> None:
+    """Warns where the folder that a flag names looks like one of the sub-folders that it should hold."""
+    whole = folder.resolve()
+    repeats, words = repeats_and_words(whole)
+    if not repeats or not words or repeats > _MOST_REPEATS_IN_A_NAME:
+        return
+    logger.warning(
+        "--%s: %s is taken as a plain folder: its pictures are shown %d times an epoch, and those without a caption file"
+        " have none. --%s %s takes %d repeats and the words %r from its name, and every other sub-folder N_words too",
+        flag,
+        folder,
+        settings.dataset_repeats,
+        flag,
+        folder.parent if folder.name == whole.name else whole.parent,
+        repeats,
+        words,
+    )
 
 
 def _masks_of(image_dir: Path, settings: DataSettings) -> Path | None:

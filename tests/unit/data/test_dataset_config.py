@@ -337,6 +337,28 @@ def test_flat_folder(tmp_path: Path) -> None:
     assert dataset.batch_size == 3
 
 
+def test_a_named_sub_folder_in_the_place_of_its_parent_is_told(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    folder = make_pictures(tmp_path / "train" / "10_mira girl", ONE)
+    dataset = _load_folder(folder, dataset_repeats=2)
+    assert [(subset.num_repeats, subset.class_tokens) for subset in dataset.subsets] == [(2, None)]
+    assert caplog.messages == [
+        f"--train_data_dir: {folder} is taken as a plain folder: its pictures are shown 2 times an epoch, and those without"
+        f" a caption file have none. --train_data_dir {folder.parent} takes 10 repeats and the words 'mira girl' from its"
+        " name, and every other sub-folder N_words too"
+    ]
+    caplog.clear()
+    monkeypatch.chdir(folder)
+    _load_folder(Path())
+    assert f"--train_data_dir {folder.parent} takes 10 repeats" in caplog.text
+    caplog.clear()
+    _load_folder(folder.parent)
+    for name in ("2024_holidays", "10", "10_", "0_none", "zorp"):
+        _load_folder(make_pictures(tmp_path / name, ONE))
+    assert not caplog.messages
+
+
 def test_folders_without_pictures(tmp_path: Path) -> None:
     with pytest.raises(DatasetError, match="holds no pictures, and no sub-folder named N_name"):
         _load_folder(tmp_path)
