@@ -346,20 +346,13 @@ class LuminaNetworkTrainer(NetworkTrainer):
 
         features = [self._features_of(prompt) for prompt in prompts]
         first = prompts[0]
-        options = SamplingOptions(
-            steps=first.sample_steps,
-            guidance_scale=first.scale,
-            shift=self.config.flow.discrete_flow_shift,
-            cfg_trunc_ratio=first.cfg_trunc_ratio,
-            renorm_cfg=first.renorm_cfg,
-        )
         latents = draw_latents(
             self.dit,
             [positive for positive, _ in features],
             [negative for _, negative in features],
             (first.width, first.height),
             seeds,
-            options,
+            SamplingOptions.of_prompt(first, self.config.flow.discrete_flow_shift),
             self.device,
             show_progress=self.processes.is_main,
         )

@@ -111,6 +111,12 @@ class LoraFiles:
         for network, multiplier in zip(self._networks, padded, strict=True):
             network.set_multiplier(multiplier)
 
+    def in_use(self) -> list[tuple[str, float]]:
+        """Returns the names and the multipliers that pictures are drawn with now."""
+        given = [multiplier for _, multiplier in self._files]
+        now = given if self._merged else [network.multiplier for network in self._networks]
+        return [(path.stem, multiplier) for (path, _), multiplier in zip(self._files, now, strict=True)]
+
 
 def _metadata(path: Path) -> dict[str, str]:
     """Returns the metadata of a LoRA file; empty where its format has none."""

@@ -19,6 +19,7 @@ from library.memory.settings import (
     QuantisationSettings,
     check_blocks_to_swap,
 )
+from library.picture_text import name_of_model
 
 if TYPE_CHECKING:
     import torch
@@ -34,6 +35,7 @@ class DrawingModels:
     """Gemma2, Next-DiT and autoencoder with their LoRAs.
 
     Attributes:
+        name: of the Next-DiT's file or folder.
         device: where they compute.
         encoder: Gemma2 with its tokenizer.
         dit: the Next-DiT.
@@ -74,6 +76,7 @@ class DrawingModels:
             from library.memory.quantised import finish_of, require_quantisation
 
         self._flags, self._quantisation = flags, quantisation
+        self.name = name_of_model(flags.pretrained_model_name_or_path)
         self._offload = flags.offload
         self.device = PartialState().device if flags.device is None else _device(flags.device)
         if self.device.type == "cpu":

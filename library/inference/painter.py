@@ -7,10 +7,10 @@ import random
 import time
 from pathlib import Path
 
-from library.files import write_with
 from library.inference.loras import LoraFiles
 from library.inference.models import DrawingModels
 from library.inference.settings import PictureFlags
+from library.picture_text import DrawnWith, picture_text, save_png
 from library.prompts import Prompt
 
 logger = logging.getLogger(__name__)
@@ -45,13 +45,7 @@ class Painter:
         if prompt.multipliers:
             self._loras.set_multipliers(prompt.multipliers)
         seed = random.randrange(2**32) if prompt.seed is None else prompt.seed
-        options = SamplingOptions(
-            steps=prompt.sample_steps,
-            guidance_scale=prompt.scale,
-            shift=self._flags.discrete_flow_shift,
-            cfg_trunc_ratio=prompt.cfg_trunc_ratio,
-            renorm_cfg=prompt.renorm_cfg,
-        )
+        options = SamplingOptions.of_prompt(prompt, self._flags.discrete_flow_shift)
         num_tokens = self._num_tokens(prompt.prompt)
         models = self._models
         shorter, smaller = "a shorter prompt needs less", "a smaller --image_width and --image_height need less"
@@ -65,9 +59,13 @@ class Painter:
                 picture = to_picture(models.autoencoder.decode, latents)
         path = self._free_path(seed)
         logger.info("Prompt: %s", prompt.prompt or "(none)")
-        write_with(path, lambda temporary: picture.save(temporary))
+        save_png(path, picture, picture_text(prompt, seed, self._drawn_with()))
         logger.info("Saved %s (seed %d)", path, seed)
         return path
+
+    def _drawn_with(self) -> DrawnWith:
+        flags = self._flags
+        return DrawnWith(self._models.name, flags.discrete_flow_shift, flags.system_prompt, tuple(self._loras.in_use()))
 
     def _num_tokens(self, prompt: str) -> int:
         """Returns how many tokens of a prompt are read; warns where it has more."""

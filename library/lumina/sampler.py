@@ -18,6 +18,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from library.lumina import flow
+from library.prompts import Prompt
 
 Predict = Callable[[Tensor, Tensor, Tensor, Tensor | None], Tensor]
 """(latents (B,C,H,W), lumina_time (B,), caption features (B,L,D), caption mask (B,L) or None) -> velocity (B,C,H,W)."""
@@ -55,6 +56,11 @@ class SamplingOptions:
     shift: float = 6.0
     cfg_trunc_ratio: float = 0.25
     renorm_cfg: float = 1.0
+
+    @classmethod
+    def of_prompt(cls, prompt: Prompt, shift: float) -> SamplingOptions:
+        """Returns what a prompt says, with the shift that holds for all."""
+        return cls(prompt.sample_steps, prompt.scale, shift, prompt.cfg_trunc_ratio, prompt.renorm_cfg)
 
 
 def sigma_schedule(steps: int, shift: float) -> Tensor:

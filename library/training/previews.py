@@ -2,20 +2,22 @@
 
 from __future__ import annotations
 
+import dataclasses
 import logging
 import time
 from collections.abc import Callable, Sequence
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 import torch
 
+from library.contact_sheet import Entry, contact_sheet, save_sheet
 from library.errors import DrawingError
-from library.files import write_with
 from library.keyed_random import key
+from library.picture_text import DrawnWith, picture_text, save_png
 from library.prompts import Prompt
 from library.shortage import is_out_of_memory
-from library.training.contact_sheet import Entry, contact_sheet
 
 if TYPE_CHECKING:
     from PIL.Image import Image
@@ -30,7 +32,6 @@ Draw = Callable[[Sequence[Prompt], Sequence[int]], "list[Image]"]
 """(prompts of one size and set of options, their seeds) -> RGB pictures."""
 
 SHEET_NAME = "sample_sheet"
-_JPEG_QUALITY = 92
 
 
 def batches_of(prompts: Sequence[Prompt], batch_size: int, num_processes: int) -> list[list[int]]:
@@ -67,6 +68,7 @@ class Previews:
         processes: Processes,
         trackers: Trackers,
         draw: Draw,
+        how: DrawnWith,
         batch_size: int = 1,
     ) -> None:
         """Plans the previews.
@@ -80,6 +82,7 @@ class Previews:
             processes: that share the drawing.
             trackers: that get the pictures too.
             draw: draws one batch.
+            how: it draws, for the files' texts.
             batch_size: prompts drawn at a time where ``--sample_batch_size`` is left out.
         """
         self._settings = settings
@@ -94,6 +97,7 @@ class Previews:
         self._processes = processes
         self._trackers = trackers
         self._draw = draw
+        self._how = how
 
     def at_first(self) -> None:
         """Draws before the first step, where asked for."""
@@ -120,9 +124,11 @@ class Previews:
         drawn: list[tuple[int, Image]] = []
         for batch in self._batches[self._processes.rank :: self._processes.count]:
             drawn += self._draw_batch(batch)
+        how = dataclasses.replace(self._how, further=(("Training", title),))
         for index, picture in drawn:
             given = "" if self._prompts[index].seed is None else f"_{self._seeds[index]}"
-            self._write(f"{start}_{index:02d}_{now}{given}.png", picture)
+            text = picture_text(self._prompts[index], self._seeds[index], how)
+            self._write(f"{start}_{index:02d}_{now}{given}.png", partial(save_png, picture=picture, text=text))
         if self._processes.on_cuda:
             torch.cuda.empty_cache()  # what the autoencoder needed is much, and training needs it for itself
         gathered = [entry for part in self._processes.gather(drawn) for entry in part]
@@ -132,7 +138,7 @@ class Previews:
         if pictures and self._processes.rank == 0:
             entries = [Entry(picture, self._prompts[index].prompt, self._note(index)) for index, picture in pictures]
             sheet = contact_sheet(entries, f"{self._output_name} {title}".strip())
-            self._write(f"{start}_sheet_{now}.jpg", sheet)
+            self._write(f"{start}_sheet_{now}.jpg", partial(save_sheet, sheet=sheet))
             self._trackers.log_picture(SHEET_NAME, sheet, step)
         logger.info("Drew %d pictures to %s", len(pictures), self._folder)
 
@@ -169,8 +175,8 @@ class Previews:
         )
         return note + (f", without: {prompt.negative_prompt}" if prompt.negative_prompt else "")
 
-    def _write(self, name: str, picture: Image) -> None:
+    def _write(self, name: str, save: Callable[[Path], None]) -> None:
         try:
-            write_with(self._folder / name, lambda path: picture.save(path, quality=_JPEG_QUALITY))
+            save(self._folder / name)
         except OSError as error:
             logger.warning("The preview %s could not be written: %s", self._folder / name, error.strerror or error)

@@ -88,14 +88,16 @@ def test_previews_are_what_inference_draws(job: Job, tmp_path: Path, train: Call
     for number, (prompt, negative, seed) in enumerate(
         [("a red disc", "blue", 0), (PROMPTS[1].split(" --")[0], "", 5), ("", "", 6)]
     ):
-        drawn = {}
+        drawn, says = {}, {}
         for name, weights in (("trained", ["--lora_weights", lora]), ("base", [])):
             folder = tmp_path / f"{name}{number}"
             texts = [f"--prompt={prompt}", f"--negative_prompt={negative}", f"--seed={seed}"]
             lumina_minimal_inference.main([*base, *texts, f"--output_dir={folder}", *weights])
             (path,) = folder.iterdir()
             drawn[name] = numpy.asarray(Image.open(path)).astype(int)
+            says[name] = Image.open(path).text["parameters"]
         preview = numpy.asarray(Image.open(previews[number])).astype(int)
+        assert Image.open(previews[number]).text["parameters"] == says["trained"] + ', Training: "epoch 2, step 10"'
         # Float32 sums of a batch in another order: a level of 255 may turn. The LoRA's own effect is far larger.
         assert numpy.abs(preview - drawn["trained"]).max() <= 1
         assert numpy.abs(drawn["base"] - drawn["trained"]).mean() > 2

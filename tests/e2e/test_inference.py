@@ -72,6 +72,19 @@ def test_merged_equals_attached(draw: Callable, lora: Path) -> None:
     assert numpy.abs(attached - merged).mean() < 0.25 * numpy.abs(attached - base).mean()
 
 
+def test_pictures_say_how_they_were_drawn(job: Job, lora: Path, tmp_path: Path) -> None:
+    flags = ["--negative_prompt=blue", "--system_prompt=You are", "--lora_weights", f"{lora};0.5"]
+    lumina_minimal_inference.main([*job.inference_flags, *flags, f"--output_dir={tmp_path}"])
+    (path,) = tmp_path.iterdir()
+    with Image.open(path) as picture:
+        assert picture.text["parameters"].splitlines() == [
+            "a red disc",
+            "Negative prompt: blue",
+            'Steps: 4, Sampler: Euler, CFG scale: 3.5, Seed: 0, Size: 64x96, Model: quickstart_dit, Lora: "my: 0.5",'
+            " Shift: 6, CFG truncation: 0.25, CFG renormalization: 1, System prompt: You are",
+        ]
+
+
 def test_all_in_one_file_and_folder_draw_the_same_picture(draw: Callable, tmp_path: Path) -> None:
     write_all_in_one(tiny_models(), tmp_path / "all.safetensors", torch.float32)
     write_folder(tiny_models(), tmp_path / "folder", torch.float32)

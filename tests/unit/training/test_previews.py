@@ -11,6 +11,7 @@ import torch
 from PIL import Image
 
 from library.errors import DrawingError, SettingsError
+from library.picture_text import DrawnWith
 from library.prompts import Prompt
 from library.training.arguments import all_specs, parse_arguments
 from library.training.previews import Previews, batches_of
@@ -26,6 +27,7 @@ _REQUIRED = [
     "--network_module=networks.lora_lumina",
 ]
 
+HOW = DrawnWith("lumina", 6.0, loras=(("my", 1.0),))
 LOGGED: list[tuple[str, tuple[int, int], int]] = []
 
 
@@ -41,7 +43,7 @@ def previews(
     processes = SimpleNamespace(rank=rank, count=count, gather=lambda mine: [mine], on_cuda=False)
     trackers = SimpleNamespace(log_picture=lambda name, picture, step: LOGGED.append((name, picture.size, step)))
     settings = SampleSettings(sample_prompts=folder / "p.txt", **when)  # type: ignore[arg-type]
-    return Previews(settings, prompts, 1, folder, "my", processes, trackers, draw)  # type: ignore[arg-type]
+    return Previews(settings, prompts, 1, folder, "my", processes, trackers, draw, HOW)  # type: ignore[arg-type]
 
 
 def blank(prompts: Sequence[Prompt], seeds: Sequence[int]) -> list[Image.Image]:
@@ -105,6 +107,19 @@ def test_prompts_of_one_size_and_one_set_of_options_are_drawn_together(tmp_path:
     assert calls == [["a", "c", "e"], ["i"], ["b"], ["d"], ["f"], ["g"], ["h"]]
     assert names(tmp_path) == [f"my_000001_{index:02d}" for index in range(9)]
     assert [name for name, _, _ in LOGGED] == [*(f"sample_{index}" for index in range(9)), "sample_sheet"]
+
+
+def test_files_say_how_they_were_drawn(tmp_path: Path) -> None:
+    one = previews(tmp_path, blank, [Prompt("a", seed=3), Prompt("b")], sample_every_n_epochs=2)
+    one.after_epoch(2, 7)
+    first, second = sorted((tmp_path / "sample").glob("*.png"))
+    with Image.open(first) as picture:
+        assert picture.text["parameters"].startswith("a\nSteps: 36, Sampler: Euler, CFG scale: 3.5, Seed: 3, ")
+        assert picture.text["parameters"].endswith(
+            'Lora: "my: 1", Shift: 6, CFG truncation: 0.25, CFG renormalization: 1, Training: "epoch 2, step 7"'
+        )
+    with Image.open(second) as picture:
+        assert f"Seed: {one._seeds[1]}, " in picture.text["parameters"]  # also of a prompt that names none
 
 
 def test_processes_share_a_group(tmp_path: Path) -> None:

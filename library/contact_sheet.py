@@ -1,4 +1,4 @@
-"""All pictures of one preview event on one picture, each with its prompt below it."""
+"""Several pictures on one, each with its text below it: the previews of a moment, or what LoRA files draw."""
 
 from __future__ import annotations
 
@@ -6,8 +6,11 @@ import logging
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
+from pathlib import Path
 
 from PIL import Image, ImageDraw, ImageFont
+
+from library.files import write_with
 
 logger = logging.getLogger(__name__)
 
@@ -16,6 +19,7 @@ _MANY = 25  # above this many pictures cells are of the smallest size
 _GAP_PX = 16
 _TEXT_PX, _NOTE_PX, _TITLE_PX = 16, 13, 22
 _TEXT_LINES, _NOTE_LINES = 4, 2
+_JPEG_QUALITY = 92
 _PAPER, _INK, _GREY = (250, 250, 250), (20, 20, 20), (110, 110, 110)
 
 # Pillow's own font has Latin letters only. These are what common systems have for others, and are found by name.
@@ -85,6 +89,11 @@ def contact_sheet(entries: Sequence[Entry], title: str) -> Image.Image:
                 line_top += note_step
         top += picture_height + _GAP_PX // 2 + text_height + _GAP_PX
     return sheet
+
+
+def save_sheet(path: Path, sheet: Image.Image) -> None:
+    """Writes a sheet to a JPEG file, atomically."""
+    write_with(path, lambda temporary: sheet.save(temporary, quality=_JPEG_QUALITY))
 
 
 def _scale(longest_px: int, cell_px: int) -> float:

@@ -4,7 +4,7 @@ import numpy
 import pytest
 from PIL import Image, ImageFont
 
-from library.training.contact_sheet import Entry, _wrapped, contact_sheet
+from library.contact_sheet import Entry, _wrapped, contact_sheet
 
 RED = (255, 0, 0)
 
