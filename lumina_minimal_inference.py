@@ -24,6 +24,7 @@ from library.inference.interactive import interact
 from library.inference.loras import LoraFiles
 from library.inference.models import DrawingModels
 from library.inference.painter import Painter
+from library.inference.requests import asked_prompts, warn_of_unused
 from library.inference.settings import ModelFlags, PictureFlags
 from library.memory.device_memory import let_segments_grow
 from library.memory.settings import AttentionSettings, QuantisationSettings
@@ -65,6 +66,8 @@ def main(argv: Sequence[str] | None = None) -> None:
         raise SettingsError(
             f"--fp8_fast multiplies in fp8 and gives bf16, and --dtype is {flags.dtype}; leave one of them out"
         )
+    warn_of_unused(pictures, given)
+    prompts = [] if pictures.interactive else asked_prompts(pictures, given)
     check_writable("--output_dir", pictures.output_dir)
     let_segments_grow()
     loras = LoraFiles(flags.lora_weights, flags.merge_lora_weights, read_network, pictures.system_prompt)
@@ -80,7 +83,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     if pictures.interactive:
         interact(painter, pictures.to_prompt())
     else:
-        painter.draw(pictures.to_prompt())
+        painter.draw(prompts)
 
 
 if __name__ == "__main__":

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import logging
+import re
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, NoReturn
@@ -17,7 +18,11 @@ _METAVARS: dict[type, str] = {int: "N", float: "X", Path: "PATH", str: "TEXT"}
 
 
 class _Parser(argparse.ArgumentParser):
+    """As in sd-scripts, a flag may be shortened to a beginning that no other has."""
+
     def error(self, message: str) -> NoReturn:
+        if several := re.fullmatch(r"ambiguous option: ([^\s=]+).* could match (--.*)", message, re.DOTALL):
+            message = f"{several[1]} is the beginning of several flags; write one of them out: {several[2]}"
         raise SettingsError(message)
 
 
@@ -49,6 +54,10 @@ def _default_of(spec: FlagSpec) -> str:
     return "" if spec.default in (None, (), "", False) else f" (default: {spec.default})"
 
 
+def _names_of(specs: Iterable[FlagSpec]) -> list[str]:
+    return [f"--{name}" for spec in specs for name in (spec.name, *spec.aliases)]
+
+
 def _add_flag(parser: argparse._ActionsContainer, spec: FlagSpec, help_text: str) -> None:
     keywords: dict[str, Any] = {"dest": spec.name, "default": argparse.SUPPRESS, "metavar": _METAVARS.get(spec.kind)}
     keywords["help"] = help_text if help_text == argparse.SUPPRESS else help_text.replace("%", "%%")
@@ -58,7 +67,7 @@ def _add_flag(parser: argparse._ActionsContainer, spec: FlagSpec, help_text: str
         keywords.update(nargs="?", const="true", metavar="BOOL")
     elif spec.many:
         keywords["nargs"] = "*"
-    parser.add_argument(*(f"--{name}" for name in (spec.name, *spec.aliases)), **keywords)
+    parser.add_argument(*_names_of([spec]), **keywords)
 
 
 def read_command_line(
@@ -76,7 +85,7 @@ def read_command_line(
         name = next((word for word in unknown if word.startswith("-")), unknown[0]).split("=")[0]
         if not name.startswith("-"):
             raise SettingsError(f"{name!r} belongs to no flag; put values with spaces in quotes")
-        raise SettingsError(f"{name} is no flag of this program{nearest(name, [f'--{known}' for known in specs])}")
+        raise SettingsError(f"{name} is no flag of this program{nearest(name, _names_of(specs.values()))}")
     given = vars(namespace)
     empty = [f"--{name}" for name, value in given.items() if value == []]
     if empty:

@@ -1,7 +1,7 @@
 """Prompt files and prompt lines: what to draw, at which size, from which seed.
 
-One parser for the previews' prompt files (.txt, .toml, .json) and for the interactive lines of
-``lumina_minimal_inference.py``.
+One parser for prompt files (.txt, .toml, .json), of previews and of ``lumina_minimal_inference.py``, and for that
+program's interactive lines.
 """
 
 from __future__ import annotations
@@ -11,7 +11,7 @@ import logging
 import math
 import re
 import tomllib
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -118,38 +118,71 @@ _OPTIONS: dict[str, tuple[str, Callable[[str], Any]]] = {
 }
 """Option of a prompt line -> (field, conversion)."""
 
-_FILE_OPTIONS = frozenset(_OPTIONS) - {"g", "m"}  # in prompt files --g is another model's distilled guidance
+TYPED_OPTIONS = frozenset(_OPTIONS)
+FILE_OPTIONS = TYPED_OPTIONS - {"g"}  # in prompt files --g is another model's distilled guidance
+PREVIEW_OPTIONS = FILE_OPTIONS - {"m"}  # previews have the one LoRA that is trained
 _FOREIGN = ("g", "ss", "fs", "cn", "am", "of")
 _FOREIGN_KEYS = ("guidance_scale", "sample_sampler", "flow_shift", "controlnet_image", "enum")
 
 
-def parse_line(line: str, defaults: Prompt, origin: str, interactive: bool = False) -> Prompt:
+@dataclass(frozen=True)
+class PromptFileKind:
+    """What a prompt file is for.
+
+    Attributes:
+        flag: that names it, for messages.
+        options: that its prompts may have.
+        defaults: what is left out of a prompt.
+    """
+
+    flag: str = "--sample_prompts"
+    options: frozenset[str] = PREVIEW_OPTIONS
+    defaults: Prompt = Prompt()
+
+
+def options_within(text: str) -> list[str]:
+    """Returns what looks like options in a text that is drawn as it stands: ``--d`` of ``a cat --d 5``."""
+    found = re.findall(r"(?:^|\s)--([A-Za-z]+)(?=\s|$)", text)
+    return [f"--{name}" for name in dict.fromkeys(found) if name.lower() in _OPTIONS]
+
+
+def batches_of(prompts: Sequence[Prompt], batch_size: int, num_processes: int = 1) -> list[list[int]]:
+    """Returns the prompts' indexes in lists that are drawn at a time: of one size and one set of options.
+
+    Lists are shorter than ``batch_size`` where that gives every process its share.
+    """
+    groups: dict[tuple[object, ...], list[int]] = {}
+    for index, prompt in enumerate(prompts):
+        options = (prompt.sample_steps, prompt.scale, prompt.cfg_trunc_ratio, prompt.renorm_cfg, prompt.multipliers)
+        groups.setdefault((prompt.width, prompt.height, *options), []).append(index)
+    batches = []
+    for group in groups.values():
+        size = min(batch_size, -(-len(group) // num_processes))
+        batches += [group[start : start + size] for start in range(0, len(group), size)]
+    return batches
+
+
+def parse_line(line: str, defaults: Prompt, origin: str, known: frozenset[str] = PREVIEW_OPTIONS) -> Prompt:
     """Returns the prompt of a line such as ``a cat --w 512 --h 512 --d 1 --s 20``.
 
     Args:
         line: text, then options, each behind `` --``.
         defaults: what options that are left out are.
         origin: file and line, or how the line came, for messages.
-        interactive: ``--g`` (scale) and ``--m`` (LoRA multipliers) are options too, as in interactive inference.
+        known: the options' letters; others are warned about and left out.
 
     Raises:
         PromptError: an option has a wrong value.
     """
     text, *options = re.split(r"(?:^|\s)--(?=[A-Za-z])", line.strip())
-    known = frozenset(_OPTIONS) if interactive else _FILE_OPTIONS
     values: dict[str, Any] = {"prompt": text.strip()}
     for option in options:
         name, _, value = option.strip().partition(" ")
         name, value = name.lower(), value.strip()
         if name not in known:
-            ignored = name in _FOREIGN
-            logger.warning(
-                "%s: --%s %s%s",
-                origin,
-                name,
-                "has no effect for this model" if ignored else "is no option and is left out",
-                "" if ignored else nearest(name, known),
-            )
+            foreign = _WITHOUT_LORAS if name == "m" else "has no effect for this model"
+            unknown = f"is no option and is left out{nearest(name, known)}"
+            logger.warning("%s: --%s %s", origin, name, foreign if name in (*_FOREIGN, "m") else unknown)
             continue
         field, convert = _OPTIONS[name]
         if field == "negative_prompt" and value == "-":
@@ -161,14 +194,19 @@ def parse_line(line: str, defaults: Prompt, origin: str, interactive: bool = Fal
     return replace(defaults, **values)
 
 
-def _from_table(table: Any, defaults: Prompt, origin: str) -> Prompt:
+_WITHOUT_LORAS = "has no effect in previews, which have no LoRA files"
+
+
+def _from_table(table: Any, defaults: Prompt, origin: str, known: frozenset[str]) -> Prompt:
     if not isinstance(table, Mapping):
         raise PromptError(f"{origin}: {table!r} is no prompt; write a table of keys such as prompt, width and seed")
-    fields = {field: convert for field, convert in _OPTIONS.values() if field != "multipliers"} | {"prompt": str}
+    fields: dict[str, Callable[[str], Any]] = {"prompt": str, **dict(_OPTIONS[name] for name in known)}
     values = {}
     for key, value in table.items():
         if key in _FOREIGN_KEYS:
             logger.warning("%s: %s has no effect for this model", origin, key)
+        elif key == "multipliers" and key not in fields:
+            logger.warning("%s: %s %s", origin, key, _WITHOUT_LORAS)
         elif not isinstance(value, (str, int, float)) or isinstance(value, bool):
             raise PromptError(f"{origin}: {key} = {value!r} is neither a text nor a number")
         elif key not in fields:
@@ -183,7 +221,7 @@ def _from_table(table: Any, defaults: Prompt, origin: str) -> Prompt:
     return replace(defaults, **values)
 
 
-def read_prompt_file(path: Path, defaults: Prompt | None = None, may_be_empty: bool = False) -> list[Prompt]:
+def read_prompt_file(path: Path, kind: PromptFileKind | None = None, may_be_empty: bool = False) -> list[Prompt]:
     """Returns the prompts of a .txt, .toml or .json file, sizes rounded to what the model can draw.
 
     A .txt file has one prompt a line, ``#`` begins a comment line. A .toml file has common keys in ``[prompt]`` and
@@ -192,55 +230,56 @@ def read_prompt_file(path: Path, defaults: Prompt | None = None, may_be_empty: b
     Raises:
         PromptError: the file has another ending, is broken, holds a wrong value, or no prompt (unless it may be empty).
     """
-    defaults = defaults or Prompt()
+    kind = kind or PromptFileKind()
+    told = f"{kind.flag}: {path}"
     try:
         text = path.read_text(encoding="utf-8-sig")
-        prompts = _READERS[path.suffix.lower()](text, defaults, path)
+        prompts = _READERS[path.suffix.lower()](text, kind, path)
     except KeyError as error:
-        raise PromptError(f"--sample_prompts: {path} is neither .txt, .toml nor .json; rename or convert it") from error
+        raise PromptError(f"{told} is neither .txt, .toml nor .json; rename or convert it") from error
     except UnicodeDecodeError as error:
-        raise PromptError(f"--sample_prompts: {path} is not UTF-8 text: {error}; save it as UTF-8") from error
+        raise PromptError(f"{told} is not UTF-8 text: {error}; save it as UTF-8") from error
     except (tomllib.TOMLDecodeError, json.JSONDecodeError) as error:
-        raise PromptError(f"--sample_prompts: {path} cannot be read: {error}") from error
+        raise PromptError(f"{told} cannot be read: {error}") from error
     if not prompts and not may_be_empty:
-        raise PromptError(f"--sample_prompts: {path} holds no prompt; add one, or leave --sample_prompts out")
+        raise PromptError(f"{told} holds no prompt; add one, or leave {kind.flag} out")
     return [prompt.rounded() for prompt in prompts]
 
 
-def _read_txt(text: str, defaults: Prompt, path: Path) -> list[Prompt]:
+def _read_txt(text: str, kind: PromptFileKind, path: Path) -> list[Prompt]:
     lines = enumerate(text.splitlines(), start=1)
     return [
-        parse_line(line, defaults, f"{path}, line {number}")
+        parse_line(line, kind.defaults, f"{path}, line {number}", kind.options)
         for number, line in lines
         if line.strip() and not line.startswith("#")
     ]
 
 
-def _read_toml(text: str, defaults: Prompt, path: Path) -> list[Prompt]:
+def _read_toml(text: str, kind: PromptFileKind, path: Path) -> list[Prompt]:
     content = tomllib.loads(text).get("prompt", {})
     if not isinstance(content, dict):
-        raise PromptError(f"--sample_prompts: {path}: prompt is no table; write [[prompt.subset]] and its keys below")
+        raise PromptError(f"{kind.flag}: {path}: prompt is no table; write [[prompt.subset]] and its keys below")
     subsets = content.pop("subset", [])
     if not isinstance(subsets, list):
-        raise PromptError(f"--sample_prompts: {path}: subset is no list of tables; write [[prompt.subset]]")
-    common = _from_table(content, defaults, f"{path}: [prompt]")
+        raise PromptError(f"{kind.flag}: {path}: subset is no list of tables; write [[prompt.subset]]")
+    common = _from_table(content, kind.defaults, f"{path}: [prompt]", kind.options)
     origins = [f"{path}: prompt.subset[{index}]" for index in range(len(subsets))]
-    return [_from_table(table, common, origin) for table, origin in zip(subsets, origins, strict=True)]
+    return [_from_table(table, common, origin, kind.options) for table, origin in zip(subsets, origins, strict=True)]
 
 
-def _read_json(text: str, defaults: Prompt, path: Path) -> list[Prompt]:
+def _read_json(text: str, kind: PromptFileKind, path: Path) -> list[Prompt]:
     content = json.loads(text)
     if not isinstance(content, list):
-        raise PromptError(f"--sample_prompts: {path} holds no list; write [{{...}}, ...]")
+        raise PromptError(f"{kind.flag}: {path} holds no list; write [{{...}}, ...]")
     return [
-        parse_line(entry, defaults, f"{path}: [{index}]")
+        parse_line(entry, kind.defaults, f"{path}: [{index}]", kind.options)
         if isinstance(entry, str)
-        else _from_table(entry, defaults, f"{path}: [{index}]")
+        else _from_table(entry, kind.defaults, f"{path}: [{index}]", kind.options)
         for index, entry in enumerate(content)
     ]
 
 
-_READERS: dict[str, Callable[[str, Prompt, Path], list[Prompt]]] = {
+_READERS: dict[str, Callable[[str, PromptFileKind, Path], list[Prompt]]] = {
     ".txt": _read_txt,
     ".toml": _read_toml,
     ".json": _read_json,

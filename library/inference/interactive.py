@@ -9,7 +9,7 @@ import sys
 
 from library.errors import UserError
 from library.inference.painter import Painter
-from library.prompts import Prompt, parse_line
+from library.prompts import TYPED_OPTIONS, Prompt, parse_line
 
 logger = logging.getLogger(__name__)
 
@@ -40,10 +40,10 @@ def interact(painter: Painter, first: Prompt) -> None:
         if not line or line.lower() in ("help", "?"):
             continue
         try:
-            prompt = parse_line(line, current, "prompt", interactive=True).rounded()
+            prompt = parse_line(line, current, "prompt", TYPED_OPTIONS).rounded()
             # A line of options alone draws the last prompt again.
             prompt = dataclasses.replace(prompt, prompt=prompt.prompt or current.prompt)
-            painter.draw(prompt)
+            painter.draw([prompt])
         except UserError as error:
             logger.error("%s", error)
             continue

@@ -38,6 +38,7 @@ class LoraFiles:
             system_prompt: that pictures are drawn with; a LoRA that was trained with another one is warned about.
         """
         self._files = [split_lora(text) for text in texts]
+        self._given = [multiplier for _, multiplier in self._files]
         self._merged = merged
         self._read = read
         self._system_prompt = system_prompt
@@ -97,24 +98,23 @@ class LoraFiles:
             self._networks.append(network.to(device).eval())
 
     def set_multipliers(self, multipliers: Sequence[float]) -> None:
-        """Sets the attached LoRAs' multipliers; the last one holds for all that follow.
+        """Sets the attached LoRAs' multipliers; the last one holds for all that follow. None are those of the files.
 
         Raises:
             PromptError: the LoRAs are merged, or there are more multipliers than LoRAs.
         """
-        if self._merged:
+        if multipliers and self._merged:
             raise PromptError("--m has no effect on merged LoRAs; start without --merge_lora_weights")
         count = len(self._networks)
         if len(multipliers) > count:
             raise PromptError(f"--m gives {len(multipliers)} multipliers; the number of LoRAs is {count}")
-        padded = [*multipliers, *[multipliers[-1]] * (count - len(multipliers))]
+        padded = [*multipliers, *[multipliers[-1]] * (count - len(multipliers))] if multipliers else self._given[:count]
         for network, multiplier in zip(self._networks, padded, strict=True):
             network.set_multiplier(multiplier)
 
     def in_use(self) -> list[tuple[str, float]]:
         """Returns the names and the multipliers that pictures are drawn with now."""
-        given = [multiplier for _, multiplier in self._files]
-        now = given if self._merged else [network.multiplier for network in self._networks]
+        now = self._given if self._merged else [network.multiplier for network in self._networks]
         return [(path.stem, multiplier) for (path, _), multiplier in zip(self._files, now, strict=True)]
 
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import logging
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -160,21 +160,26 @@ class DrawingModels:
         ]
         return [text for helps, text in found if helps]
 
-    def encode(self, prompt: str, negative: str, negative_template: PromptTemplate) -> tuple[Tensor, Tensor]:
-        """Returns the features (L,cap_dim) of a prompt and of what the picture is to stay away from."""
+    def encode(
+        self, prompts: Sequence[str], negatives: Sequence[str], negative_template: PromptTemplate
+    ) -> tuple[list[Tensor], list[Tensor]]:
+        """Returns the features (L,cap_dim) of prompts and of negative prompts, in host memory.
+
+        One text after the other: in a batch, each would be padded, and rounded otherwise than alone.
+        """
         import torch
 
         try:
             self._place_encoder(self.device)
-            (positive_features,) = self.encoder.encode([prompt])
-            (negative_features,) = self.encoder.encode([negative], negative_template)
+            found = [self.encoder.encode([text])[0].cpu() for text in prompts]
+            against = [self.encoder.encode([text], negative_template)[0].cpu() for text in negatives]
         finally:
             if self._offload:
                 self._place_encoder(torch.device("cpu"))
                 if self._text_stream is not None:
                     self._text_stream.free()
                 self._free()
-        return positive_features, negative_features
+        return found, against
 
     def _place_encoder(self, device: torch.device) -> None:
         self.encoder.place(device, besides=() if self._text_stream is None else self.encoder.blocks)

@@ -5,19 +5,28 @@ from __future__ import annotations
 import logging
 import random
 import time
+from collections.abc import Sequence
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from library.inference.loras import LoraFiles
 from library.inference.models import DrawingModels
 from library.inference.settings import PictureFlags
 from library.picture_text import DrawnWith, picture_text, save_png
-from library.prompts import Prompt
+from library.prompts import Prompt, batches_of
+
+if TYPE_CHECKING:
+    from PIL.Image import Image
+    from torch import Tensor
 
 logger = logging.getLogger(__name__)
 
+Features = dict[tuple[tuple[float, ...], str, bool], "Tensor"]
+"""(multipliers of the LoRA files, text, whether it is a negative prompt) -> its features (L,cap_dim), in host memory."""
+
 
 class Painter:
-    """Draws one prompt after the other."""
+    """Draws prompts: first every text is encoded, then the pictures are drawn."""
 
     def __init__(self, models: DrawingModels, loras: LoraFiles, flags: PictureFlags) -> None:
         """Takes the models.
@@ -29,39 +38,83 @@ class Painter:
         """
         self._models, self._loras, self._flags = models, loras, flags
 
-    def draw(self, prompt: Prompt) -> Path:
-        """Draws one picture and returns its file.
+    def draw(self, prompts: Sequence[Prompt], features: Features | None = None, name: str = "") -> list[Path]:
+        """Draws a picture of each prompt and returns the files in the prompts' order.
+
+        Args:
+            prompts: what to draw; without a seed, one is drawn.
+            features: of all prompts' texts, from :meth:`encode`; encoded where left out.
+            name: begins the files' names; ``image_`` and the time where left out.
 
         Raises:
-            PromptError: its LoRA multipliers cannot be had.
-            DrawingError: memory is too small, or the picture is not finite.
+            PromptError: the LoRA multipliers of a prompt cannot be had.
+            DrawingError: memory is too small, or a picture is not finite.
+        """
+        prompts = [prompt.rounded() for prompt in prompts]
+        features = self.encode(prompts) if features is None else features
+        seeds = [random.randrange(2**32) if prompt.seed is None else prompt.seed for prompt in prompts]
+        name = name or f"image_{time.strftime('%Y%m%d%H%M%S')}"
+        files: dict[int, Path] = {}
+        for batch in batches_of(prompts, self._flags.batch_size):
+            pictures = self._draw_batch(
+                [prompts[index] for index in batch], [seeds[index] for index in batch], features
+            )
+            for index, picture in zip(batch, pictures, strict=True):
+                number = f"_{index:03d}" if len(prompts) > 1 else ""
+                path = self._free_path(f"{name}{number}_{seeds[index]}")
+                logger.info("Prompt: %s", prompts[index].prompt or "(none)")
+                save_png(path, picture, picture_text(prompts[index], seeds[index], self._drawn_with()))
+                counted = f", {len(files) + 1} of {len(prompts)}" if len(prompts) > 1 else ""
+                logger.info("Saved %s (seed %d)%s", path, seeds[index], counted)
+                files[index] = path
+        return [files[index] for index in range(len(prompts))]
+
+    def encode(self, prompts: Sequence[Prompt]) -> Features:
+        """Returns the features of prompts and their negative prompts: each text is encoded once.
+
+        Raises:
+            PromptError: the LoRA multipliers of a prompt cannot be had.
+            DrawingError: memory is too small.
         """
         import torch
 
-        from library.lumina.drawing import draw_latents, to_picture
+        models, template = self._models, self._flags.negative_template
+        features: Features = {}
+        for multipliers in dict.fromkeys(prompt.multipliers for prompt in prompts):
+            self._loras.set_multipliers(multipliers)
+            drawn = [prompt for prompt in prompts if prompt.multipliers == multipliers]
+            texts = list(dict.fromkeys(prompt.prompt for prompt in drawn))
+            negatives = list(dict.fromkeys(prompt.negative_prompt for prompt in drawn))
+            longest = max(self._num_tokens(text) for text in texts)
+            remedy = "a shorter prompt needs less"
+            with torch.no_grad(), models.enough_memory(f"a prompt of {longest} tokens", remedy):
+                encoded, against = models.encode(texts, negatives, template)
+            features |= {(multipliers, text, False): found for text, found in zip(texts, encoded, strict=True)}
+            features |= {(multipliers, text, True): found for text, found in zip(negatives, against, strict=True)}
+        return features
+
+    def _draw_batch(self, prompts: Sequence[Prompt], seeds: Sequence[int], features: Features) -> list[Image]:
+        """Returns the pictures of prompts of one size and with equal options."""
+        import torch
+
+        from library.lumina.drawing import draw_latents, to_pictures
         from library.lumina.sampler import SamplingOptions
 
-        prompt = prompt.rounded()
-        if prompt.multipliers:
-            self._loras.set_multipliers(prompt.multipliers)
-        seed = random.randrange(2**32) if prompt.seed is None else prompt.seed
-        options = SamplingOptions.of_prompt(prompt, self._flags.discrete_flow_shift)
-        num_tokens = self._num_tokens(prompt.prompt)
-        models = self._models
-        shorter, smaller = "a shorter prompt needs less", "a smaller --image_width and --image_height need less"
-        with torch.no_grad(), models.enough_memory(f"a prompt of {num_tokens} tokens", shorter):
-            positive, negative = models.encode(prompt.prompt, prompt.negative_prompt, self._flags.negative_template)
-        with torch.no_grad(), models.enough_memory(f"a picture of {prompt.width}x{prompt.height}", smaller):
-            size_px = (prompt.width, prompt.height)
+        first, models = prompts[0], self._models
+        self._loras.set_multipliers(first.multipliers)
+        options = SamplingOptions.of_prompt(first, self._flags.discrete_flow_shift)
+        positive = [features[prompt.multipliers, prompt.prompt, False] for prompt in prompts]
+        negative = [features[prompt.multipliers, prompt.negative_prompt, True] for prompt in prompts]
+        size = f"{first.width}x{first.height}"
+        what, smaller = f"a picture of {size}", "a smaller --image_width and --image_height need less"
+        if len(prompts) > 1:
+            what, smaller = f"{len(prompts)} pictures of {size} at a time", "a smaller --batch_size needs less"
+        with torch.no_grad(), models.enough_memory(what, smaller):
             with models.on_device(models.dit):
-                latents = draw_latents(models.dit, [positive], [negative], size_px, [seed], options, models.device)
+                size_px = (first.width, first.height)
+                latents = draw_latents(models.dit, positive, negative, size_px, seeds, options, models.device)
             with models.on_device(models.autoencoder.model):
-                picture = to_picture(models.autoencoder.decode, latents)
-        path = self._free_path(seed)
-        logger.info("Prompt: %s", prompt.prompt or "(none)")
-        save_png(path, picture, picture_text(prompt, seed, self._drawn_with()))
-        logger.info("Saved %s (seed %d)", path, seed)
-        return path
+                return to_pictures(models.autoencoder.decode, latents)
 
     def _drawn_with(self) -> DrawnWith:
         flags = self._flags
@@ -80,8 +133,7 @@ class Painter:
             )
         return min(num_tokens, longest)
 
-    def _free_path(self, seed: int) -> Path:
-        name = f"image_{time.strftime('%Y%m%d%H%M%S')}_{seed}"
+    def _free_path(self, name: str) -> Path:
         path = self._flags.output_dir / f"{name}.png"
         number = 1
         while path.exists():

@@ -13,7 +13,7 @@ from library.errors import SettingsError
 from library.lumina.prompt_template import PromptTemplate
 from library.memory.settings import check_blocks_to_swap
 from library.prompts import MAX_SEED, MAX_SIZE_PX, MAX_STEPS, Prompt, parse_multiplier
-from library.settings import expanded, flag
+from library.settings import expanded, flag, require, require_positive
 
 Dtype = Literal["bf16", "bfloat16", "fp16", "float16", "fp32", "float32", "float"]
 
@@ -23,8 +23,12 @@ class ModelFlags:
     """Which models draw, in which precision, where."""
 
     pretrained_model_name_or_path: Path | None = flag(None, "Lumina Image 2.0: file, all-in-one file, or folder")
-    gemma2_path: Path | None = flag(None, "Gemma-2-2B: file or folder; may be left out when the first one holds it")
-    ae_path: Path | None = flag(None, "FLUX autoencoder: file or folder; may be left out when the first one holds it")
+    gemma2_path: Path | None = flag(
+        None, "Gemma-2-2B: file or folder; may be left out when the first one holds it", aliases=("gemma2",)
+    )
+    ae_path: Path | None = flag(
+        None, "FLUX autoencoder: file or folder; may be left out when the first one holds it", aliases=("ae",)
+    )
     tokenizer_cache_dir: Path | None = flag(None, "folder with Gemma's tokenizer.model, where its file has none inside")
     weighted_captions: bool = flag(
         False, "(word:1.3), (word) and [word] in prompts weigh words, as in training with it"
@@ -62,6 +66,14 @@ class PictureFlags:
 
     prompt: str = flag("A beautiful sunset over the mountains", "what to draw")
     negative_prompt: str = flag("", "what to stay away from")
+    from_file: Path | None = flag(
+        None,
+        "draw the prompts of this .txt, .toml or .json file, as in training, instead of --prompt; what they leave out is"
+        " taken from the other flags",
+        aliases=("prompt_file", "sample_prompts"),
+    )
+    images_per_prompt: int = flag(1, "pictures of each prompt, with seeds that count up", aliases=("num_images",))
+    batch_size: int = flag(1, "pictures of one size and equal options that are drawn at a time")
     output_dir: Path = flag(Path("outputs"), "folder for the pictures, made if missing")
     seed: int | None = flag(None, "start of the noise; drawn when left out")
     steps: int = flag(36, "Euler steps")
@@ -82,15 +94,22 @@ class PictureFlags:
     interactive: bool = flag(False, "read prompts from the keyboard, with options such as --w 512 --d 1; exit ends")
 
     def __post_init__(self) -> None:
-        for name in ("steps", "image_width", "image_height", "gemma2_max_token_length", "discrete_flow_shift"):
-            if getattr(self, name) <= 0:
-                raise SettingsError(f"--{name}: {getattr(self, name)} must be above 0")
+        require_positive(self, "steps", "image_width", "image_height", "gemma2_max_token_length", "discrete_flow_shift")
+        require_positive(self, "images_per_prompt", "batch_size")
         # As in prompt lines: beyond these the program would only seem to hang.
         for name, limit in (("steps", MAX_STEPS), ("image_width", MAX_SIZE_PX), ("image_height", MAX_SIZE_PX)):
             if getattr(self, name) > limit:
                 raise SettingsError(f"--{name}: {getattr(self, name)} is too much; give {limit} at most")
         if self.seed is not None and not 0 <= self.seed <= MAX_SEED:
             raise SettingsError(f"--seed: {self.seed} is outside 0 to {MAX_SEED}")
+        require(
+            self.from_file is None or self.from_file.is_file(),
+            f"--from_file: {self.from_file} is no file; give a .txt, .toml or .json file with prompts",
+        )
+        require(
+            self.from_file is None or not self.interactive,
+            "--from_file and --interactive: prompts come from the file or from the keyboard; leave one of the two out",
+        )
 
     @property
     def caption_template(self) -> PromptTemplate:

@@ -16,7 +16,7 @@ from library.contact_sheet import Entry, contact_sheet, save_sheet
 from library.errors import DrawingError
 from library.keyed_random import key
 from library.picture_text import DrawnWith, picture_text, save_png
-from library.prompts import Prompt
+from library.prompts import Prompt, batches_of
 from library.shortage import is_out_of_memory
 
 if TYPE_CHECKING:
@@ -32,22 +32,6 @@ Draw = Callable[[Sequence[Prompt], Sequence[int]], "list[Image]"]
 """(prompts of one size and set of options, their seeds) -> RGB pictures."""
 
 SHEET_NAME = "sample_sheet"
-
-
-def batches_of(prompts: Sequence[Prompt], batch_size: int, num_processes: int) -> list[list[int]]:
-    """Returns the prompts' indexes in lists that are drawn at a time: of one size and one set of options.
-
-    Lists are shorter than ``batch_size`` where that gives every process its share.
-    """
-    groups: dict[tuple[object, ...], list[int]] = {}
-    for index, prompt in enumerate(prompts):
-        options = (prompt.sample_steps, prompt.scale, prompt.cfg_trunc_ratio, prompt.renorm_cfg)
-        groups.setdefault((prompt.width, prompt.height, *options), []).append(index)
-    batches = []
-    for group in groups.values():
-        size = min(batch_size, -(-len(group) // num_processes))
-        batches += [group[start : start + size] for start in range(0, len(group), size)]
-    return batches
 
 
 class Previews:

@@ -2,6 +2,7 @@
 
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import numpy
 import pytest
@@ -117,6 +118,52 @@ def test_system_prompt_of_the_negative_prompt(draw: Callable) -> None:
     assert not numpy.array_equal(draw(*flags), draw(*flags, "--add_system_prompt_to_negative_prompt"))
 
 
+def pixels(path: Path) -> numpy.ndarray:
+    with Image.open(path) as picture:
+        return numpy.asarray(picture).astype(int)
+
+
+def test_a_prompt_file_draws_what_its_prompts_draw_alone(job: Job, lora: Path, tmp_path: Path) -> None:
+    file, together, alone = tmp_path / "p.txt", tmp_path / "together", tmp_path / "alone"
+    file.write_text(
+        "a cat --d 5 --m 0.5\n# no\na dog, long hair --n red --w 80\na cat\na cat --d 8\n", encoding="utf-8"
+    )
+    # As in a training command: its names of the models and of the prompt file are taken too.
+    flags = [*job.model_flags, *job.inference_flags[3:], "--lora_weights", f"{lora};0.8"]
+    lumina_minimal_inference.main([*flags, f"--sample_prompts={file}", f"--output_dir={together}", "--num_images=2"])
+    names = sorted(path.name for path in together.iterdir())
+    assert [name.split("_")[2:] for name in names] == [
+        [f"{number:03d}", f"{seed}.png"] for number, seed in enumerate([5, 6, 0, 1, 0, 1, 8, 9])
+    ]
+    for index, how in [
+        (1, ["--prompt=a cat", "--seed=6", "--lora_weights", f"{lora};0.5"]),
+        (2, ["--prompt=a dog, long hair", "--negative_prompt=red", "--image_width=80"]),
+        (6, ["--prompt=a cat", "--seed=8"]),
+    ]:
+        lumina_minimal_inference.main([*flags, *how, f"--output_dir={alone / str(index)}"])
+        (path,) = (alone / str(index)).iterdir()
+        assert path.read_bytes() == (together / names[index]).read_bytes()  # with its text
+
+
+def test_pictures_of_one_size_are_drawn_at_a_time(job: Job, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    from library.lumina import drawing
+
+    sizes: list[int] = []
+    draw = drawing.draw_latents
+
+    def noted(model: Any, prompts: Any, *rest: Any) -> torch.Tensor:
+        sizes.append(len(prompts))
+        return draw(model, prompts, *rest)
+
+    monkeypatch.setattr(drawing, "draw_latents", noted)
+    flags = [*job.inference_flags, *FLOAT32, "--images_per_prompt=3"]
+    for size in (1, 2):
+        lumina_minimal_inference.main([*flags, f"--batch_size={size}", f"--output_dir={tmp_path / str(size)}"])
+    assert sizes == [1, 1, 1, 2, 1]
+    for one, other in zip(*(sorted((tmp_path / str(size)).iterdir()) for size in (1, 2)), strict=True):
+        assert numpy.abs(pixels(one) - pixels(other)).max() <= 1  # float32 rounding can turn a level of 255
+
+
 def test_interactive(job: Job, lora: Path, tmp_path: Path) -> None:
     folder = tmp_path / "out"
     lines = "a cat --w 64 --h 80 --s 2 --d 3\n\na dog --m 0.5 --s x\na dog --m 0.5,1\na dog --d 0 --zz 1\nEXIT\nnever\n"
@@ -145,7 +192,9 @@ def test_interactive(job: Job, lora: Path, tmp_path: Path) -> None:
         (["--steps=0"], "--steps"),
         (["--seed=99999999999999999999"], "--seed"),
         (["--device=gpu"], "--device: 'gpu'"),
-        (["--gemma2=x"], "--gemma2"),
+        (["--gemma2=x"], "--gemma2_path: x does not exist"),
+        (["--image=64"], "--image is the beginning of several flags; write one of them out: --images_per_prompt"),
+        (["--from_file=nowhere.txt"], "--from_file: nowhere.txt is no file"),
         (["--ae_path=nowhere"], "--ae_path"),
         (["--blocks_to_swap=27"], "--blocks_to_swap: 27 is more than the 2 blocks"),
         (["--blocks_to_swap=-1"], "--blocks_to_swap: -1 is no number"),

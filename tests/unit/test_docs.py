@@ -76,8 +76,8 @@ def _make_tables() -> ModuleType:
 
 def _known_flags() -> set[str]:
     training = {name for spec in all_specs().values() for name in (spec.name, *spec.aliases)}
-    inference = {
-        spec.name
+    others = {
+        name
         for settings in (
             ModelFlags,
             QuantisationSettings,
@@ -86,9 +86,10 @@ def _known_flags() -> set[str]:
             MergeFlags,
         )
         for spec in specs_of(settings)
+        for name in (spec.name, *spec.aliases)
     }
     in_prompts = {*prompts._OPTIONS, *prompts._FOREIGN}
-    return training | inference | in_prompts | {"help"} | ACCELERATE | PIP | TENSORBOARD | SCRIPTS
+    return training | others | in_prompts | {"help"} | ACCELERATE | PIP | TENSORBOARD | SCRIPTS
 
 
 def _anchors(text: str) -> set[str]:

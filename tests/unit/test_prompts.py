@@ -5,7 +5,7 @@ from pathlib import Path
 
 import pytest
 
-from library.prompts import Prompt, PromptError, parse_line, read_prompt_file
+from library.prompts import TYPED_OPTIONS, Prompt, PromptError, parse_line, read_prompt_file
 
 
 def test_all_options_of_a_line() -> None:
@@ -35,18 +35,19 @@ def test_wrong_values_name_line_and_option() -> None:
 
 
 def test_foreign_options_are_named_and_left_out(caplog: pytest.LogCaptureFixture) -> None:
-    parsed = parse_line("a --ss euler --g 3 --qq 1 --w 64", Prompt(), "x")
+    parsed = parse_line("a --ss euler --g 3 --m 1 --qq 1 --w 64", Prompt(), "x")
     assert parsed == Prompt("a", width=64)
     texts = [record.getMessage() for record in caplog.records]
     assert texts == [
         "x: --ss has no effect for this model",
         "x: --g has no effect for this model",
+        "x: --m has no effect in previews, which have no LoRA files",
         "x: --qq is no option and is left out",
     ]
 
 
 def test_interactive_options() -> None:
-    parsed = parse_line("a --g 2 --m 0.5,1 --n -", Prompt(negative_prompt="old"), "x", interactive=True)
+    parsed = parse_line("a --g 2 --m 0.5,1 --n -", Prompt(negative_prompt="old"), "x", TYPED_OPTIONS)
     assert parsed == Prompt("a", "", scale=2.0, multipliers=(0.5, 1.0))
 
 

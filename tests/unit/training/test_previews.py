@@ -12,9 +12,9 @@ from PIL import Image
 
 from library.errors import DrawingError, SettingsError
 from library.picture_text import DrawnWith
-from library.prompts import Prompt
+from library.prompts import Prompt, batches_of
 from library.training.arguments import all_specs, parse_arguments
-from library.training.previews import Previews, batches_of
+from library.training.previews import Previews
 from library.training.settings import SampleSettings
 from library.training.unused_flags import warn_of_unused
 from library.training.weights import Weights
