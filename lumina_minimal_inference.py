@@ -20,12 +20,13 @@ from library.command_line import build_parser, read_command_line
 from library.console import run_program
 from library.errors import SettingsError
 from library.files import check_writable
+from library.inference.comparison import compare
 from library.inference.interactive import interact
 from library.inference.loras import LoraFiles
 from library.inference.models import DrawingModels
 from library.inference.painter import Painter
-from library.inference.requests import asked_prompts, warn_of_unused
-from library.inference.settings import ModelFlags, PictureFlags
+from library.inference.requests import asked_prompts, check_together
+from library.inference.settings import CompareFlags, ModelFlags, PictureFlags
 from library.memory.device_memory import let_segments_grow
 from library.memory.settings import AttentionSettings, QuantisationSettings
 from library.settings import from_given, specs_of
@@ -53,6 +54,7 @@ def main(argv: Sequence[str] | None = None) -> None:
         "attention": AttentionSettings,
         "quantised weights": QuantisationSettings,
         "picture": PictureFlags,
+        "comparing LoRA files": CompareFlags,
     }
     parser = build_parser(
         "Draws pictures with Lumina Image 2.0 and LoRA files.",
@@ -66,11 +68,14 @@ def main(argv: Sequence[str] | None = None) -> None:
         raise SettingsError(
             f"--fp8_fast multiplies in fp8 and gives bf16, and --dtype is {flags.dtype}; leave one of them out"
         )
-    warn_of_unused(pictures, given)
+    comparison = from_given(CompareFlags, given)
+    check_together(pictures, comparison, given)
     prompts = [] if pictures.interactive else asked_prompts(pictures, given)
     check_writable("--output_dir", pictures.output_dir)
     let_segments_grow()
-    loras = LoraFiles(flags.lora_weights, flags.merge_lora_weights, read_network, pictures.system_prompt)
+    loras = LoraFiles(
+        flags.lora_weights, flags.merge_lora_weights, read_network, pictures.system_prompt, comparison.files
+    )
     models = DrawingModels(
         flags,
         from_given(AttentionSettings, given),
@@ -82,6 +87,8 @@ def main(argv: Sequence[str] | None = None) -> None:
     painter = Painter(models, loras, pictures)
     if pictures.interactive:
         interact(painter, pictures.to_prompt())
+    elif comparison.files:
+        compare(painter, loras, prompts, comparison, pictures.output_dir)
     else:
         painter.draw(prompts)
 

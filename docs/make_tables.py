@@ -23,7 +23,7 @@ from library.data import schema
 from library.data.settings import DataSettings
 from library.errors import NetworkError
 from library.files import write_text
-from library.inference.settings import ModelFlags, PictureFlags
+from library.inference.settings import CompareFlags, ModelFlags, PictureFlags
 from library.memory.settings import AttentionSettings, QuantisationSettings
 from library.settings import FlagSpec, specs_of
 from library.training.arguments import GROUPS, ConfigFileSettings
@@ -110,7 +110,7 @@ def _training() -> str:
 
 def _inference() -> str:
     further = [spec for settings in (AttentionSettings, QuantisationSettings) for spec in specs_of(settings)]
-    return flag_table([*specs_of(ModelFlags), *further, *specs_of(PictureFlags)])
+    return flag_table([*specs_of(ModelFlags), *further, *specs_of(PictureFlags), *specs_of(CompareFlags)])
 
 
 def legacy_table(specs: Iterable[FlagSpec]) -> str:

@@ -11,6 +11,7 @@ from pathlib import Path
 from PIL import Image, ImageDraw, ImageFont
 
 from library.files import write_with
+from library.prompts import Prompt
 
 logger = logging.getLogger(__name__)
 
@@ -18,7 +19,7 @@ _SMALLEST_CELL_PX, _LARGEST_CELL_PX = 256, 512
 _MANY = 25  # above this many pictures cells are of the smallest size
 _GAP_PX = 16
 _TEXT_PX, _NOTE_PX, _TITLE_PX = 16, 13, 22
-_TEXT_LINES, _NOTE_LINES = 4, 2
+_TITLE_LINES, _TEXT_LINES, _NOTE_LINES = 3, 4, 2
 _JPEG_QUALITY = 92
 _PAPER, _INK, _GREY = (250, 250, 250), (20, 20, 20), (110, 110, 110)
 
@@ -48,32 +49,48 @@ class Entry:
     note: str
 
 
-def contact_sheet(entries: Sequence[Entry], title: str) -> Image.Image:
+def contact_sheet(
+    entries: Sequence[Entry], title: str, below_title: str = "", columns: int | None = None
+) -> Image.Image:
     """Returns an RGB picture with a title and all entries in a grid, row by row.
 
     All pictures are shrunk or enlarged alike, the latter by a whole number, so that pixels stay what they are. Texts that
     are too long for their lines end in an ellipsis.
+
+    Args:
+        entries: the pictures.
+        title: over all of them.
+        below_title: smaller than that.
+        columns: of the grid; as many as make the sheet a little wider than high where left out.
     """
     longest = max(max(entry.picture.size) for entry in entries)
     scale = _scale(longest, _SMALLEST_CELL_PX if len(entries) > _MANY else _LARGEST_CELL_PX)
     cell = max(round(longest * scale), _SMALLEST_CELL_PX)
-    columns = min(len(entries), math.ceil(math.sqrt(len(entries) * 1.5)))
-    every_text = title + "".join(entry.text + entry.note for entry in entries)
+    columns = columns or min(len(entries), math.ceil(math.sqrt(len(entries) * 1.5)))
+    every_text = title + below_title + "".join(entry.text + entry.note for entry in entries)
     text_font, note_font, title_font = (_font(size, every_text) for size in (_TEXT_PX, _NOTE_PX, _TITLE_PX))
     pictures = [_scaled(entry.picture, scale) for entry in entries]
     texts = [_wrapped(entry.text or "(empty prompt)", text_font, cell, _TEXT_LINES) for entry in entries]
     notes = [_wrapped(entry.note, note_font, cell, _NOTE_LINES) for entry in entries]
-    text_step, note_step, title_height = int(_TEXT_PX * 1.3), int(_NOTE_PX * 1.4), int(_TITLE_PX * 1.5)
+    text_step, note_step, title_step = int(_TEXT_PX * 1.3), int(_NOTE_PX * 1.4), int(_TITLE_PX * 1.5)
 
     rows = [range(start, min(start + columns, len(entries))) for start in range(0, len(entries), columns)]
     picture_heights = [max(pictures[index].height for index in row) for row in rows]
     text_heights = [max(len(texts[index]) * text_step + len(notes[index]) * note_step for index in row) for row in rows]
     width = columns * (cell + _GAP_PX) + _GAP_PX
+    title_lines = _wrapped(title, title_font, width - 2 * _GAP_PX, _TITLE_LINES)
+    lines_below = _wrapped(below_title, note_font, width - 2 * _GAP_PX, _NOTE_LINES)
+    title_height = max(1, len(title_lines)) * title_step + len(lines_below) * note_step
     height = title_height + _GAP_PX + sum(picture_heights) + sum(text_heights) + len(rows) * (_GAP_PX // 2 + _GAP_PX)
     sheet = Image.new("RGB", (width, height), _PAPER)
     draw = ImageDraw.Draw(sheet)
-    title_lines = _wrapped(title, title_font, width - 2 * _GAP_PX, 1)
-    draw.text((_GAP_PX, _GAP_PX), "".join(title_lines), font=title_font, fill=_INK)
+    line_top = _GAP_PX
+    for line in title_lines:
+        draw.text((_GAP_PX, line_top), line, font=title_font, fill=_INK)
+        line_top += title_step
+    for line in lines_below:
+        draw.text((_GAP_PX, line_top), line, font=note_font, fill=_GREY)
+        line_top += note_step
     top = title_height + _GAP_PX
     for row, picture_height, text_height in zip(rows, picture_heights, text_heights, strict=True):
         for column, index in enumerate(row):
@@ -89,6 +106,12 @@ def contact_sheet(entries: Sequence[Entry], title: str) -> Image.Image:
                 line_top += note_step
         top += picture_height + _GAP_PX // 2 + text_height + _GAP_PX
     return sheet
+
+
+def note_of(prompt: Prompt, seed: int) -> str:
+    """Returns how a prompt is drawn, for the smaller line below its picture."""
+    note = f"seed {seed}, {prompt.width}x{prompt.height}, {prompt.sample_steps} steps, guidance {prompt.scale:g}"
+    return note + (f", without: {prompt.negative_prompt}" if prompt.negative_prompt else "")
 
 
 def save_sheet(path: Path, sheet: Image.Image) -> None:

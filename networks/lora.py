@@ -155,6 +155,16 @@ class LoRAModule(nn.Module):
         self._org_forward = self.org_module.forward
         self.org_module.forward = self.forward
 
+    def remove(self) -> None:
+        """Undoes :meth:`apply_to`; of several LoRAs beside one Linear, the last one that was applied goes first."""
+        if self._org_forward is None or self.org_module.forward != self.forward:
+            raise RuntimeError(f"{self.lora_name} is not the last LoRA that was applied to its Linear")
+        if getattr(self._org_forward, "__func__", None) is type(self.org_module).forward:
+            del self.org_module.forward  # its class has it
+        else:
+            self.org_module.forward = self._org_forward
+        self._org_forward, self._frozen = None, (None,)
+
     def forward(self, x: Tensor) -> Tensor:
         """Returns the Linear's output with the LoRA's part added; ``x`` is (B,in) or (B,S,in)."""
         if self._org_forward is None:

@@ -156,6 +156,11 @@ class LoRANetwork(nn.Module):
         for lora in self.loras:
             lora.apply_to()
 
+    def remove(self) -> None:
+        """Undoes :meth:`apply_to`: the models are as they were. What was attached last is removed first."""
+        for lora in self.loras:
+            lora.remove()
+
     def _forget(self, loras: list[LoRAModule]) -> None:
         for lora in loras:
             delattr(self, lora.lora_name)

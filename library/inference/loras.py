@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import contextlib
 import logging
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -28,7 +29,14 @@ NetworkReader = Callable[[Path, float, "nn.Module", "nn.Module"], Any]
 class LoraFiles:
     """The LoRA files of a run, in their order."""
 
-    def __init__(self, texts: Sequence[str], merged: bool, read: NetworkReader, system_prompt: str) -> None:
+    def __init__(
+        self,
+        texts: Sequence[str],
+        merged: bool,
+        read: NetworkReader,
+        system_prompt: str,
+        compared: Sequence[Path] = (),
+    ) -> None:
         """Remembers the files, reads nothing.
 
         Args:
@@ -36,13 +44,18 @@ class LoraFiles:
             merged: into the models' weights, instead of attached.
             read: makes the network of a file.
             system_prompt: that pictures are drawn with; a LoRA that was trained with another one is warned about.
+            compared: files that are attached for a while, one at a time, see :meth:`beside`.
         """
         self._files = [split_lora(text) for text in texts]
         self._given = [multiplier for _, multiplier in self._files]
         self._merged = merged
         self._read = read
         self._system_prompt = system_prompt
+        self._compared = list(compared)
         self._networks: list[Any] = []
+        self._models: tuple[nn.Module, nn.Module, torch.device] | None = None
+        self._beside: tuple[Path, Any] | None = None
+        self._told: set[str] = set()
 
     def check(self, files: ModelFiles) -> tuple[TensorChange | None, TensorChange | None]:
         """Fits the files to models without weights: a wrong one must show before gigabytes are read.
@@ -53,9 +66,9 @@ class LoraFiles:
         Raises:
             NetworkError: a file is no LoRA of these models.
         """
-        if not self._files:
-            if self._merged:
-                logger.warning("--merge_lora_weights: no effect without --lora_weights, which names the files to merge")
+        if self._merged and not self._files:
+            logger.warning("--merge_lora_weights: no effect without --lora_weights, which names the files to merge")
+        if not self._files and not self._compared:
             return None, None
         import torch
 
@@ -66,36 +79,61 @@ class LoraFiles:
         with torch.device("meta"):
             dit = NextDiT(files.dit.config)
         encoder = empty_gemma2(files.gemma2.config)
+
+        def fitted(flag: str, path: Path, multiplier: float) -> Any:
+            try:
+                network = self._read(path, multiplier, encoder, dit)
+            except NetworkError as error:
+                raise NetworkError(f"{flag}: {error}") from error
+            self._tell_system_prompt(path)
+            return network
+
         networks = []
         for path, multiplier in self._files:
-            try:
-                networks.append(self._read(path, multiplier, encoder, dit))
-            except NetworkError as error:
-                raise NetworkError(f"--lora_weights: {error}") from error
-            self._announce(path, multiplier)
-        if not self._merged:
+            networks.append(fitted("--lora_weights", path, multiplier))
+            logger.info("LoRA %s, multiplier %g, %s", path, multiplier, "merged" if self._merged else "attached")
+        for path in self._compared:
+            fitted("--compare_lora_weights", path, 1.0)
+        if not self._merged or not networks:
             return None, None
         of_encoder, of_dit = ([network.weight_changes(model) for network in networks] for model in (encoder, dit))
         return in_turn(of_encoder), in_turn(of_dit)
 
-    def _announce(self, path: Path, multiplier: float) -> None:
-        logger.info("LoRA %s, multiplier %g, %s", path, multiplier, "merged" if self._merged else "attached")
+    def _tell_system_prompt(self, path: Path) -> None:
         trained_with = _metadata(path).get("ss_system_prompt", "")
-        if trained_with not in ("", "None", self._system_prompt):
+        if trained_with not in ("", "None", self._system_prompt, *self._told):
+            self._told.add(trained_with)  # the files of a run need it said once
             logger.warning(
-                'This LoRA was trained with the system prompt "%s"; draw with the same: --system_prompt "%s"',
+                'LoRA %s was trained with the system prompt "%s"; draw with the same: --system_prompt "%s"',
+                path,
                 trained_with,
                 trained_with,
             )
 
     def attach(self, encoder: nn.Module, dit: nn.Module, device: torch.device) -> None:
         """Attaches the networks to the models, with their weights on the device; nothing where they are merged."""
-        if self._merged:
-            return
-        for path, multiplier in self._files:
-            network = self._read(path, multiplier, encoder, dit)
-            network.apply_to([encoder], dit)
-            self._networks.append(network.to(device).eval())
+        self._models = (encoder, dit, device)
+        if not self._merged:
+            self._networks = [self._attached(path, multiplier) for path, multiplier in self._files]
+
+    def _attached(self, path: Path, multiplier: float) -> Any:
+        if self._models is None:
+            raise RuntimeError("attach() comes first")
+        encoder, dit, device = self._models
+        network = self._read(path, multiplier, encoder, dit)
+        network.apply_to([encoder], dit)
+        return network.to(device).eval()
+
+    @contextlib.contextmanager
+    def beside(self, path: Path) -> Iterator[Any]:
+        """Has the network of a further file attached while the block runs."""
+        network = self._attached(path, 1.0)
+        self._beside = (path, network)
+        try:
+            yield network
+        finally:
+            self._beside = None
+            network.remove()
 
     def set_multipliers(self, multipliers: Sequence[float]) -> None:
         """Sets the attached LoRAs' multipliers; the last one holds for all that follow. None are those of the files.
@@ -115,7 +153,8 @@ class LoraFiles:
     def in_use(self) -> list[tuple[str, float]]:
         """Returns the names and the multipliers that pictures are drawn with now."""
         now = self._given if self._merged else [network.multiplier for network in self._networks]
-        return [(path.stem, multiplier) for (path, _), multiplier in zip(self._files, now, strict=True)]
+        fixed = [(path.stem, multiplier) for (path, _), multiplier in zip(self._files, now, strict=True)]
+        return fixed if self._beside is None else [*fixed, (self._beside[0].stem, self._beside[1].multiplier)]
 
 
 def _metadata(path: Path) -> dict[str, str]:

@@ -37,6 +37,7 @@ class Painter:
             flags: what holds for all prompts: schedule, templates, the folder for pictures.
         """
         self._models, self._loras, self._flags = models, loras, flags
+        self._told: set[str] = set()
 
     def draw(self, prompts: Sequence[Prompt], features: Features | None = None, name: str = "") -> list[Path]:
         """Draws a picture of each prompt and returns the files in the prompts' order.
@@ -124,7 +125,8 @@ class Painter:
         """Returns how many tokens of a prompt are read; warns where it has more."""
         encoder, longest = self._models.encoder, self._flags.gemma2_max_token_length
         num_tokens = encoder.tokenizer.count(encoder.template.text(prompt))
-        if num_tokens > longest:
+        if num_tokens > longest and prompt not in self._told:
+            self._told.add(prompt)
             logger.warning(
                 "The prompt has %d tokens with its system prompt; what is behind the first %d is cut off"
                 " (--gemma2_max_token_length)",

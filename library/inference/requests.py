@@ -7,7 +7,8 @@ import random
 from collections.abc import Collection, Iterable, Sequence
 from dataclasses import replace
 
-from library.inference.settings import PictureFlags
+from library.errors import SettingsError
+from library.inference.settings import CompareFlags, PictureFlags
 from library.prompts import FILE_OPTIONS, MAX_SEED, Prompt, PromptFileKind, options_within, read_prompt_file
 
 logger = logging.getLogger(__name__)
@@ -25,7 +26,7 @@ def asked_prompts(flags: PictureFlags, given: Collection[str]) -> list[Prompt]:
     Raises:
         PromptError: the prompt file is wrong.
     """
-    common = flags.to_prompt()
+    common = flags.to_prompt().rounded()
     if flags.from_file is None:
         _warn_of_options_in({"prompt": flags.prompt, "negative_prompt": flags.negative_prompt})
         prompts = [common]
@@ -38,8 +39,17 @@ def asked_prompts(flags: PictureFlags, given: Collection[str]) -> list[Prompt]:
     return list(_several(prompts, flags.images_per_prompt))
 
 
-def warn_of_unused(flags: PictureFlags, given: Collection[str]) -> None:
-    """Warns of flags that the interactive program, which draws one picture of each line, makes no use of."""
+def check_together(flags: PictureFlags, comparison: CompareFlags, given: Collection[str]) -> None:
+    """Warns of flags that the interactive program, which draws one picture of each line, makes no use of.
+
+    Raises:
+        SettingsError: it is to compare files.
+    """
+    if flags.interactive and comparison.files:
+        raise SettingsError(
+            "--interactive and --compare_lora_weights: files are compared on --prompt or --from_file; leave one of the"
+            " two out"
+        )
     unused = [f"--{name}" for name in ("images_per_prompt", "batch_size") if flags.interactive and name in given]
     if unused:
         logger.warning("%s: no effect with --interactive, which draws one picture of each line", ", ".join(unused))

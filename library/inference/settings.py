@@ -6,6 +6,7 @@ Imports nothing heavy.
 from __future__ import annotations
 
 import dataclasses
+from fnmatch import fnmatchcase
 from pathlib import Path
 from typing import Literal
 
@@ -136,6 +137,47 @@ class PictureFlags:
             cfg_trunc_ratio=self.cfg_trunc_ratio,
             renorm_cfg=self.renorm_cfg,
         )
+
+
+@dataclasses.dataclass(frozen=True)
+class CompareFlags:
+    """LoRA files that are compared with each other."""
+
+    compare_lora_weights: tuple[Path, ...] = flag(
+        (),
+        "LoRA files, or folders of them, that draw every prompt from the same seeds, one file after the other; a sheet shows"
+        " what each draws",
+    )
+    compare_multipliers: tuple[float, ...] = flag(
+        (1.0,), "the multipliers that each of them draws with; 0 is without it, and drawn once"
+    )
+
+    def __post_init__(self) -> None:
+        for path in self.compare_lora_weights:
+            if not files_of(path):
+                raise SettingsError(
+                    f"--compare_lora_weights: {path} is neither a file nor a folder with .safetensors files; give the"
+                    " files of a run or their folder, and multipliers behind --compare_multipliers"
+                )
+        require(
+            bool(self.compare_lora_weights) or self.compare_multipliers == (1.0,),
+            "--compare_multipliers has no effect without --compare_lora_weights; add the LoRA files",
+        )
+        require(bool(self.compare_multipliers), "--compare_multipliers: there is no number; give some, such as 0.5 1")
+
+    @property
+    def files(self) -> list[Path]:
+        """The files, each once, in their order; those of a folder by name, where a run's last file comes last."""
+        return list(dict.fromkeys(file for path in self.compare_lora_weights for file in files_of(path)))
+
+
+def files_of(path: Path) -> list[Path]:
+    """Returns a file, or the LoRA files of a folder or of a pattern: some shells leave ``*`` to the program."""
+    if path.is_dir():
+        path = path / "*.safetensors"
+    if path.is_file():
+        return [path]
+    return sorted(file for file in path.parent.glob("*") if fnmatchcase(file.name, path.name) and file.is_file())
 
 
 def split_lora(text: str) -> tuple[Path, float]:

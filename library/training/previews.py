@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING
 
 import torch
 
-from library.contact_sheet import Entry, contact_sheet, save_sheet
+from library.contact_sheet import Entry, contact_sheet, note_of, save_sheet
 from library.errors import DrawingError
 from library.keyed_random import key
 from library.picture_text import DrawnWith, picture_text, save_png
@@ -120,7 +120,8 @@ class Previews:
         for index, picture in pictures:
             self._trackers.log_picture(f"sample_{index}", picture, step)
         if pictures and self._processes.rank == 0:
-            entries = [Entry(picture, self._prompts[index].prompt, self._note(index)) for index, picture in pictures]
+            notes = {index: f"{index}: {note_of(self._prompts[index], self._seeds[index])}" for index, _ in pictures}
+            entries = [Entry(picture, self._prompts[index].prompt, notes[index]) for index, picture in pictures]
             sheet = contact_sheet(entries, f"{self._output_name} {title}".strip())
             self._write(f"{start}_sheet_{now}.jpg", partial(save_sheet, sheet=sheet))
             self._trackers.log_picture(SHEET_NAME, sheet, step)
@@ -149,15 +150,6 @@ class Previews:
             return []
         logger.info("%d previews cannot be drawn at a time, so they are drawn one by one: %s", len(indexes), problem)
         return [entry for index in indexes for entry in self._draw_batch([index])]
-
-    def _note(self, index: int) -> str:
-        """Returns how a picture was drawn."""
-        prompt = self._prompts[index]
-        note = (
-            f"{index}: seed {self._seeds[index]}, {prompt.width}x{prompt.height}, {prompt.sample_steps} steps,"
-            f" guidance {prompt.scale:g}"
-        )
-        return note + (f", without: {prompt.negative_prompt}" if prompt.negative_prompt else "")
 
     def _write(self, name: str, save: Callable[[Path], None]) -> None:
         try:

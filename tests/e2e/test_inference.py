@@ -10,6 +10,7 @@ import torch
 from e2e_helpers import Job, python
 from models_helpers import tiny_models
 from PIL import Image
+from safetensors.torch import load_file, save_file
 
 import lumina_minimal_inference
 from configs.quickstart.make_models import write_all_in_one, write_folder
@@ -164,6 +165,33 @@ def test_pictures_of_one_size_are_drawn_at_a_time(job: Job, tmp_path: Path, monk
         assert numpy.abs(pixels(one) - pixels(other)).max() <= 1  # float32 rounding can turn a level of 255
 
 
+@pytest.mark.parametrize("how", [[], ["--offload"], ["--blocks_to_swap=2"]], ids=str)
+def test_compared_files_draw_what_each_draws_alone(job: Job, lora: Path, tmp_path: Path, how: list[str]) -> None:
+    """With Gemma2's part and without it, beside a LoRA that is always there."""
+    folder, together = tmp_path / "loras", tmp_path / "together"
+    folder.mkdir()
+    whole = load_file(lora)
+    save_file(whole, folder / "my-000001.safetensors")
+    save_file({key: whole[key] for key in whole if "lora_te" not in key}, folder / "my.safetensors")
+    flags = [*job.inference_flags, *how, "--images_per_prompt=2", "--lora_weights", f"{lora};0.3"]
+    compared = ["--compare_lora_weights", str(folder), "--compare_multipliers", "0", "0.5", "1"]
+    lumina_minimal_inference.main([*flags, f"--output_dir={together}", *compared])
+    names = {path.name.split("_", 2)[2]: path for path in together.iterdir()}
+    labels = ["my-000001_0.5", "my-000001_1", "my_0.5", "my_1", "without"]
+    pictures = {f"{label}_00{seed}_{seed}.png" for label in labels for seed in (0, 1)}
+    assert names.keys() == pictures | {"sheet_000.jpg", "sheet_001.jpg"}
+    for name, more in [
+        ("without", []),
+        ("my-000001_0.5", [f"{folder / 'my-000001.safetensors'};0.5"]),
+        ("my_1", [f"{folder / 'my.safetensors'};1"]),
+    ]:
+        alone = tmp_path / name
+        lumina_minimal_inference.main([*flags, *more, f"--output_dir={alone}"])
+        for seed, path in enumerate(sorted(alone.iterdir())):
+            assert path.read_bytes() == names[f"{name}_00{seed}_{seed}.png"].read_bytes()  # with its text
+    assert len({names[name].read_bytes() for name in pictures}) == 10
+
+
 def test_interactive(job: Job, lora: Path, tmp_path: Path) -> None:
     folder = tmp_path / "out"
     lines = "a cat --w 64 --h 80 --s 2 --d 3\n\na dog --m 0.5 --s x\na dog --m 0.5,1\na dog --d 0 --zz 1\nEXIT\nnever\n"
@@ -194,6 +222,7 @@ def test_interactive(job: Job, lora: Path, tmp_path: Path) -> None:
         (["--device=gpu"], "--device: 'gpu'"),
         (["--gemma2=x"], "--gemma2_path: x does not exist"),
         (["--image=64"], "--image is the beginning of several flags; write one of them out: --images_per_prompt"),
+        (["--compare_lora_weights", "{models}/quickstart_ae.safetensors"], "--compare_lora_weights: "),
         (["--from_file=nowhere.txt"], "--from_file: nowhere.txt is no file"),
         (["--ae_path=nowhere"], "--ae_path"),
         (["--blocks_to_swap=27"], "--blocks_to_swap: 27 is more than the 2 blocks"),

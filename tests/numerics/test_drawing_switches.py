@@ -91,31 +91,36 @@ class Device:
     latents: list[Tensor]
     copies: dict[tuple[tuple[str, str], ...], tuple[int, int]] = dataclasses.field(default_factory=dict)
 
+    def run(self, output: Path, row: Row, *more: str) -> None:
+        """Runs the program with a row's flags and more of them."""
+        fresh_accelerate()
+        self.transports.clear()
+        self.latents.clear()
+        lumina_minimal_inference.main(
+            [
+                f"--pretrained_model_name_or_path={self.models['dit']}",
+                f"--gemma2_path={self.models['gemma2']}",
+                f"--ae_path={self.models['ae']}",
+                "--prompt=a red disc on a blue background",
+                "--negative_prompt=soft",  # of another length, so that attention gets a mask
+                "--image_width=64",
+                "--image_height=96",
+                "--steps=3",
+                "--seed=0",
+                f"--output_dir={output}",
+                *(flag.format(lora=self.lora) for flag in flags_of(TABLE, row)),
+                *more,
+            ]
+        )
+        for transport in self.transports:
+            transport.finish()
+
     def draw(self, row: Row) -> dict[str, Tensor]:
         """Returns latents and picture of a row's flags; they are drawn once."""
         key = tuple(row.items())
         if key not in self.results:
-            fresh_accelerate()
-            self.transports.clear()
-            self.latents.clear()
             output = Path(tempfile.mkdtemp(dir=self.folder))
-            lumina_minimal_inference.main(
-                [
-                    f"--pretrained_model_name_or_path={self.models['dit']}",
-                    f"--gemma2_path={self.models['gemma2']}",
-                    f"--ae_path={self.models['ae']}",
-                    "--prompt=a red disc on a blue background",
-                    "--negative_prompt=soft",  # of another length, so that attention gets a mask
-                    "--image_width=64",
-                    "--image_height=96",
-                    "--steps=3",
-                    "--seed=0",
-                    f"--output_dir={output}",
-                    *(flag.format(lora=self.lora) for flag in flags_of(TABLE, row)),
-                ]
-            )
-            for transport in self.transports:
-                transport.finish()
+            self.run(output, row)
             copies = [transport.num_copies[Lane.WEIGHTS] for transport in self.transports]
             self.copies[key] = (len(copies), sum(copies))
             (path,) = output.iterdir()
@@ -210,6 +215,21 @@ def test_a_merged_lora_draws_what_an_attached_one_draws(device: Device) -> None:
     without_lora, attached, merged = (device.draw(base | {"lora": value}) for value in TABLE["lora"])
     assert distance(merged, attached) < 1e-5  # float32 sums in another order
     assert distance(attached, without_lora) > 0.1
+
+
+@pytest.mark.parametrize(
+    "values",
+    [{}, {"swap": "3 blocks"}, {"offload": "models"}, {"weights": "fp8", "swap": "all", "offload": "models"}],
+    ids=str,
+)
+def test_a_lora_that_is_attached_for_a_while(device: Device, tmp_path: Path, values: dict[str, str]) -> None:
+    """Comparing attaches files one after the other, to blocks that are streamed already."""
+    skip_where_the_cpu_cannot(plain(TABLE) | values)
+    more = ["--compare_lora_weights", str(device.lora), "--compare_multipliers", "0.7", "0"]
+    device.run(tmp_path, plain(TABLE) | values, *more)
+    without_lora, attached = device.latents
+    assert torch.equal(without_lora, device.draw(plain(TABLE) | values)["latents"])
+    assert torch.equal(attached, device.draw(plain(TABLE) | values | {"lora": "attached"})["latents"])
 
 
 @pytest.mark.parametrize("pair", IMPOSSIBLE, ids=lambda pair: " and ".join(value for _, value in sorted(pair)))

@@ -9,7 +9,7 @@ from types import ModuleType
 import pytest
 
 from library import prompts
-from library.inference.settings import ModelFlags, PictureFlags
+from library.inference.settings import CompareFlags, ModelFlags, PictureFlags
 from library.memory.settings import MemorySettings, QuantisationSettings
 from library.settings import specs_of
 from library.training.arguments import all_specs
@@ -82,6 +82,7 @@ def _known_flags() -> set[str]:
             ModelFlags,
             QuantisationSettings,
             PictureFlags,
+            CompareFlags,
             ConvertFlags,
             MergeFlags,
         )

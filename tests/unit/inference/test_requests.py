@@ -5,8 +5,8 @@ from pathlib import Path
 import pytest
 
 from library.errors import SettingsError
-from library.inference.requests import asked_prompts, warn_of_unused
-from library.inference.settings import PictureFlags
+from library.inference.requests import asked_prompts, check_together
+from library.inference.settings import CompareFlags, PictureFlags
 from library.prompts import MAX_SEED, PromptError
 
 
@@ -62,6 +62,9 @@ def test_errors_name_the_flag_of_this_program(tmp_path: Path) -> None:
         asked_prompts(PictureFlags(from_file=tmp_path / "p.txt"), ())
     with pytest.raises(SettingsError, match=r"^--from_file: .* is no file"):
         PictureFlags(from_file=tmp_path)
+    comparison = CompareFlags(compare_lora_weights=(tmp_path / "p.txt",))
+    with pytest.raises(SettingsError, match=r"^--interactive and --compare_lora_weights: "):
+        check_together(PictureFlags(interactive=True), comparison, ())
     with pytest.raises(SettingsError, match="leave one of the two out"):
         PictureFlags(from_file=tmp_path / "p.txt", interactive=True)
     for name in ("images_per_prompt", "batch_size"):
@@ -90,8 +93,8 @@ def test_options_in_a_prompt_are_told(text: str, named: str, caplog: pytest.LogC
 
 
 def test_what_the_interactive_program_does_not_use_is_told(caplog: pytest.LogCaptureFixture) -> None:
-    warn_of_unused(PictureFlags(interactive=True, batch_size=2), {"interactive", "batch_size"})
+    check_together(PictureFlags(interactive=True, batch_size=2), CompareFlags(), {"interactive", "batch_size"})
     assert "--batch_size: no effect with --interactive" in caplog.text
     caplog.clear()
-    warn_of_unused(PictureFlags(batch_size=2), {"batch_size"})
+    check_together(PictureFlags(batch_size=2), CompareFlags(), {"batch_size"})
     assert not caplog.text

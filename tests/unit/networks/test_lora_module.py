@@ -198,3 +198,25 @@ def test_training_without_keys_or_with_too_few_is_an_error():
 def test_without_dropout_no_keys_are_needed():
     base, _ = with_dropouts(DropoutKeys())
     assert base(torch.randn(2, 3, 16)).shape == (2, 3, 8)
+
+
+def test_a_removed_lora_leaves_its_linear_as_it_was():
+    base = linear()
+    x = torch.randn(3, 6)
+    expected = base(x)
+    first = make(base)
+    fill(first, size=1)
+    with_first = base(x)
+    second = make(base)
+    fill(second, size=1)
+    with pytest.raises(RuntimeError, match="not the last LoRA"):
+        first.remove()
+    second.remove()
+    assert torch.equal(base(x), with_first)
+    first.remove()
+    assert torch.equal(base(x), expected)
+    assert "forward" not in vars(base)
+    with pytest.raises(RuntimeError, match="not the last LoRA"):
+        first.remove()
+    second.apply_to()
+    assert not torch.equal(base(x), expected)

@@ -1,5 +1,6 @@
 import logging
 import math
+import weakref
 
 import pytest
 import torch
@@ -37,6 +38,17 @@ def test_apply_to_forgets_what_is_not_trained():
     assert all(name.startswith("lora_unet_") for name in network.state_dict())
     assert "forward" not in vars(encoder.layers[0].self_attn.q_proj)
     assert "forward" in vars(dit.layers[0].attention.qkv)
+
+
+def test_removing_gives_the_models_back():
+    dit, encoder = small_next_dit(), gemma2()
+    network = make(dit, [encoder])
+    network.apply_to([encoder], dit)
+    network.remove()
+    assert not [module for model in (dit, encoder) for module in model.modules() if "forward" in vars(module)]
+    gone = weakref.ref(network.loras[0])
+    del network
+    assert gone() is None  # and its memory at once, without the collector
 
 
 def test_forgetting_everything_or_rank_zero_everywhere_is_an_error(dit):
