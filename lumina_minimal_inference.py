@@ -88,7 +88,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     if pictures.interactive:
         interact(painter, pictures.to_prompt())
     elif comparison.files:
-        compare(painter, loras, prompts, comparison, pictures.output_dir)
+        compare(painter, prompts, comparison, pictures.output_dir)
     else:
         painter.draw(prompts)
 

@@ -78,6 +78,8 @@ def _table(heading: Iterable[str], rows: Iterable[Iterable[str]]) -> str:
 def _value(value: Any) -> str:
     if value is None or value == ():
         return _NONE
+    if isinstance(value, tuple):
+        return f"`{' '.join(map(str, value))}`"
     if isinstance(value, bool):
         return "on" if value else "off"
     if isinstance(value, Path):

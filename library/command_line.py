@@ -51,7 +51,8 @@ def build_parser(
 
 
 def _default_of(spec: FlagSpec) -> str:
-    return "" if spec.default in (None, (), "", False) else f" (default: {spec.default})"
+    default = " ".join(map(str, spec.default)) if isinstance(spec.default, tuple) else spec.default
+    return "" if default in (None, "", False) else f" (default: {default})"
 
 
 def _names_of(specs: Iterable[FlagSpec]) -> list[str]:

@@ -81,6 +81,7 @@ def contact_sheet(
     title_lines = _wrapped(title, title_font, width - 2 * _GAP_PX, _TITLE_LINES)
     lines_below = _wrapped(below_title, note_font, width - 2 * _GAP_PX, _NOTE_LINES)
     title_height = max(1, len(title_lines)) * title_step + len(lines_below) * note_step
+    title_height += _GAP_PX // 2 if lines_below else 0
     height = title_height + _GAP_PX + sum(picture_heights) + sum(text_heights) + len(rows) * (_GAP_PX // 2 + _GAP_PX)
     sheet = Image.new("RGB", (width, height), _PAPER)
     draw = ImageDraw.Draw(sheet)

@@ -11,7 +11,7 @@ import dataclasses
 import json
 import re
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, NamedTuple
 
 from library.files import write_with
 from library.prompts import Prompt
@@ -22,6 +22,20 @@ if TYPE_CHECKING:
 KEY = "parameters"
 
 
+class LoraInUse(NamedTuple):
+    """A LoRA that pictures are drawn with.
+
+    Attributes:
+        name: of its file.
+        multiplier: of its part.
+        content_hash: SHA-256 of the file's tensors, as its metadata say (``sshs_model_hash``); model sites know it.
+    """
+
+    name: str
+    multiplier: float
+    content_hash: str = ""
+
+
 @dataclasses.dataclass(frozen=True)
 class DrawnWith:
     """How pictures are drawn, beside their prompts.
@@ -30,14 +44,14 @@ class DrawnWith:
         model: name of the transformer.
         shift: of the sampling schedule.
         system_prompt: put before prompts.
-        loras: names and multipliers.
+        loras: in use.
         further: entries of other names.
     """
 
     model: str
     shift: float
     system_prompt: str = ""
-    loras: tuple[tuple[str, float], ...] = ()
+    loras: tuple[LoraInUse, ...] = ()
     further: tuple[tuple[str, str], ...] = ()
 
 
@@ -50,7 +64,8 @@ def picture_text(prompt: Prompt, seed: int, how: DrawnWith) -> str:
         ("Seed", str(seed)),
         ("Size", f"{prompt.width}x{prompt.height}"),
         ("Model", how.model),
-        ("Lora", ", ".join(f"{name}: {multiplier:g}" for name, multiplier in how.loras)),
+        ("Lora", ", ".join(f"{lora.name}: {lora.multiplier:g}" for lora in how.loras)),
+        ("Lora hashes", ", ".join(f"{lora.name}: {lora.content_hash[:12]}" for lora in how.loras if lora.content_hash)),
         ("Shift", f"{how.shift:g}"),
         ("CFG truncation", f"{prompt.cfg_trunc_ratio:g}"),
         ("CFG renormalization", f"{prompt.renorm_cfg:g}"),

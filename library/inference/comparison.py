@@ -8,7 +8,6 @@ from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 
-from library.inference.loras import LoraFiles
 from library.inference.painter import Painter
 from library.inference.settings import CompareFlags
 from library.prompts import Prompt
@@ -18,16 +17,13 @@ logger = logging.getLogger(__name__)
 _LABEL_BYTES = 120  # of a label in a file's name, which has 255 at most
 
 
-def compare(
-    painter: Painter, loras: LoraFiles, prompts: Sequence[Prompt], flags: CompareFlags, folder: Path
-) -> list[Path]:
+def compare(painter: Painter, prompts: Sequence[Prompt], flags: CompareFlags, folder: Path) -> list[Path]:
     """Draws with every file and multiplier, writes a sheet for each prompt, and returns the sheets' files.
 
     Files are attached one at a time. Texts are encoded once, and again only with a file that changes the text encoder.
 
     Args:
-        painter: draws.
-        loras: attaches the files.
+        painter: attaches the files and draws.
         prompts: what to draw, with their seeds.
         flags: files and multipliers.
         folder: for the sheets; pictures go to the painter's.
@@ -48,7 +44,7 @@ def compare(
         drawn |= {(file, 0.0): without for file in labels}
     for number, (file, label) in enumerate(labels.items(), start=1):
         logger.info("LoRA file %d of %d: %s", number, len(labels), file)
-        with loras.beside(file) as network:
+        with painter.beside(file) as network:
             for multiplier in acting:
                 network.set_multiplier(multiplier)
                 features = painter.encode(prompts) if network.text_encoder_loras else plain

@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Any
 from library.errors import NetworkError
 from library.files import read_safetensors_header
 from library.inference.settings import split_lora
+from library.picture_text import LoraInUse
 from library.prompts import PromptError
 
 if TYPE_CHECKING:
@@ -56,6 +57,7 @@ class LoraFiles:
         self._models: tuple[nn.Module, nn.Module, torch.device] | None = None
         self._beside: tuple[Path, Any] | None = None
         self._told: set[str] = set()
+        self._hashes: dict[Path, str] = {}
 
     def check(self, files: ModelFiles) -> tuple[TensorChange | None, TensorChange | None]:
         """Fits the files to models without weights: a wrong one must show before gigabytes are read.
@@ -85,7 +87,9 @@ class LoraFiles:
                 network = self._read(path, multiplier, encoder, dit)
             except NetworkError as error:
                 raise NetworkError(f"{flag}: {error}") from error
-            self._tell_system_prompt(path)
+            metadata = _metadata(path)
+            self._hashes[path] = metadata.get("sshs_model_hash", "")
+            self._tell_system_prompt(path, metadata.get("ss_system_prompt", ""))
             return network
 
         networks = []
@@ -99,8 +103,7 @@ class LoraFiles:
         of_encoder, of_dit = ([network.weight_changes(model) for network in networks] for model in (encoder, dit))
         return in_turn(of_encoder), in_turn(of_dit)
 
-    def _tell_system_prompt(self, path: Path) -> None:
-        trained_with = _metadata(path).get("ss_system_prompt", "")
+    def _tell_system_prompt(self, path: Path, trained_with: str) -> None:
         if trained_with not in ("", "None", self._system_prompt, *self._told):
             self._told.add(trained_with)  # the files of a run need it said once
             logger.warning(
@@ -150,11 +153,14 @@ class LoraFiles:
         for network, multiplier in zip(self._networks, padded, strict=True):
             network.set_multiplier(multiplier)
 
-    def in_use(self) -> list[tuple[str, float]]:
-        """Returns the names and the multipliers that pictures are drawn with now."""
+    def in_use(self) -> list[LoraInUse]:
+        """Returns the files and the multipliers that pictures are drawn with now."""
         now = self._given if self._merged else [network.multiplier for network in self._networks]
-        fixed = [(path.stem, multiplier) for (path, _), multiplier in zip(self._files, now, strict=True)]
-        return fixed if self._beside is None else [*fixed, (self._beside[0].stem, self._beside[1].multiplier)]
+        found = [(path, multiplier) for (path, _), multiplier in zip(self._files, now, strict=True)]
+        if self._beside is not None:
+            path, network = self._beside
+            found.append((path, network.multiplier))
+        return [LoraInUse(path.stem, multiplier, self._hashes.get(path, "")) for path, multiplier in found]
 
 
 def _metadata(path: Path) -> dict[str, str]:

@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+import contextlib
 import logging
 import random
 import time
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from library.inference.loras import LoraFiles
 from library.inference.models import DrawingModels
@@ -93,6 +94,18 @@ class Painter:
             features |= {(multipliers, text, False): found for text, found in zip(texts, encoded, strict=True)}
             features |= {(multipliers, text, True): found for text, found in zip(negatives, against, strict=True)}
         return features
+
+    @contextlib.contextmanager
+    def beside(self, lora: Path) -> Iterator[Any]:
+        """Has the network of a further LoRA file attached while the block runs.
+
+        Raises:
+            DrawingError: memory is too small for it.
+        """
+        with contextlib.ExitStack() as attached:
+            with self._models.enough_memory(f"the LoRA {lora}"):
+                network = attached.enter_context(self._loras.beside(lora))
+            yield network
 
     def _draw_batch(self, prompts: Sequence[Prompt], seeds: Sequence[int], features: Features) -> list[Image]:
         """Returns the pictures of prompts of one size and with equal options."""

@@ -60,7 +60,7 @@ def _warn_of_options_in(texts: dict[str, str]) -> None:
     for name, text in texts.items():
         if options := options_within(text):
             logger.warning(
-                "--%s: %s in it is drawn as text; such options work in the lines of --from_file and with --interactive,"
+                "--%s has %s in it, drawn as text; such options work in the lines of --from_file and with --interactive,"
                 " and this program's own flags, such as --seed, --image_width and --negative_prompt, set the same",
                 name,
                 " and ".join(options),

@@ -16,7 +16,7 @@ from library.errors import DatasetError, SettingsError
 from library.files import check_writable
 from library.importing import uncollected_imports
 from library.memory.room import Peak
-from library.picture_text import DrawnWith, name_of_model
+from library.picture_text import DrawnWith, LoraInUse, name_of_model
 from library.prompts import Prompt, read_prompt_file
 from library.training.arguments import TrainConfig, all_specs
 from library.training.config_file import warn_of_gui_keys
@@ -410,12 +410,12 @@ class NetworkTrainer(FrozenModels):
 
     def _drawn_with(self) -> DrawnWith:
         config = self.config
-        base = [(weight.file.stem, weight.multiplier) for weight in self.base_weights.weights]
+        base = [LoraInUse(weight.file.stem, weight.multiplier) for weight in self.base_weights.weights]
         return DrawnWith(
             name_of_model(config.model.pretrained_model_name_or_path),
             config.flow.discrete_flow_shift,
             config.model.system_prompt,
-            (*base, (config.output.output_name or "last", 1.0)),
+            (*base, LoraInUse(config.output.output_name or "last", 1.0)),
         )
 
     def _draw_in_use(self, prompts: Sequence[Prompt], seeds: Sequence[int]) -> list[Image]:

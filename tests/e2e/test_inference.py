@@ -10,6 +10,7 @@ import torch
 from e2e_helpers import Job, python
 from models_helpers import tiny_models
 from PIL import Image
+from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 
 import lumina_minimal_inference
@@ -78,11 +79,14 @@ def test_pictures_say_how_they_were_drawn(job: Job, lora: Path, tmp_path: Path) 
     flags = ["--negative_prompt=blue", "--system_prompt=You are", "--lora_weights", f"{lora};0.5"]
     lumina_minimal_inference.main([*job.inference_flags, *flags, f"--output_dir={tmp_path}"])
     (path,) = tmp_path.iterdir()
+    with safe_open(lora, "pt") as file:
+        content_hash = file.metadata()["sshs_model_hash"]
     with Image.open(path) as picture:
         assert picture.text["parameters"].splitlines() == [
             "a red disc",
             "Negative prompt: blue",
             'Steps: 4, Sampler: Euler, CFG scale: 3.5, Seed: 0, Size: 64x96, Model: quickstart_dit, Lora: "my: 0.5",'
+            f' Lora hashes: "my: {content_hash[:12]}",'
             " Shift: 6, CFG truncation: 0.25, CFG renormalization: 1, System prompt: You are",
         ]
 

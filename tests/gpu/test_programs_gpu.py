@@ -61,6 +61,25 @@ def test_bf16_with_previews(job: Job, tmp_path: Path, more: list[str]) -> None:
     assert any(re.search(r"Peak GPU memory: .* GiB in tensors, while \w+", line) for line in log_lines(done))
 
 
+@pytest.mark.parametrize("how", [[], ["--offload"], ["--blocks_to_swap=2"], ["--fp8_base", "--offload"]], ids=str)
+def test_compared_files_draw_what_they_draw_alone(job: Job, tmp_path: Path, how: list[str]) -> None:
+    """Files are attached to models that are placed, quantised and streamed already."""
+    done = python("lumina_train_network.py", *job.train_flags(tmp_path, "--learning_rate=2e-2"))
+    assert done.returncode == 0, done.stderr
+    lora, together = tmp_path / "my.safetensors", tmp_path / "together"
+    compared = ["--compare_lora_weights", str(lora), "--compare_multipliers", "0", "1"]
+    flags = [*job.inference_flags, *how]
+    done = python("lumina_minimal_inference.py", *flags, f"--output_dir={together}", *compared)
+    assert done.returncode == 0, done.stderr
+    for name, more in (("without", []), ("my_1", ["--lora_weights", str(lora)])):
+        done = python("lumina_minimal_inference.py", *flags, f"--output_dir={tmp_path / name}", *more)
+        assert done.returncode == 0, done.stderr
+        (alone,) = (tmp_path / name).iterdir()
+        (found,) = together.glob(f"compare_*_{name}_0.png")
+        assert numpy.array_equal(numpy.asarray(Image.open(alone)), numpy.asarray(Image.open(found)))
+    assert len(list(together.glob("compare_*_sheet_000.jpg"))) == 1
+
+
 def test_inference_with_and_without_offload(job: Job, tmp_path: Path) -> None:
     # defect 39
     pictures = []

@@ -17,6 +17,7 @@ class Example:
     names: tuple[str, ...] = flag((), "several names")
     rates: tuple[float, ...] = flag((), "several rates")
     count: int = flag(1, "a count", aliases=("how_many",))
+    steps: tuple[float, ...] = flag((0.5, 1.0), "several steps")
 
 
 SPECS = {spec.name: spec for spec in specs_of(Example)}
@@ -36,6 +37,12 @@ def test_a_list_without_values_is_empty_and_told(caplog: pytest.LogCaptureFixtur
 def test_a_list_with_values_is_not_talked_about(caplog: pytest.LogCaptureFixture) -> None:
     assert read("--names", "a", "b", "--rates", "0") == {"names": ("a", "b"), "rates": (0.0,)}
     assert not caplog.records
+
+
+def test_defaults_are_shown_as_they_are_typed() -> None:
+    shown = build_parser("", [("", SPECS.values())]).format_help()
+    assert "several steps (default: 0.5 1.0)" in shown
+    assert "several names\n" in shown
 
 
 def test_beginnings_of_one_flag_are_that_flag() -> None:

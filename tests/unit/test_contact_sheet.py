@@ -50,7 +50,7 @@ def test_columns_and_longer_titles() -> None:
     entries = [Entry(Image.new("RGB", (384, 384), RED), "a", "b") for _ in range(4)]
     sheet = contact_sheet(entries, "word " * 100, "seed 1, 384x384", columns=2)
     assert sheet.width == 2 * (384 + 16) + 16
-    top = 3 * 33 + 18 + 16  # three lines of title, and the one below
+    top = 3 * 33 + 18 + 8 + 16  # three lines of title, and the one below
     assert _has_ink(sheet, (0, 16 + 2 * 33, sheet.width, 16 + 3 * 33))
     assert sheet.getpixel((16, top)) == RED != sheet.getpixel((16, top - 1))
 

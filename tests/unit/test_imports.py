@@ -21,6 +21,9 @@ FORBIDDEN = {
     "library": ("networks",),
 }
 LIGHT = [
+    "library/inference/comparison.py",
+    "library/inference/painter.py",
+    "library/inference/requests.py",
     "library/inference/settings.py",
     "library/lumina/settings.py",
     "library/data/settings.py",
@@ -30,6 +33,7 @@ LIGHT = [
     "library/training/frozen_models.py",
     "library/training/network_trainer.py",
     "library/settings.py",
+    "library/picture_text.py",
     "library/prompts.py",
     "library/console.py",
     "networks/lora_lumina_args.py",

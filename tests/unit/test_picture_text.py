@@ -7,10 +7,15 @@ from pathlib import Path
 import pytest
 from PIL import Image
 
-from library.picture_text import DrawnWith, name_of_model, picture_text, save_png
+from library.picture_text import DrawnWith, LoraInUse, name_of_model, picture_text, save_png
 from library.prompts import Prompt
 
-HOW = DrawnWith("lumina_2_model_bf16", 6.0, "You are an assistant, a good one.", (("my-000002", 0.8), ("other", 1.0)))
+HOW = DrawnWith(
+    "lumina_2_model_bf16",
+    6.0,
+    "You are an assistant, a good one.",
+    (LoraInUse("my-000002", 0.8), LoraInUse("other", 1.0, "0123456789abcdef")),
+)
 
 
 def read(text: str) -> dict[str, str]:
@@ -47,6 +52,7 @@ def test_all_entries() -> None:
         "Size": "768x1024",
         "Model": "lumina_2_model_bf16",
         "Lora": "my-000002: 0.8, other: 1",
+        "Lora hashes": "other: 0123456789ab",
         "Shift": "6",
         "CFG truncation": "0.25",
         "CFG renormalization": "0",
@@ -59,7 +65,7 @@ def test_all_entries() -> None:
     ["", "a, b: c", "two\nlines", 'with "quotes" and \\', "Steps: 3, Seed: 4, Size: 5x5", "花と猫", "fünf"],
 )
 def test_texts_come_back_as_they_were(text: str) -> None:
-    found = read(picture_text(Prompt(text, text), 1, DrawnWith("m", 6.0, text, ((text or "x", 1.0),))))
+    found = read(picture_text(Prompt(text, text), 1, DrawnWith("m", 6.0, text, (LoraInUse(text or "x", 1.0),))))
     assert (found["Prompt"], found["Negative prompt"]) == (text, text)
     assert found.get("System prompt", "") == text
     assert found["Lora"] == f"{text or 'x'}: 1"

@@ -52,7 +52,7 @@ def test_one_file_at_a_time_and_texts_once(tmp_path: Path) -> None:
         file.touch()
     painting: Any = Painting(tmp_path, ["b"])
     flags = CompareFlags(compare_lora_weights=files, compare_multipliers=(0.0, 0.5, 1.0, 0.5))
-    sheets = compare(painting, painting, PROMPTS, flags, tmp_path)
+    sheets = compare(painting, PROMPTS, flags, tmp_path)
     assert painting.seen == [
         "encoded",
         "drawn, plain",
@@ -80,7 +80,7 @@ def test_one_file_at_a_time_and_texts_once(tmp_path: Path) -> None:
 def test_without_a_multiplier_of_zero_nothing_is_drawn_without(tmp_path: Path) -> None:
     (tmp_path / "a.safetensors").touch()
     painting: Any = Painting(tmp_path, [])
-    compare(painting, painting, PROMPTS, CompareFlags(compare_lora_weights=(tmp_path / "a.safetensors",)), tmp_path)
+    compare(painting, PROMPTS, CompareFlags(compare_lora_weights=(tmp_path / "a.safetensors",)), tmp_path)
     assert painting.seen == ["encoded", "a x 1", "drawn, plain"]
 
 

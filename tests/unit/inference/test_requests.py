@@ -87,7 +87,7 @@ def test_options_in_a_prompt_are_told(text: str, named: str, caplog: pytest.LogC
         (found,) = asked_prompts(PictureFlags(**{name: text}), {name})  # type: ignore[arg-type]
         assert getattr(found, name) == text
         if named:
-            assert f"--{name}: {named} is drawn as text; such options work in the lines of --from_file" in caplog.text
+            assert f"--{name} has {named}, drawn as text; such options work in the lines of --from_file" in caplog.text
         else:
             assert not caplog.text
 

@@ -11,7 +11,7 @@ import torch
 from PIL import Image
 
 from library.errors import DrawingError, SettingsError
-from library.picture_text import DrawnWith
+from library.picture_text import DrawnWith, LoraInUse
 from library.prompts import Prompt, batches_of
 from library.training.arguments import all_specs, parse_arguments
 from library.training.previews import Previews
@@ -27,7 +27,7 @@ _REQUIRED = [
     "--network_module=networks.lora_lumina",
 ]
 
-HOW = DrawnWith("lumina", 6.0, loras=(("my", 1.0),))
+HOW = DrawnWith("lumina", 6.0, loras=(LoraInUse("my", 1.0),))
 LOGGED: list[tuple[str, tuple[int, int], int]] = []
 
 
