@@ -8,12 +8,14 @@ from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 
+from library.errors import DrawingError
 from library.inference.painter import Painter
 from library.inference.settings import CompareFlags
 from library.prompts import Prompt
 
 logger = logging.getLogger(__name__)
 
+_EMPTY = (215, 215, 215)
 _LABEL_BYTES = 120  # of a label in a file's name, which has 255 at most
 
 
@@ -30,14 +32,14 @@ def compare(painter: Painter, prompts: Sequence[Prompt], flags: CompareFlags, fo
 
     Raises:
         PromptError: the multipliers of other LoRA files that a prompt names cannot be had.
-        DrawingError: memory is too small, or a picture is not finite.
+        DrawingError: memory is too small, or no picture is finite; one file's that are not are left out.
     """
     labels, multipliers = labels_of(flags.files), list(dict.fromkeys(flags.compare_multipliers))
     acting = [multiplier for multiplier in multipliers if multiplier != 0]
     count = len(prompts) * (len(labels) * len(acting) + (0.0 in multipliers))
     logger.info("Comparing %d LoRA files with %d multipliers: %d pictures", len(labels), len(multipliers), count)
     start = f"compare_{time.strftime('%Y%m%d%H%M%S')}"
-    plain = painter.encode(prompts)
+    plain, problem = painter.encode(prompts), ""
     drawn: dict[tuple[Path, float], list[Path]] = {}
     if 0.0 in multipliers:
         without = painter.draw(prompts, plain, f"{start}_without")
@@ -48,9 +50,14 @@ def compare(painter: Painter, prompts: Sequence[Prompt], flags: CompareFlags, fo
             for multiplier in acting:
                 network.set_multiplier(multiplier)
                 features = painter.encode(prompts) if network.text_encoder_loras else plain
-                drawn[file, multiplier] = painter.draw(
-                    prompts, features, f"{start}_{_in_file_name(label)}_{multiplier:g}"
-                )
+                name = f"{start}_{_in_file_name(label)}_{multiplier:g}"
+                try:
+                    drawn[file, multiplier] = painter.draw(prompts, features, name)
+                except DrawingError as error:  # as of a file from behind the step where a training went wrong
+                    problem = str(error)
+                    logger.warning("%s with multiplier %g is left out: %s", label, multiplier, problem)
+    if not drawn:
+        raise DrawingError(problem)
     sheets = []
     for index, prompt in enumerate(prompts):
         path = folder / f"{start}_sheet_{index:03d}.jpg"
@@ -75,8 +82,13 @@ def _write_sheet(
     entries = []
     for multiplier in multipliers:
         for file, label in labels.items():
-            with Image.open(drawn[file, multiplier]) as picture:
-                entries.append(Entry(picture.convert("RGB"), label, f"multiplier {multiplier:g}"))
+            path_drawn, note = drawn.get((file, multiplier)), f"multiplier {multiplier:g}"
+            if path_drawn is None:
+                empty = Image.new("RGB", (prompt.width, prompt.height), _EMPTY)
+                entries.append(Entry(empty, label, f"{note}: no picture, see the log"))
+                continue
+            with Image.open(path_drawn) as picture:
+                entries.append(Entry(picture.convert("RGB"), label, note))
     below = note_of(prompt, prompt.seed or 0)
     save_sheet(path, contact_sheet(entries, prompt.prompt or "(empty prompt)", below, columns=len(labels)))
 

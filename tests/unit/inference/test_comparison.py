@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 from PIL import Image
 
-from library.errors import SettingsError
+from library.errors import DrawingError, SettingsError
 from library.inference.comparison import compare, labels_of
 from library.inference.settings import CompareFlags
 from library.prompts import Prompt
@@ -39,6 +39,8 @@ class Painting:
 
     def draw(self, prompts: Sequence[Prompt], features: str, name: str) -> list[Path]:
         self.seen.append(f"drawn, {features}")
+        if "broken" in name:
+            raise DrawingError("not finite")
         paths = []
         for prompt in prompts:
             paths.append(self._folder / f"{name}_{prompt.seed}.png")
@@ -82,6 +84,21 @@ def test_without_a_multiplier_of_zero_nothing_is_drawn_without(tmp_path: Path) -
     painting: Any = Painting(tmp_path, [])
     compare(painting, PROMPTS, CompareFlags(compare_lora_weights=(tmp_path / "a.safetensors",)), tmp_path)
     assert painting.seen == ["encoded", "a x 1", "drawn, plain"]
+
+
+def test_a_file_that_draws_nothing_leaves_its_place_empty(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    files = tuple(tmp_path / f"{name}.safetensors" for name in ("broken", "good"))
+    for file in files:
+        file.touch()
+    painting: Any = Painting(tmp_path, [])
+    sheet, _ = compare(painting, PROMPTS, CompareFlags(compare_lora_weights=files), tmp_path)
+    assert "broken with multiplier 1 is left out: not finite" in caplog.text
+    with Image.open(sheet) as picture:
+        colours = [picture.getpixel((left, 150)) for left in (200, 600)]
+    assert colours[0] == pytest.approx((215, 215, 215), abs=3)  # JPEG
+    assert colours[1] == pytest.approx((255, 0, 0), abs=3)
+    with pytest.raises(DrawingError, match="not finite"):
+        compare(painting, PROMPTS, CompareFlags(compare_lora_weights=files[:1]), tmp_path)
 
 
 def test_files_of_a_folder_and_of_a_pattern(tmp_path: Path) -> None:
