@@ -161,7 +161,8 @@ BETTER_FLAGS: dict[str, str] = {
     "log_tracker_config": _EARLY,
     "console_log_file": "errors are shown on the screen too",
     "config_file": "types and choices are checked, unknown keys are refused with the nearest flag, keys of front ends are"
-    " named, and on/off flags can be turned off on the command line",
+    " named, on/off flags can be turned off on the command line, and a typed flag also goes before the file's line under"
+    " another name (max_train_steps and max_train_epochs)",
     "output_config": "writes what was set, never a secret, and reads back equal",
 }
 """Flag -> how it is better here."""

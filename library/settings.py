@@ -143,6 +143,22 @@ def parse_bool(value: Any, origin: str) -> bool:
     raise SettingsError(f"{origin}: {value!r} is neither true nor false; write the flag alone, or with =true or =false")
 
 
+def shown(value: Any) -> str:
+    """Returns a setting's value as users write it: ``true``, ``0.001``, ``512,768``, ``""``."""
+    if isinstance(value, bool):
+        return str(value).lower()
+    if isinstance(value, (tuple, list)):
+        return ",".join(map(shown, value))
+    return f"{value:g}" if isinstance(value, float) else str(value) or '""'
+
+
+def as_given(name: str, value: Any) -> str:
+    """Returns a flag with its value as on a command line: ``--seed 3``, ``--sdpa``, ``--sdpa=false``."""
+    if value is True:
+        return f"--{name}"
+    return f"--{name}=false" if value is False else f"--{name} {shown(value)}"
+
+
 def require(ok: bool, message: str) -> None:
     """Raises ``SettingsError`` with the message unless ``ok``."""
     if not ok:

@@ -23,6 +23,7 @@ from library.training import optimizer_names
 from library.training.config_file import read_config_file, write_config_file
 from library.training.legacy_flags import IGNORED, REFUSED
 from library.training.output_settings import HubSettings, OutputSettings, StateSettings
+from library.training.precedence import SwitchedOff, switched_off
 from library.training.run_checks import check_together
 from library.training.settings import (
     LogSettings,
@@ -66,7 +67,15 @@ GROUPS: dict[str, tuple[str, type]] = {
 
 @dataclasses.dataclass(frozen=True)
 class TrainConfig:
-    """All settings of a training run."""
+    """All settings of a training run.
+
+    Attributes:
+        given: the values that the user gave, on the command line or in ``--config_file``, by flag.
+        typed: the flags that stood on the command line.
+        config_file: where the others are from.
+        gui_keys: keys of graphical front ends in that file.
+        switched_off: lines of that file whose place typed flags took; not in ``given``.
+    """
 
     model: ModelSettings
     data: DataSettings
@@ -84,8 +93,10 @@ class TrainConfig:
     log: LogSettings
     hub: HubSettings
     given: Mapping[str, Any] = dataclasses.field(default_factory=dict)
+    typed: frozenset[str] = frozenset()
     config_file: Path | None = None
     gui_keys: tuple[str, ...] = ()
+    switched_off: tuple[SwitchedOff, ...] = ()
 
     def __post_init__(self) -> None:
         if self.model.pretrained_model_name_or_path is None:
@@ -160,19 +171,30 @@ def parse_arguments(argv: Sequence[str] | None = None) -> TrainConfig | None:
         SettingsError: a flag is unknown, has a wrong value, or contradicts another.
     """
     specs = all_specs()
-    given = read_command_line(parser(), specs, argv)
-    config_file = given.pop("config_file", None)
-    output_config = given.pop("output_config", False)
+    typed = read_command_line(parser(), specs, argv)
+    config_file = typed.pop("config_file", None)
+    output_config = typed.pop("output_config", False)
     if output_config:
-        write_config_file(config_file, without_secrets(given))
+        write_config_file(config_file, without_secrets(typed))
         return None
+    from_file: dict[str, Any] = {}
     gui_keys: tuple[str, ...] = ()
     if config_file is not None:
         from_file, gui_keys = read_config_file(config_file, specs)
-        given = {**from_file, **given}
+    replaced = tuple(switched_off(typed, from_file))
+    given = {**from_file, **typed}
+    for line in replaced:
+        del given[line.name]
     _check_refused(given)
     groups: dict[str, Any] = {field: from_given(settings_class, given) for field, (_, settings_class) in GROUPS.items()}
-    return TrainConfig(**groups, given=given, config_file=config_file, gui_keys=gui_keys)
+    return TrainConfig(
+        **groups,
+        given=given,
+        typed=frozenset(typed),
+        config_file=config_file,
+        gui_keys=gui_keys,
+        switched_off=replaced,
+    )
 
 
 def _check_refused(given: Mapping[str, Any]) -> None:

@@ -25,6 +25,7 @@ from library.training.network_building import NetworkBuilder, rank_and_alpha
 from library.training.optimizer_names import require_package
 from library.training.out_of_memory import raise_where_memory_was_short
 from library.training.output_preservation import check_can_be_switched_off, warn_where_nothing_is_learned
+from library.training.precedence import say_what_is_switched_off
 from library.training.report import RunPlan, log_plan
 from library.training.resuming import Resuming
 from library.training.state import StateNames
@@ -93,6 +94,7 @@ class NetworkTrainer(FrozenModels):
     def check_inputs(self) -> None:
         """Checks everything that can be checked before torch is imported or a model is read."""
         warn_of_gui_keys(self.config.gui_keys, self.config.config_file)
+        say_what_is_switched_off(self.config.switched_off, self.config.config_file)
         warn_of_ignored(self.config.given)
         warn_of_unused(self.config, all_specs())
         self.networks.check_module()
