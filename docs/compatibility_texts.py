@@ -32,7 +32,8 @@ BETTER_FLAGS: dict[str, str] = {
     "tokenizer_cache_dir": "takes a plain folder too, and is needed only where the Gemma2 file has no tokenizer inside",
     "disable_mmap_load_safetensors": "acts on all three models, there on the first one only",
     # pictures
-    "dataset_config": "every message names the file, table, key and value, and the nearest key",
+    "dataset_config": "every message names the file, table, key and value, and the nearest key; flags that it overrides"
+    " are named",
     "resolution": "sizes that the model cannot train are refused; the metadata take it from the dataset file too",
     "enable_bucket": "buckets are shuffled anew each epoch, without repeating or losing pictures at its start",
     "bucket_reso_steps": "multiples of 16 work, as the model allows; there only multiples of 64 do",

@@ -8,7 +8,7 @@ flag.
 from __future__ import annotations
 
 import logging
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -87,11 +87,15 @@ class DatasetConfig:
     bucket_no_upscale: bool = False
 
 
-def load_dataset_config(settings: DataSettings) -> tuple[DatasetConfig, ...]:
+def load_dataset_config(settings: DataSettings, typed: Collection[str] = ()) -> tuple[DatasetConfig, ...]:
     """Returns the datasets of ``--dataset_config``, or the one that the flags describe.
 
     A relative folder or metadata file is looked for from the current folder, as in sd-scripts, and where that does not
-    exist, from the dataset file's folder.
+    exist, from the dataset file's folder. Flags that the file leaves no effect are named.
+
+    Args:
+        settings: the flags.
+        typed: names of those that stood on the command line.
 
     Raises:
         DatasetError: the file or a folder is missing, broken or empty, or a key or value of the file is wrong.
@@ -104,7 +108,7 @@ def load_dataset_config(settings: DataSettings) -> tuple[DatasetConfig, ...]:
     if instead:
         verb = "have" if len(instead) > 1 else "has"
         logger.warning("%s %s no effect, because --dataset_config is given.", ", ".join(instead), verb)
-    return read_dataset_file(settings.dataset_config, settings)
+    return read_dataset_file(settings.dataset_config, settings, typed)
 
 
 _INSTEAD_OF_A_FILE = ("train_data_dir", "reg_data_dir", "in_json", "conditioning_data_dir")

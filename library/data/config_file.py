@@ -6,7 +6,7 @@ import json
 import logging
 import re
 import tomllib
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -14,6 +14,7 @@ from library.data import schema
 from library.data.augment_rules import UNCACHED, contradiction
 from library.data.config import DatasetConfig, SubsetConfig, look_up, make_dataset, make_subset
 from library.data.folders import first_picture, why_no_pictures
+from library.data.overridden import warn_of_overridden
 from library.data.settings import DataSettings
 from library.data.strict_json import load_json
 from library.errors import DatasetError, nearest
@@ -24,19 +25,32 @@ logger = logging.getLogger(__name__)
 Table = Mapping[str, Any]
 
 
-def read_dataset_file(path: Path, settings: DataSettings) -> tuple[DatasetConfig, ...]:
-    """Returns the datasets of a file; what it does not say comes from the flags.
+def read_dataset_file(path: Path, settings: DataSettings, typed: Collection[str] = ()) -> tuple[DatasetConfig, ...]:
+    """Returns the datasets of a file; what it does not say comes from the flags, and the others are named.
+
+    Args:
+        path: the file.
+        settings: the flags.
+        typed: names of those that stood on the command line.
 
     Raises:
         DatasetError: the file or something that it names is missing or broken, or a key or value is wrong.
     """
-    return _FileReader(path, settings).datasets()
+    reader = _FileReader(path, settings)
+    datasets = reader.datasets()
+    warn_of_overridden(path, reader.said, datasets, settings, typed)
+    return datasets
 
 
 class _FileReader:
-    """Reads one dataset file."""
+    """Reads one dataset file.
+
+    Attributes:
+        said: key -> its values in the file -> the kind of table that each stands in.
+    """
 
     def __init__(self, path: Path, settings: DataSettings) -> None:
+        self.said: dict[str, dict[Any, str]] = {}
         self._path = expanded(path, "--dataset_config")
         self._settings = settings
         self._warned: set[str] = set()
@@ -98,6 +112,8 @@ class _FileReader:
                     values[name] = key.read(value)
                 except ValueError as error:
                     raise self._error(where, f"{name} = {value!r} is not valid: {error}") from error
+                if key.flag is not None:
+                    self.said.setdefault(name, {})[values[name]] = level
         return values
 
     def _warn_once(self, subject: str, message: str) -> None:

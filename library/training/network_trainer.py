@@ -106,7 +106,7 @@ class NetworkTrainer(FrozenModels):
             self.prompts = read_prompt_file(samples.sample_prompts, may_be_empty=not samples.draws)
         from library.data.config import load_dataset_config
 
-        self.dataset_configs = load_dataset_config(self.config.data)
+        self.dataset_configs = load_dataset_config(self.config.data, self.config.typed)
         self.inspect_models()
 
     def start(self) -> None:

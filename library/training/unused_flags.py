@@ -1,7 +1,7 @@
 """Flags that do nothing beside the others of a run, and flags that do nothing here at all: each kind named in one warning.
 
-Front ends write flags that nobody chose, so this is no reason to end a run. What the dataset file may say otherwise is
-not judged here.
+Front ends write flags that nobody chose, so this is no reason to end a run. Where the dataset file says otherwise, it is
+judged there (``library/data/overridden.py``).
 """
 
 from __future__ import annotations
