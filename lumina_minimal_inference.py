@@ -27,6 +27,7 @@ from library.inference.models import DrawingModels
 from library.inference.painter import Painter
 from library.inference.requests import asked_prompts, check_together
 from library.inference.settings import CompareFlags, ModelFlags, PictureFlags
+from library.lumina.prompt_template import say_what_was_left_out
 from library.memory.device_memory import let_segments_grow
 from library.memory.settings import AttentionSettings, QuantisationSettings
 from library.settings import from_given, specs_of
@@ -73,9 +74,9 @@ def main(argv: Sequence[str] | None = None) -> None:
     prompts = [] if pictures.interactive else asked_prompts(pictures, given)
     check_writable("--output_dir", pictures.output_dir)
     let_segments_grow()
-    loras = LoraFiles(
-        flags.lora_weights, flags.merge_lora_weights, read_network, pictures.system_prompt, comparison.files
-    )
+    say_what_was_left_out(given.get("system_prompt", ""), pictures.system_prompt)
+    known = [pictures.caption_template.text(prompt.prompt) for prompt in prompts]
+    loras = LoraFiles(flags.lora_weights, flags.merge_lora_weights, read_network, known, comparison.files)
     models = DrawingModels(
         flags,
         from_given(AttentionSettings, given),

@@ -201,8 +201,10 @@ class LuminaNetworkTrainer(NetworkTrainer):
             yield from self.ready_text_encoder().model.get_submodule("layers").children()
 
     def check_captions(self) -> None:
-        from library.training.caption_report import training_captions, warn_of_long_captions
+        from library.training.caption_report import report_system_prompt, training_captions, warn_of_long_captions
 
+        given = self.config.given.get("system_prompt", "")
+        report_system_prompt(given, self.config.model.system_prompt, self.data, self.prompts)
         template, limit = self._caption_template(), self.config.model.gemma2_max_token_length
         if template.filled and self.tokenizer.count(template.text(".")) > limit:
             raise SettingsError(

@@ -28,7 +28,8 @@ BETTER_FLAGS: dict[str, str] = {
     "gemma2": "takes folders, shards and all-in-one files too; may be left out where the first file holds it",
     "ae": "takes folders and all-in-one files too; its name and hash go into the metadata",
     "gemma2_max_token_length": "up to 8192 works; sd-scripts fails beyond 299 tokens. Captions that are cut off are named",
-    "system_prompt": _METADATA_TOO + "; empty captions and empty negative prompts are treated alike",
+    "system_prompt": _METADATA_TOO
+    + "; empty captions and empty negative prompts are treated alike; a <Prompt Start> at its end is not doubled",
     "tokenizer_cache_dir": "takes a plain folder too, and is needed only where the Gemma2 file has no tokenizer inside",
     "disable_mmap_load_safetensors": "acts on all three models, there on the first one only",
     # pictures

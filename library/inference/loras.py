@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Any
 from library.errors import NetworkError
 from library.files import read_safetensors_header
 from library.inference.settings import split_lora
+from library.lumina.prompt_template import plain_system_prompt, system_prompt_of
 from library.picture_text import LoraInUse
 from library.prompts import PromptError
 
@@ -35,7 +36,7 @@ class LoraFiles:
         texts: Sequence[str],
         merged: bool,
         read: NetworkReader,
-        system_prompt: str,
+        known: Sequence[str] = (),
         compared: Sequence[Path] = (),
     ) -> None:
         """Remembers the files, reads nothing.
@@ -44,15 +45,17 @@ class LoraFiles:
             texts: each ``path`` or ``path;multiplier``.
             merged: into the models' weights, instead of attached.
             read: makes the network of a file.
-            system_prompt: that pictures are drawn with; a LoRA that was trained with another one is warned about.
+            known: what pictures are drawn with, system prompts included, as far as it is known at the start; a LoRA that
+                was trained with another system prompt is warned about.
             compared: files that are attached for a while, one at a time, see :meth:`beside`.
         """
         self._files = [split_lora(text) for text in texts]
         self._given = [multiplier for _, multiplier in self._files]
         self._merged = merged
         self._read = read
-        self._system_prompt = system_prompt
+        self._known = known
         self._compared = list(compared)
+        self._trained_with: dict[Path, str] = {}  # system prompts that have not been warned about
         self._networks: list[Any] = []
         self._models: tuple[nn.Module, nn.Module, torch.device] | None = None
         self._beside: tuple[Path, Any] | None = None
@@ -89,7 +92,9 @@ class LoraFiles:
                 raise NetworkError(f"{flag}: {error}") from error
             metadata = _metadata(path)
             self._hashes[path] = metadata.get("sshs_model_hash", "")
-            self._tell_system_prompt(path, metadata.get("ss_system_prompt", ""))
+            trained_with = metadata.get("ss_system_prompt")
+            if trained_with not in (None, "None"):
+                self._trained_with[path] = plain_system_prompt(str(trained_with))
             return network
 
         networks = []
@@ -98,20 +103,39 @@ class LoraFiles:
             logger.info("LoRA %s, multiplier %g, %s", path, multiplier, "merged" if self._merged else "attached")
         for path in self._compared:
             fitted("--compare_lora_weights", path, 1.0)
+        for text in self._known:
+            self.tell_system_prompts(text)
         if not self._merged or not networks:
             return None, None
         of_encoder, of_dit = ([network.weight_changes(model) for network in networks] for model in (encoder, dit))
         return in_turn(of_encoder), in_turn(of_dit)
 
-    def _tell_system_prompt(self, path: Path, trained_with: str) -> None:
-        if trained_with not in ("", "None", self._system_prompt, *self._told):
-            self._told.add(trained_with)  # the files of a run need it said once
-            logger.warning(
-                'LoRA %s was trained with the system prompt "%s"; draw with the same: --system_prompt "%s"',
-                path,
-                trained_with,
-                trained_with,
-            )
+    def tell_system_prompts(self, text: str) -> None:
+        """Warns of LoRAs that were trained with another system prompt than this text has, each system prompt once.
+
+        Args:
+            text: as it is encoded; an empty one has no system prompt in training either.
+        """
+        used = system_prompt_of(text)
+        others = [path for path, trained_with in self._trained_with.items() if text and trained_with != used]
+        for path in others:
+            trained_with = self._trained_with.pop(path)
+            if trained_with in self._told:  # by another file of the same run
+                continue
+            self._told.add(trained_with)
+            if trained_with:
+                logger.warning(
+                    '%s was trained with the system prompt "%s"; draw with the same: --system_prompt "%s"',
+                    path,
+                    trained_with,
+                    trained_with,
+                )
+            else:
+                logger.warning(
+                    '%s was trained without a system prompt, and "%s" is put before the prompt; draw without it',
+                    path,
+                    used,
+                )
 
     def attach(self, encoder: nn.Module, dit: nn.Module, device: torch.device) -> None:
         """Attaches the networks to the models, with their weights on the device; nothing where they are merged."""

@@ -81,6 +81,8 @@ class Painter:
         import torch
 
         models, template = self._models, self._flags.negative_template
+        for prompt in prompts:
+            self._loras.tell_system_prompts(self._flags.caption_template.text(prompt.prompt))
         features: Features = {}
         for multipliers in dict.fromkeys(prompt.multipliers for prompt in prompts):
             self._loras.set_multipliers(multipliers)

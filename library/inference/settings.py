@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Literal
 
 from library.errors import SettingsError
-from library.lumina.prompt_template import PromptTemplate
+from library.lumina.prompt_template import PromptTemplate, plain_system_prompt
 from library.memory.settings import check_blocks_to_swap
 from library.prompts import MAX_SEED, MAX_SIZE_PX, MAX_STEPS, Prompt, parse_multiplier
 from library.settings import expanded, flag, require, require_positive
@@ -95,6 +95,7 @@ class PictureFlags:
     interactive: bool = flag(False, "read prompts from the keyboard, with options such as --w 512 --d 1; exit ends")
 
     def __post_init__(self) -> None:
+        object.__setattr__(self, "system_prompt", plain_system_prompt(self.system_prompt))
         require_positive(self, "steps", "image_width", "image_height", "gemma2_max_token_length", "discrete_flow_shift")
         require_positive(self, "images_per_prompt", "batch_size")
         # As in prompt lines: beyond these the program would only seem to hang.

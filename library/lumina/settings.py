@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Literal
 
 from library.errors import SettingsError
+from library.lumina.prompt_template import plain_system_prompt
 from library.settings import flag
 
 TimestepSampling = Literal["sigma", "uniform", "sigmoid", "shift", "nextdit_shift", "flux_shift"]
@@ -47,6 +48,7 @@ class ModelSettings:
     )
 
     def __post_init__(self) -> None:
+        object.__setattr__(self, "system_prompt", plain_system_prompt(self.system_prompt))
         if self.gemma2_max_token_length < 1:
             raise SettingsError(
                 f"--gemma2_max_token_length: {self.gemma2_max_token_length} leaves no token; give 256 or more"

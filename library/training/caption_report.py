@@ -8,6 +8,8 @@ from typing import TYPE_CHECKING, Protocol
 
 from library.data import captions as rules
 from library.errors import some
+from library.lumina import prompt_template
+from library.prompts import Prompt
 
 if TYPE_CHECKING:
     from library.data.dataset import TrainingData
@@ -31,6 +33,30 @@ def training_captions(data: TrainingData) -> Iterator[tuple[str, list[str]]]:
     for item in (*data.items, *data.validation_items):
         if item.subset.caption_dropout_rate < 1 and item.subset.caption_dropout_every_n_epochs != 1:
             yield item.name, rules.longest_captions(item.subset, item.caption)
+
+
+def report_system_prompt(given: str, used: str, data: TrainingData, prompts: Sequence[Prompt]) -> None:
+    """Says what of ``--system_prompt`` was left out, where there is none, and where texts bring one of their own.
+
+    Args:
+        given: as the user wrote it.
+        used: put before captions and prompts.
+        data: the datasets; captions may have a system prompt inside, also as ``caption_prefix``.
+        prompts: of the previews.
+    """
+    prompt_template.say_what_was_left_out(given, used)
+    captions = (f"{item.subset.caption_prefix or ''} {item.caption}" for item in (*data.items, *data.validation_items))
+    num_marked = sum(prompt_template.MARK in caption for caption in captions)
+    if used:
+        prompt_template.warn_of_two_marks(num_marked, "captions")
+        num_marked = sum(prompt_template.MARK in prompt.prompt for prompt in prompts)
+        prompt_template.warn_of_two_marks(num_marked, "sample prompts")
+    elif not num_marked:
+        logger.info(
+            "No --system_prompt is given; the model itself was trained with one before every caption, such as"
+            ' --system_prompt "%s". A LoRA trained without one is to be drawn without one',
+            prompt_template.EXAMPLE,
+        )
 
 
 def warn_of_long_captions(

@@ -7,6 +7,7 @@ from typing import Any
 
 import pytest
 import torch
+from safetensors.torch import save_file
 
 from library.errors import DrawingError, SettingsError
 from library.inference.interactive import interact
@@ -81,11 +82,56 @@ def test_a_device_that_does_not_compute_is_named(name: str, says: str) -> None:
 
 def test_merging_nothing_is_told(caplog: pytest.LogCaptureFixture) -> None:
     files: Any = None  # nothing is read
-    assert LoraFiles((), merged=True, read=lambda *_: None, system_prompt="").check(files) == (None, None)
+    assert LoraFiles((), merged=True, read=lambda *_: None).check(files) == (None, None)
     assert "--merge_lora_weights: no effect without --lora_weights" in caplog.text
     caplog.clear()
-    LoraFiles((), merged=False, read=lambda *_: None, system_prompt="").check(files)
+    LoraFiles((), merged=False, read=lambda *_: None).check(files)
     assert not caplog.text
+
+
+def loras_trained_with(system_prompt: str | None, first_text: str | None, tmp_path: Path) -> LoraFiles:
+    """Returns a LoRA file whose metadata hold this system prompt (None: nothing of it), announced."""
+    path = tmp_path / "my.safetensors"
+    metadata = {} if system_prompt is None else {"ss_system_prompt": system_prompt}
+    save_file({"a": torch.zeros(1)}, path, {"ss_network_dim": "4", **metadata})
+    loras = LoraFiles((str(path),), merged=False, read=lambda *_: None, first_text=first_text)
+    loras._announce(path, 1.0)
+    return loras
+
+
+@pytest.mark.parametrize(
+    ("trained_with", "text", "says"),
+    [
+        ("Draw.", "Draw. <Prompt Start> a cat", None),  # by --system_prompt, or inside --prompt
+        ("Draw. <Prompt Start>", "Draw. <Prompt Start> a cat", None),
+        ("Draw.", "", None),  # as dropped captions
+        ("Draw.", "a cat", 'was trained with the system prompt "Draw."; draw with the same: --system_prompt "Draw."'),
+        ("Draw.", "Paint. <Prompt Start> a cat", 'was trained with the system prompt "Draw."'),
+        ("", "a cat", None),
+        ("", "Paint. <Prompt Start> a cat", 'without a system prompt, and "Paint." is put before the prompt'),
+        (None, "Paint. <Prompt Start> a cat", None),  # other programs do not say it
+        ("None", "Paint. <Prompt Start> a cat", None),
+    ],
+)
+def test_another_system_prompt_than_in_training_is_told_once(
+    trained_with: str | None, text: str, says: str | None, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    loras = loras_trained_with(trained_with, text, tmp_path)
+    loras.compare(text)
+    messages = [record.getMessage() for record in caplog.records if record.levelname == "WARNING"]
+    assert len(messages) == (0 if says is None else 1)
+    assert says is None or says in messages[0]
+
+
+def test_prompts_from_the_keyboard_are_compared_when_they_come(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    loras = loras_trained_with("Draw.", None, tmp_path)
+    loras.compare("Draw. <Prompt Start> a cat")
+    assert not caplog.records
+    loras.compare("a cat")
+    loras.compare("a dog")
+    assert len(caplog.records) == 1
 
 
 @pytest.mark.parametrize(

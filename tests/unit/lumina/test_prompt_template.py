@@ -4,7 +4,15 @@ import itertools
 
 import pytest
 
-from library.lumina.prompt_template import PromptTemplate
+from library.inference.settings import PictureFlags
+from library.lumina.prompt_template import (
+    MARK,
+    PromptTemplate,
+    plain_system_prompt,
+    say_what_was_left_out,
+    system_prompt_of,
+)
+from library.lumina.settings import ModelSettings
 
 FULL = "Draw well. <Prompt Start> a cat"
 
@@ -37,3 +45,31 @@ def test_templates_that_give_other_texts_have_other_fingerprints() -> None:
 
 def test_existing_caches_of_the_official_rule_stay_valid() -> None:
     assert PromptTemplate.of_captions("Draw well.").fingerprint == "Draw well."
+
+
+@pytest.mark.parametrize("end", ["", f" {MARK}", f"{MARK} ", f" {MARK}\n", f" {MARK} {MARK} "])
+def test_the_mark_is_put_behind_a_system_prompt_once(end: str) -> None:
+    """ComfyUI's users know system prompt and mark as one text."""
+    given = f"Draw well.{end}"
+    for used in (ModelSettings(system_prompt=given).system_prompt, PictureFlags(system_prompt=given).system_prompt):
+        assert PromptTemplate.of_captions(used).text("a cat") == FULL
+        assert PromptTemplate.of_captions(used).fingerprint == "Draw well."
+
+
+def test_other_system_prompts_stay_as_they_are() -> None:
+    for given in ("", " Draw. ", f"{MARK} in front", "<prompt start>"):
+        assert plain_system_prompt(given) == given
+    assert plain_system_prompt(MARK) == ""
+
+
+def test_leaving_the_mark_out_is_said(caplog: pytest.LogCaptureFixture) -> None:
+    with caplog.at_level("INFO"):
+        say_what_was_left_out("Draw.", "Draw.")
+        assert not caplog.records
+        say_what_was_left_out(f"Draw. {MARK}", "Draw.")
+    assert 'the <Prompt Start> at its end is left out, because it is added anyway; used is "Draw."' in caplog.text
+
+
+def test_the_system_prompt_of_a_text() -> None:
+    assert system_prompt_of(FULL) == "Draw well."
+    assert system_prompt_of("a cat") == system_prompt_of("") == ""

@@ -7,7 +7,13 @@ from pathlib import Path
 import pytest
 from data_helpers import build, make_pictures
 
-from library.training.caption_report import training_captions, warn_of_long_captions, warn_of_many_captions
+from library.prompts import Prompt
+from library.training.caption_report import (
+    report_system_prompt,
+    training_captions,
+    warn_of_long_captions,
+    warn_of_many_captions,
+)
 
 
 class WordTokenizer:
@@ -70,3 +76,32 @@ def test_many_captions_are_named_with_the_flag_that_makes_them_few(
     for same in ({"shuffle_caption": False}, {"caption_variants": 1}):
         warn_of_many_captions(build(tmp_path, **{**flags, **same}), 6, lambda texts: 1)
     assert not caplog.records
+
+
+SAMPLE = [Prompt(prompt="a cat")]
+
+
+def test_a_run_without_a_system_prompt_is_told_once(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    make_pictures(tmp_path, {"a.png": (64, 64), "b.png": (64, 64)})
+    data = build(tmp_path)
+    caplog.clear()
+    with caplog.at_level(logging.INFO):
+        report_system_prompt("Draw.", "Draw.", data, SAMPLE)
+        assert not caplog.records
+        report_system_prompt("", "", data, SAMPLE)
+    (record,) = caplog.records
+    assert record.levelno == logging.INFO
+    assert '--system_prompt "You are an assistant' in record.getMessage()
+
+
+def test_texts_that_bring_a_system_prompt_of_their_own(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    make_pictures(tmp_path, {"a.png": (64, 64), "b.png": (64, 64)})
+    data = build(tmp_path, caption_prefix="Draw. <Prompt Start>")
+    caplog.clear()
+    with caplog.at_level(logging.INFO):
+        report_system_prompt("", "", data, SAMPLE)
+        assert not caplog.records
+        report_system_prompt("Draw.", "Draw.", data, [*SAMPLE, Prompt(prompt="Draw. <Prompt Start> a cat")])
+    end = "with a <Prompt Start> inside get a second one from --system_prompt; keep one of the two system prompts"
+    messages = [record.getMessage() for record in caplog.records]
+    assert messages == [f"2 of the captions {end}", f"1 of the sample prompts {end}"]
