@@ -81,7 +81,8 @@ BETTER_FLAGS: dict[str, str] = {
     "max_data_loader_n_workers": _WORKERS,
     # saving
     "output_dir": "is asked for, and tried out, at the start; there a missing folder loses the whole run at its end",
-    "output_name": "a name that no file can have is refused at the start",
+    "output_name": "a name that no file can have is refused at the start; an older file of this name is told before it is"
+    " overwritten; a file's ending is left out",
     "save_model_as": "files are written whole or not at all",
     "save_state": "written as a whole, for every process: " + _STATE,
     "save_state_on_train_end": "as --save_state",
@@ -118,7 +119,8 @@ BETTER_FLAGS: dict[str, str] = {
     " --gradient_checkpointing and together with --blocks_to_swap",
     # optimizer
     "optimizer_type": _EARLY + "; a package that is missing is named with its install line",
-    "learning_rate": "a run in which every rate is 0 is refused; a loss that is no number ends the run",
+    "learning_rate": "the default of 2e-6 is warned of where nobody gave a rate; a run in which every rate is 0 is refused;"
+    " a loss that is no number ends the run",
     "text_encoder_lr": "0 freezes Gemma2's LoRA; there its gradients still shrink the others' by clipping",
     "max_grad_norm": "clips what is trained and nothing else; the norm is logged",
     "lr_scheduler": "every name works or is refused at the start; there two of them end in a traceback",

@@ -15,6 +15,7 @@ import re
 import shutil
 import tempfile
 import threading
+import time
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -136,6 +137,18 @@ def _name_of_temporary(name: str) -> str | None:
     # What tempfile puts between: eight letters, digits or underscores.
     match = re.fullmatch(r"\.(.*)-[a-z0-9_]{8}(?:\.partial(?:\.\w+)?|\.removed)", name, re.DOTALL)
     return match.group(1) if match else None
+
+
+def numbered(folder: Path, pattern: str) -> dict[int, Path]:
+    """Returns what is in a folder under names of this pattern, by the number that is its one group."""
+    entries = sorted(folder.iterdir()) if folder.is_dir() else []
+    matches = ((re.fullmatch(pattern, path.name), path) for path in entries)
+    return {int(match.group(1)): path for match, path in matches if match}
+
+
+def written_at(path: Path) -> str:
+    """Returns when a file was last changed, in local time: ``2026-11-27 21:30``."""
+    return time.strftime("%Y-%m-%d %H:%M", time.localtime(path.stat().st_mtime))
 
 
 def write_bytes(path: Path, data: bytes) -> None:

@@ -72,7 +72,7 @@ def merge(flags: MergeFlags) -> None:
         UserError: a file cannot be read, or they do not fit together.
         OSError: the new file cannot be written.
     """
-    from library.files import check_writable
+    from library.files import check_writable, written_at
     from networks.lora_files import read_lora_file
     from networks.lora_forms import dtype_of, factors_of
     from networks.lora_sum import summed
@@ -84,7 +84,10 @@ def merge(flags: MergeFlags) -> None:
         logger.info("%s: %d modules, strength %g", path, len(lora), ratio)
     total = summed(list(zip(loras, ratios, strict=True)))
     require(bool(total), "--ratios: all are 0, so nothing is left to merge")
-    check_writable("--save_to", Path(str(flags.save_to)).parent)
+    target = Path(str(flags.save_to))
+    check_writable("--save_to", target.parent)
+    if target.exists():
+        logger.info("%s of %s is overwritten", target, written_at(target))
     if flags.pretrained_model_name_or_path is not None:
         _into_model(flags, flags.pretrained_model_name_or_path, total)
     else:

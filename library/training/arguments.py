@@ -116,9 +116,7 @@ class TrainConfig:
         if self.samples.sample_weights == "ema" and self.optimizer.ema_decay is None:
             raise SettingsError("--sample_weights ema: there is no moving average to draw with; add --ema_decay=0.999")
         optimizer = self.optimizer
-        rates = {"Next-DiT": optimizer.unet_lr, "Gemma2": (*optimizer.text_encoder_lr, None)[0]}
-        trained = {"Next-DiT": self.trains_dit, "Gemma2": self.trains_text_encoder}
-        in_use = [optimizer.learning_rate if rates[part] is None else rates[part] for part in rates if trained[part]]
+        in_use = [optimizer.learning_rate if rate is None else rate for rate in self.own_rates.values()]
         if not any(in_use):
             raise SettingsError(
                 "--learning_rate, --unet_lr and --text_encoder_lr leave every trained part at 0; nothing would be"
@@ -131,6 +129,14 @@ class TrainConfig:
     def trains_dit(self) -> bool:
         """Whether the Next-DiT gets a LoRA."""
         return not self.network.network_train_text_encoder_only
+
+    @property
+    def own_rates(self) -> dict[str, float | None]:
+        """The trained parts' own learning rates; None where ``--learning_rate`` is a part's rate."""
+        optimizer = self.optimizer
+        rates = {"Next-DiT": optimizer.unet_lr, "Gemma2": (*optimizer.text_encoder_lr, None)[0]}
+        trained = {"Next-DiT": self.trains_dit, "Gemma2": self.trains_text_encoder}
+        return {part: rate for part, rate in rates.items() if trained[part]}
 
     @property
     def draws_averaged(self) -> bool:

@@ -3,16 +3,10 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor, nn
-
-
-def companion(path: Path) -> Path:
-    """Returns the file that holds the average of the LoRA in ``path``: ``my.safetensors`` -> ``my-ema.safetensors``."""
-    return path.with_name(f"{path.stem}-ema{path.suffix}")
 
 
 class MovingAverage:

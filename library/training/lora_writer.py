@@ -10,7 +10,7 @@ import torch
 
 from library.errors import UserError
 from library.training.arguments import TrainConfig
-from library.training.ema import companion
+from library.training.lora_names import companion
 from library.training.metadata import RunMetadata
 from library.training.weights import Weights
 

@@ -18,18 +18,16 @@ from library.importing import uncollected_imports
 from library.memory.room import Peak
 from library.picture_text import DrawnWith, LoraInUse, name_of_model
 from library.prompts import Prompt, read_prompt_file
-from library.training.arguments import TrainConfig, all_specs
-from library.training.config_file import warn_of_gui_keys
+from library.training.arguments import TrainConfig
+from library.training.flag_notices import give_notices
 from library.training.frozen_models import FrozenModels
 from library.training.network_building import NetworkBuilder, rank_and_alpha
 from library.training.optimizer_names import require_package
 from library.training.out_of_memory import raise_where_memory_was_short
 from library.training.output_preservation import check_can_be_switched_off, warn_where_nothing_is_learned
-from library.training.precedence import say_what_is_switched_off
 from library.training.report import RunPlan, log_plan
 from library.training.resuming import Resuming
 from library.training.state import StateNames
-from library.training.unused_flags import warn_of_ignored, warn_of_unused
 
 if TYPE_CHECKING:
     from pathlib import Path
@@ -93,10 +91,7 @@ class NetworkTrainer(FrozenModels):
 
     def check_inputs(self) -> None:
         """Checks everything that can be checked before torch is imported or a model is read."""
-        warn_of_gui_keys(self.config.gui_keys, self.config.config_file)
-        say_what_is_switched_off(self.config.switched_off, self.config.config_file)
-        warn_of_ignored(self.config.given)
-        warn_of_unused(self.config, all_specs())
+        give_notices(self.config)
         self.networks.check_module()
         require_package(self.config.optimizer)
         self.resuming.check()

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import ast
 import importlib.util
+import logging
 import math
 from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any, NamedTuple
@@ -12,6 +13,8 @@ from library.errors import SettingsError, nearest
 
 if TYPE_CHECKING:
     from library.training.settings import OptimizerSettings
+
+logger = logging.getLogger(__name__)
 
 
 class OptimizerSource(NamedTuple):
@@ -41,6 +44,14 @@ OPTIMIZERS: dict[str, OptimizerSource] = {
     **_from("schedulefree", "schedulefree", "AdamWScheduleFree", "RAdamScheduleFree", "SGDScheduleFree"),
 }
 """Lower-case name -> source. Every other name is a class of torch.optim or a dotted path."""
+
+_PACKAGES = {
+    **{source.module.partition(".")[0]: source.package for source in OPTIMIZERS.values() if source.package},
+    "prodigyplus": "prodigy-plus-schedule-free",
+    "pytorch_optimizer": "pytorch-optimizer",
+    "came_pytorch": "came-pytorch",
+}
+"""First part of a dotted path -> package to install, where the two differ or the path is a usual one."""
 
 DEFAULT_ARGUMENTS: dict[str, dict[str, Any]] = {
     "sgdnesterov": {"momentum": 0.9, "nesterov": True},
@@ -128,6 +139,11 @@ def finds_its_own_rate(name: str) -> bool:
     return _class_name(name).startswith("dadapt") or _class_name(name) == "prodigy"
 
 
+def takes_a_factor(name: str) -> bool:
+    """Whether ``--learning_rate`` is a factor on what an optimizer of this name finds, and belongs at 1."""
+    return finds_its_own_rate(name) or "prodigy" in name.lower()
+
+
 def is_schedule_free(name: str) -> bool:
     """Whether an optimizer of this name averages its parameters instead of following a schedule."""
     return _class_name(name).endswith("schedulefree")
@@ -162,9 +178,10 @@ def require_package(settings: OptimizerSettings) -> None:
     for flag, path in paths.items():
         package = path.partition(".")[0]
         if "." in path and package and importlib.util.find_spec(package) is None:
-            raise SettingsError(
-                f"{flag}: {path} cannot be imported: there is no package {package}; install it, or mend the name"
+            remedy = (
+                f"run: pip install {_PACKAGES[package]}" if package in _PACKAGES else "install it, or mend the name"
             )
+            raise SettingsError(f"{flag}: {path} cannot be imported: there is no package {package}; {remedy}")
 
 
 def missing_package(name: str, source: OptimizerSource) -> SettingsError:
@@ -236,6 +253,27 @@ def check_rates(
             f"--network_args: {plus[0]} gives lora_up a learning rate of its own, but --optimizer_type {name} finds one for"
             f" all; leave {plus[0]} out, or use AdamW"
         )
+
+
+def warn_where_no_rate_is_given(
+    settings: OptimizerSettings, is_given: bool, own_rates: Mapping[str, float | None]
+) -> None:
+    """Warns of parts that are trained with the default of ``--learning_rate`` because nobody gave a rate.
+
+    Args:
+        settings: optimizer. Those that find or set their rate themselves are warned of where they are made.
+        is_given: whether ``--learning_rate`` is.
+        own_rates: of the trained parts; None: it has no rate of its own.
+    """
+    parts = [part for part, rate in own_rates.items() if rate is None]
+    if is_given or not parts or takes_a_factor(settings.resolved_optimizer) or sets_its_own_rate(settings):
+        return
+    logger.warning(
+        "--learning_rate is left out, so that sd-scripts' default of %g is used for %s, with which a LoRA hardly learns;"
+        " 1e-4 is usual",
+        settings.learning_rate,
+        " and ".join(parts),
+    )
 
 
 def check_scheduler(settings: OptimizerSettings) -> None:

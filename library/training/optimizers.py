@@ -26,6 +26,7 @@ from library.training.optimizer_names import (
     needs_no_schedule,
     parse_literals,
     sets_its_own_rate,
+    takes_a_factor,
 )
 from library.training.schedules import Factor, schedule
 from library.training.settings import OptimizerSettings
@@ -209,7 +210,7 @@ def _check_group_rates(name: str, rates: list[float]) -> None:
 def _warn_of_arguments(settings: OptimizerSettings, arguments: dict[str, Any], rates: list[float]) -> None:
     name = settings.resolved_optimizer
     largest = max(rates)
-    if (finds_its_own_rate(name) or "prodigy" in name.lower()) and not 0.1 < largest <= 10:
+    if takes_a_factor(name) and not 0.1 < largest <= 10:
         logger.warning(
             "%s finds the learning rate by itself and multiplies it by --learning_rate, which is %g; the usual value is 1.0",
             name,

@@ -17,6 +17,16 @@ _LONGEST_NAME_BYTES = 200  # file systems take 255, and steps, dates and endings
 _LARGEST_THUMBNAIL_BYTES = 4 * 2**20
 
 
+_ENDINGS = (".safetensors", ".ckpt", ".pt")
+
+
+def without_ending(name: str) -> str:
+    """Returns a file's name without the endings of LoRA files, which are added to it."""
+    while name.lower().endswith(_ENDINGS):
+        name = name[: name.rindex(".")]
+    return name
+
+
 @dataclass(frozen=True)
 class OutputSettings:
     """What is saved when, and what the file says about itself."""
@@ -60,6 +70,8 @@ class OutputSettings:
             "save_last_n_epochs",
             "save_last_n_steps",
         )
+        if self.output_name is not None:
+            object.__setattr__(self, "output_name", without_ending(self.output_name))
         name = self.output_name or ""
         require(
             len(name.encode("utf-8", "replace")) <= _LONGEST_NAME_BYTES and name.isprintable(),

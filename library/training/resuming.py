@@ -15,6 +15,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from library.errors import SettingsError, UserError, some
+from library.training.lora_names import warn_of_older_files
 from library.training.report import RunPlan
 from library.training.run_facts import changes, in_words
 from library.training.state import (
@@ -101,6 +102,8 @@ class Resuming:
     def find(self, processes: Processes, names: StateNames) -> None:
         """Removes what killed runs left half-written, and finds the state that ``latest`` means, for all processes.
 
+        A run that continues none is told what of an earlier one it is going to overwrite.
+
         Raises:
             StateError: a process does not see the state that the first one found.
         """
@@ -121,6 +124,9 @@ class Resuming:
         chosen = processes.gather([chosen])[0][0]
         if chosen is not None:
             self.header = read_header(Path(chosen))
+        is_new = self.header is None and self.foreign is None
+        if is_new and processes.is_main and not self._config.data.debug_dataset:
+            warn_of_older_files(self._config)
 
     @property
     def seed(self) -> int | None:

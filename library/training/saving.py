@@ -10,7 +10,7 @@ from typing import Protocol
 
 from library.errors import UserError
 from library.files import remove_folder
-from library.training.ema import companion
+from library.training.lora_names import LoraNames, companion
 from library.training.output_settings import OutputSettings, StateSettings
 from library.training.state import StateNames
 
@@ -78,26 +78,11 @@ class Saver:
         self._states = states or StateSettings()
         self._write_state = write_state
         self._uploads = uploads or _NoUploads()
+        self._names = LoraNames(self._folder, settings.output_name, settings.save_model_as)
         self._state_names = StateNames(self._folder, settings.output_name)
         self._every_epochs = settings.save_every_n_epochs
         if settings.save_n_epoch_ratio:
             self._every_epochs = max(1, num_epochs // settings.save_n_epoch_ratio)
-
-    def _path(self, suffix: str, nameless: str) -> Path:
-        name = f"{self._settings.output_name or nameless}{suffix}.{self._settings.save_model_as}"
-        return self._folder / name
-
-    def epoch_path(self, epoch: int) -> Path:
-        """Returns the file of an epoch, counted from 1."""
-        return self._path(f"-{epoch:06d}", "epoch")
-
-    def step_path(self, step: int) -> Path:
-        """Returns the file of a step, counted from 1."""
-        return self._path(f"-step{step:08d}", "at")
-
-    def final_path(self) -> Path:
-        """Returns the file of the whole run."""
-        return self._path("", "last")
 
     # The LoRA
 
@@ -114,19 +99,19 @@ class Saver:
         """Saves if this step is one of ``--save_every_n_steps``; ``epoch`` is the number of finished epochs."""
         if not self.is_step(step):
             return
-        self._save_or_warn(self.step_path(step), step, epoch)
+        self._save_or_warn(self._names.of_step(step), step, epoch)
         old = self._old_step(step, self._settings.save_last_n_steps)
         if old > 0:
-            self._remove(self.step_path(old))
+            self._remove(self._names.of_step(old))
 
     def after_epoch(self, epoch: int, step: int) -> None:
         """Saves if this epoch, counted from 1, is one of ``--save_every_n_epochs``; the last one is the final file."""
         if not self.is_epoch(epoch):
             return
-        self._save_or_warn(self.epoch_path(epoch), step, epoch)
+        self._save_or_warn(self._names.of_epoch(epoch), step, epoch)
         old = self._old_epoch(epoch, self._settings.save_last_n_epochs)
         if old > 0:
-            self._remove(self.epoch_path(old))
+            self._remove(self._names.of_epoch(old))
 
     def at_end(self, step: int, epoch: int) -> Path:
         """Saves the final file, and the state where asked for; returns the file's path.
@@ -135,7 +120,7 @@ class Saver:
             UserError: the file cannot be written, also under another name.
         """
         # Uploads come last: what is on the disk is safe, and the network may let us wait.
-        saved = self._save(self.final_path(), step, epoch, is_last=True)
+        saved = self._save(self._names.final(), step, epoch, is_last=True)
         final = self._state_names.final()
         has_state = self._states.save_state or self._states.save_state_on_train_end
         has_state = has_state and self._write_state_or_warn(final, events_done=True)
@@ -154,7 +139,7 @@ class Saver:
         """
         self._uploads = _NoUploads()  # who ends a run does not want to wait for the network
         try:
-            self._save_or_warn(self.step_path(step), step, epoch)
+            self._save_or_warn(self._names.of_step(step), step, epoch)
         except UserError as error:  # the run already ends with an error; this one is not its reason
             logger.warning("%s", error)
         if self._states.save_state and is_whole:

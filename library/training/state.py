@@ -223,18 +223,11 @@ class StateNames:
 
     def epochs(self) -> dict[int, Path]:
         """Returns the states of epochs that are there."""
-        return self._numbered(re.escape(self._name or "epoch") + r"-(\d{6,})-state")
+        return files.numbered(self.folder, re.escape(self._name or "epoch") + r"-(\d{6,})-state")
 
     def steps(self) -> dict[int, Path]:
         """Returns the states of steps that are there."""
-        return self._numbered(re.escape(self._name or "at") + r"-step(\d{8,})-state")
-
-    def _numbered(self, pattern: str) -> dict[int, Path]:
-        matches = ((re.fullmatch(pattern, path.name), path) for path in self._entries())
-        return {int(match.group(1)): path for match, path in matches if match}
-
-    def _entries(self) -> list[Path]:
-        return sorted(self.folder.iterdir()) if self.folder.is_dir() else []
+        return files.numbered(self.folder, re.escape(self._name or "at") + r"-step(\d{8,})-state")
 
     def newest(self) -> StateHeader | None:
         """Returns the complete state that was written last, or None where there is none.

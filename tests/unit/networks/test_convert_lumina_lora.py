@@ -48,6 +48,15 @@ def test_a_pickled_file_is_converted_too(tmp_path):
     assert {tensor.dtype for key, tensor in found.items() if "alpha" not in key} == {torch.bfloat16}
 
 
+def test_a_file_that_is_overwritten_is_named(tmp_path, caplog):
+    target = tmp_path / "new.safetensors"
+    for _ in range(2):
+        with caplog.at_level("INFO"):
+            convert(GOLDEN_LORA, target, "comfyui")
+    assert caplog.text.count("is overwritten") == 1
+    assert f"{target} of 20" in caplog.text
+
+
 def test_what_is_left_out_is_said(tmp_path, caplog):
     create_network(1.0, 4, 1.0, None, [gemma2()], small_next_dit()).save_weights(tmp_path / "both.safetensors")
     convert(tmp_path / "both.safetensors", tmp_path / "new.safetensors", "diffusers")

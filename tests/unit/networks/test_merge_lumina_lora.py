@@ -44,6 +44,15 @@ def assert_close(found, expected):
     assert float((found - expected).abs().max() / expected.abs().max()) < 1e-5
 
 
+def test_a_file_that_is_overwritten_is_named(loras, tmp_path, caplog):
+    target = tmp_path / "both.safetensors"
+    for _ in range(2):
+        with caplog.at_level("INFO"):
+            main(["--models", *map(str, loras), f"--save_to={target}"])
+    assert caplog.text.count("is overwritten") == 1
+    assert f"{target} of 20" in caplog.text
+
+
 def test_one_file_does_what_both_do(loras, tmp_path):
     target = tmp_path / "both.safetensors"
     main(["--models", *map(str, loras), "--ratios", "0.7", "-0.5", f"--save_to={target}"])

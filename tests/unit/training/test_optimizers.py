@@ -151,6 +151,48 @@ def test_a_missing_package_of_a_dotted_path(values: dict) -> None:
     optimizer_names.require_package(OptimizerSettings(optimizer_type="schedulefree.AdamWScheduleFree"))
 
 
+@pytest.mark.parametrize(
+    ("path", "package"),
+    [
+        ("prodigyplus.ProdigyPlusScheduleFree", "prodigy-plus-schedule-free"),
+        ("prodigyopt.Prodigy", "prodigyopt"),
+        ("lion_pytorch.Lion", "lion-pytorch"),
+    ],
+)
+def test_a_missing_package_of_a_known_path_names_its_install_line(
+    path: str, package: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(optimizer_names.importlib.util, "find_spec", lambda name: None)
+    with pytest.raises(SettingsError, match=f"there is no package .*; run: pip install {package}$"):
+        optimizer_names.require_package(OptimizerSettings(optimizer_type=path))
+
+
+@pytest.mark.parametrize(
+    ("values", "is_given", "own_rates", "says"),
+    [
+        ({}, False, {"Next-DiT": None, "Gemma2": None}, "default of 2e-06 is used for Next-DiT and Gemma2, with"),
+        ({}, False, {"Next-DiT": 1e-4, "Gemma2": None}, "default of 2e-06 is used for Gemma2, with"),
+        (
+            {"optimizer_type": "adafactor", "optimizer_args": ("relative_step=False",)},
+            False,
+            {"Next-DiT": None},
+            "2e-06",
+        ),
+        ({}, True, {"Next-DiT": None}, None),
+        ({}, False, {"Next-DiT": 1e-4, "Gemma2": 0.0}, None),
+        ({"optimizer_type": "adafactor"}, False, {"Next-DiT": None}, None),
+        ({"optimizer_type": "Prodigy"}, False, {"Next-DiT": None}, None),  # warned of a rate far from 1 instead
+        ({"optimizer_type": "prodigyplus.ProdigyPlusScheduleFree"}, False, {"Next-DiT": None}, None),
+    ],
+)
+def test_a_rate_that_nobody_gave_is_told(
+    values: dict, is_given: bool, own_rates: dict, says: str | None, caplog: pytest.LogCaptureFixture
+) -> None:
+    optimizer_names.warn_where_no_rate_is_given(OptimizerSettings(**values), is_given, own_rates)
+    assert len(caplog.records) == (says is not None)
+    assert says is None or says in caplog.text
+
+
 def test_words_that_mean_one_thing_are_read() -> None:
     assert optimizer_names.parse_literals("--optimizer_args", ("a=inf", "b=true", "c=None", "d=0.9,0.99", "e='x'")) == {
         "a": math.inf,

@@ -8,7 +8,7 @@ from optimizer_helpers import SmallTraining, equal, through_a_file
 
 from library import console
 from library.errors import SettingsError
-from library.training.ema import MovingAverage, companion
+from library.training.ema import MovingAverage
 
 
 def test_each_group_is_logged_once_under_its_name() -> None:
@@ -178,7 +178,3 @@ def test_flags_that_change_on_the_way_act() -> None:
     second.run(2)
     assert second.optimizer.param_groups[0]["weight_decay"] == 0.1
     assert [values["lr/unet"] for values in second.logged] == pytest.approx([2e-3 * 9 / 12, 2e-3 * 8 / 12])
-
-
-def test_the_averages_file_name(tmp_path) -> None:
-    assert companion(tmp_path / "my.v1-000002.safetensors").name == "my.v1-000002-ema.safetensors"
