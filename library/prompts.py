@@ -83,10 +83,12 @@ def _whole(text: str) -> int:
         raise ValueError("a whole number is expected") from error
 
 
-def _seed(text: str) -> int:
+def _seed(text: str) -> int | None:
     seed = _whole(text)
+    if seed == -1:
+        return None  # many programs' word for none; sd-scripts' prompt files know digits only, and pass it over
     if not 0 <= seed <= MAX_SEED:
-        raise ValueError(f"seeds go from 0 to {MAX_SEED}")
+        raise ValueError(f"seeds go from 0 to {MAX_SEED}, and -1 is none")
     return seed
 
 

@@ -125,11 +125,10 @@ class Progress:
             self._recent_sum -= self._recent.popleft()
 
     def _text(self, values: Mapping[str, float], epoch: int) -> str:
-        rate = next((value for name, value in values.items() if name.startswith("lr/")), None)
         parts = [
             f"left {self._time_left()}",
             f"avr_loss={values['loss/average']:.4f}",
-            f"lr={rate:.2e}" if rate is not None else "",
+            _rates(values),
             f"{values['speed/images_per_s']:.3g} img/s" if "speed/images_per_s" in values else "",
             f"{values['memory/device_gib']:.1f} GiB" if "memory/device_gib" in values else "",
             f"epoch {epoch}/{self._plan.num_epochs}",
@@ -142,3 +141,16 @@ class Progress:
             return "?"
         seconds_per_step = (self._clock() - self._warm_since) / self._warm_steps
         return str(tqdm.format_interval(seconds_per_step * max(0, self._plan.num_steps - self._step)))
+
+
+def _rates(values: Mapping[str, float]) -> str:
+    """Returns the learning rate of the model, and the text encoder's behind it where that is another one.
+
+    A group stands for its part by coming first: LoRA+ has a second one, with a multiple of the rate.
+    """
+    names = [name.removeprefix("lr/") for name in values if name.startswith("lr/") and not name.startswith("lr/d*lr/")]
+    texts = [values[f"lr/{name}"] for name in names if name.startswith("text")]
+    others = [values[f"lr/{name}"] for name in names if not name.startswith("text")]
+    if not others or not texts or texts[0] == others[0]:
+        return "".join(f"lr={rate:.2e}" for rate in (*others, *texts)[:1])
+    return f"lr={others[0]:.2e} (text encoder {texts[0]:.2e})"

@@ -133,3 +133,14 @@ def test_seed_zero_is_a_seed_and_no_seed_is_none(tmp_path: Path) -> None:
     (tmp_path / "p.json").write_text('[{"prompt": "a", "seed": 0}, "b"]', "utf-8")
     for name in ("p.txt", "p.toml", "p.json"):
         assert [prompt.seed for prompt in read_prompt_file(tmp_path / name)] == [0, None]
+
+
+def test_seed_minus_one_is_no_seed(tmp_path: Path) -> None:
+    (tmp_path / "p.txt").write_text("a --d -1 --w 512\n", "utf-8")
+    (tmp_path / "p.toml").write_text('[prompt]\nseed = 3\n[[prompt.subset]]\nprompt = "a"\nseed = -1', "utf-8")
+    (tmp_path / "p.json").write_text('[{"prompt": "a", "seed": -1}]', "utf-8")
+    for name in ("p.txt", "p.toml", "p.json"):
+        assert [prompt.seed for prompt in read_prompt_file(tmp_path / name)] == [None]
+    assert parse_line("a --d -1", Prompt(seed=3), "prompt", interactive=True).seed is None
+    with pytest.raises(PromptError, match="-1 is none"):
+        parse_line("a --d -2", Prompt(), "prompt")

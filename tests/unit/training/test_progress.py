@@ -87,6 +87,26 @@ def test_the_bar(capsys: pytest.CaptureFixture) -> None:
     assert capsys.readouterr().err.count("\n") == 1
 
 
+@pytest.mark.parametrize(
+    ("rates", "shown"),
+    [
+        ({"lr/textencoder": 1e-5, "lr/unet": 1e-4}, "lr=1.00e-04 (text encoder 1.00e-05), "),
+        ({"lr/textencoder": 1e-4, "lr/unet": 1e-4}, "lr=1.00e-04, "),
+        ({"lr/textencoder": 1e-5}, "lr=1.00e-05, "),
+        ({"lr/unet": 1e-4, "lr/unet plus": 4e-4}, "lr=1.00e-04, "),  # LoRA+
+        ({"lr/unet": 1.0, "lr/d*lr/unet": 1e-4}, "lr=1.00e+00, "),  # Prodigy
+        ({"lr/group0": 1e-4}, "lr=1.00e-04, "),
+        ({}, "avr_loss=1.0000, epoch"),
+    ],
+)
+def test_rates_in_the_bar(rates: dict[str, float], shown: str) -> None:
+    progress = Progress(PLAN, visible=True)
+    with progress.shown(start_step=0):
+        step(progress, **rates)
+        assert shown in str(progress._bar)
+        assert shown.startswith("avr") or str(progress._bar).count("lr=") == 1
+
+
 def test_memory_of_a_gpu(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(torch.cuda, "max_memory_reserved", lambda device: 3 * 2**29)
     assert "memory/device_gib" not in step(Progress(PLAN, visible=False, device=torch.device("cpu")))
