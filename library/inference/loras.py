@@ -90,11 +90,7 @@ class LoraFiles:
                 network = self._read(path, multiplier, encoder, dit)
             except NetworkError as error:
                 raise NetworkError(f"{flag}: {error}") from error
-            metadata = _metadata(path)
-            self._hashes[path] = metadata.get("sshs_model_hash", "")
-            trained_with = metadata.get("ss_system_prompt")
-            if trained_with not in (None, "None"):
-                self._trained_with[path] = plain_system_prompt(str(trained_with))
+            self._remember(path)
             return network
 
         networks = []
@@ -109,6 +105,14 @@ class LoraFiles:
             return None, None
         of_encoder, of_dit = ([network.weight_changes(model) for network in networks] for model in (encoder, dit))
         return in_turn(of_encoder), in_turn(of_dit)
+
+    def _remember(self, path: Path) -> None:
+        """Keeps what a file's metadata say."""
+        metadata = _metadata(path)
+        self._hashes[path] = metadata.get("sshs_model_hash", "")
+        trained_with = metadata.get("ss_system_prompt")
+        if trained_with not in (None, "None"):
+            self._trained_with[path] = plain_system_prompt(str(trained_with))
 
     def tell_system_prompts(self, text: str) -> None:
         """Warns of LoRAs that were trained with another system prompt than this text has, each system prompt once.

@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, Any
 from library.inference.loras import LoraFiles
 from library.inference.models import DrawingModels
 from library.inference.settings import PictureFlags
+from library.lumina.prompt_template import MARK, warn_of_two_marks
 from library.picture_text import DrawnWith, picture_text, save_png
 from library.prompts import Prompt, batches_of
 
@@ -39,6 +40,7 @@ class Painter:
         """
         self._models, self._loras, self._flags = models, loras, flags
         self._told: set[str] = set()
+        self._doubled: set[str] = set()
 
     def draw(self, prompts: Sequence[Prompt], features: Features | None = None, name: str = "") -> list[Path]:
         """Draws a picture of each prompt and returns the files in the prompts' order.
@@ -81,8 +83,7 @@ class Painter:
         import torch
 
         models, template = self._models, self._flags.negative_template
-        for prompt in prompts:
-            self._loras.tell_system_prompts(self._flags.caption_template.text(prompt.prompt))
+        self._tell_system_prompts({prompt.prompt for prompt in prompts})
         features: Features = {}
         for multipliers in dict.fromkeys(prompt.multipliers for prompt in prompts):
             self._loras.set_multipliers(multipliers)
@@ -135,6 +136,15 @@ class Painter:
     def _drawn_with(self) -> DrawnWith:
         flags = self._flags
         return DrawnWith(self._models.name, flags.discrete_flow_shift, flags.system_prompt, tuple(self._loras.in_use()))
+
+    def _tell_system_prompts(self, prompts: set[str]) -> None:
+        """Warns of prompts with a system prompt inside beside that of the flag, and of LoRAs trained with another one."""
+        template = self._flags.caption_template
+        for prompt in sorted(prompts):
+            self._loras.tell_system_prompts(template.text(prompt))
+        doubled = {prompt for prompt in prompts - self._doubled if template.filled and MARK in prompt}
+        self._doubled |= doubled
+        warn_of_two_marks(len(doubled), "prompts")
 
     def _num_tokens(self, prompt: str) -> int:
         """Returns how many tokens of a prompt are read; warns where it has more."""

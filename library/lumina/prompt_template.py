@@ -41,7 +41,7 @@ def warn_of_two_marks(num: int, what: str) -> None:
     """Warns where ``--system_prompt`` comes before ``num`` texts that have a system prompt inside already."""
     if num:
         logger.warning(
-            "%d of the %s with a %s inside get a second one from --system_prompt; keep one of the two system prompts",
+            "--system_prompt comes before %d of the %s, which have a %s inside already; keep one of the two system prompts",
             num,
             what,
             MARK,

@@ -53,8 +53,8 @@ def report_system_prompt(given: str, used: str, data: TrainingData, prompts: Seq
         prompt_template.warn_of_two_marks(num_marked, "sample prompts")
     elif not num_marked:
         logger.info(
-            "No --system_prompt is given; the model itself was trained with one before every caption, such as"
-            ' --system_prompt "%s". A LoRA trained without one is to be drawn without one',
+            "No --system_prompt is given. The model itself was trained with one before every caption; a LoRA that was"
+            ' trained without one is to be drawn without one. This would add one: --system_prompt "%s"',
             prompt_template.EXAMPLE,
         )
 

@@ -123,6 +123,12 @@ def test_system_prompt_of_the_negative_prompt(draw: Callable) -> None:
     assert not numpy.array_equal(draw(*flags), draw(*flags, "--add_system_prompt_to_negative_prompt"))
 
 
+def test_a_system_prompt_with_its_mark_or_inside_the_prompt_draws_the_same(draw: Callable) -> None:
+    expected = draw("--system_prompt=You are")
+    assert numpy.array_equal(draw("--system_prompt=You are <Prompt Start> "), expected)
+    assert numpy.array_equal(draw("--prompt=You are <Prompt Start> a red disc"), expected)
+
+
 def pixels(path: Path) -> numpy.ndarray:
     with Image.open(path) as picture:
         return numpy.asarray(picture).astype(int)

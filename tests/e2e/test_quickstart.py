@@ -6,6 +6,7 @@ from pathlib import Path
 import numpy
 import pytest
 import torch
+from e2e_helpers import log_lines, python
 from PIL import Image
 
 from configs.quickstart.make_pictures import PICTURES
@@ -71,6 +72,22 @@ def test_the_loss_falls_and_the_pictures_change(trained: tuple[TrainConfig, Path
     ]
     first, last = (numpy.asarray(Image.open(path)).astype(int) for path in (pictures[0], pictures[4]))
     assert numpy.abs(first - last).mean() > 10
+
+
+def test_typed_steps_go_before_the_files_epochs_and_nothing_is_warned_of(tmp_path: Path) -> None:
+    folders = [f"--output_dir={tmp_path}", f"--logging_dir={tmp_path / 'logs'}"]
+    typed = ["--max_train_steps=2", "--sample_every_n_steps=1", "--sample_at_first=false"]
+    done = python("lumina_train_network.py", f"--config_file={CONFIG}", *folders, *typed)
+    assert done.returncode == 0, done.stderr
+    lines = log_lines(done)
+    assert "Steps: 2 in 1 epoch (13 batches an epoch)" in lines
+    assert not [line for line in lines if line.startswith("WARNING")]
+    assert lines[0] == (
+        f"The command line goes before {CONFIG}: --max_train_steps 2 replaces max_train_epochs = 30,"
+        " --sample_every_n_steps 1 replaces sample_every_n_epochs = 10"
+    )
+    names = sorted(path.name[:14] for path in (tmp_path / "sample").glob("zorp_*_00_*.png"))
+    assert names == ["zorp_000001_00", "zorp_000002_00"]
 
 
 def test_pictures_are_what_the_script_draws(tmp_path: Path) -> None:

@@ -89,13 +89,14 @@ def test_merging_nothing_is_told(caplog: pytest.LogCaptureFixture) -> None:
     assert not caplog.text
 
 
-def loras_trained_with(system_prompt: str | None, first_text: str | None, tmp_path: Path) -> LoraFiles:
-    """Returns a LoRA file whose metadata hold this system prompt (None: nothing of it), announced."""
-    path = tmp_path / "my.safetensors"
-    metadata = {} if system_prompt is None else {"ss_system_prompt": system_prompt}
-    save_file({"a": torch.zeros(1)}, path, {"ss_network_dim": "4", **metadata})
-    loras = LoraFiles((str(path),), merged=False, read=lambda *_: None, first_text=first_text)
-    loras._announce(path, 1.0)
+def loras_trained_with(tmp_path: Path, *system_prompts: str | None) -> LoraFiles:
+    """Returns LoRA files whose metadata hold these system prompts (None: nothing of it)."""
+    loras = LoraFiles((), merged=False, read=lambda *_: None)
+    for number, system_prompt in enumerate(system_prompts):
+        path = tmp_path / f"my{number}.safetensors"
+        metadata = {} if system_prompt is None else {"ss_system_prompt": system_prompt}
+        save_file({"a": torch.zeros(1)}, path, {"ss_network_dim": "4", **metadata})
+        loras._remember(path)
     return loras
 
 
@@ -116,22 +117,22 @@ def loras_trained_with(system_prompt: str | None, first_text: str | None, tmp_pa
 def test_another_system_prompt_than_in_training_is_told_once(
     trained_with: str | None, text: str, says: str | None, tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
-    loras = loras_trained_with(trained_with, text, tmp_path)
-    loras.compare(text)
+    loras = loras_trained_with(tmp_path, trained_with)
+    for _ in range(2):
+        loras.tell_system_prompts(text)
     messages = [record.getMessage() for record in caplog.records if record.levelname == "WARNING"]
     assert len(messages) == (0 if says is None else 1)
     assert says is None or says in messages[0]
 
 
-def test_prompts_from_the_keyboard_are_compared_when_they_come(
-    tmp_path: Path, caplog: pytest.LogCaptureFixture
-) -> None:
-    loras = loras_trained_with("Draw.", None, tmp_path)
-    loras.compare("Draw. <Prompt Start> a cat")
-    assert not caplog.records
-    loras.compare("a cat")
-    loras.compare("a dog")
+def test_files_of_one_run_are_told_of_once(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    loras = loras_trained_with(tmp_path, "Draw.", "Draw.", "Paint.")
+    loras.tell_system_prompts("Draw. <Prompt Start> a cat")
     assert len(caplog.records) == 1
+    loras.tell_system_prompts("a cat")
+    loras.tell_system_prompts("a dog")
+    assert len(caplog.records) == 2
+    assert "my0" in caplog.text
 
 
 @pytest.mark.parametrize(

@@ -102,6 +102,8 @@ def test_texts_that_bring_a_system_prompt_of_their_own(tmp_path: Path, caplog: p
         report_system_prompt("", "", data, SAMPLE)
         assert not caplog.records
         report_system_prompt("Draw.", "Draw.", data, [*SAMPLE, Prompt(prompt="Draw. <Prompt Start> a cat")])
-    end = "with a <Prompt Start> inside get a second one from --system_prompt; keep one of the two system prompts"
     messages = [record.getMessage() for record in caplog.records]
-    assert messages == [f"2 of the captions {end}", f"1 of the sample prompts {end}"]
+    assert [message.split(", which")[0] for message in messages] == [
+        "--system_prompt comes before 2 of the captions",
+        "--system_prompt comes before 1 of the sample prompts",
+    ]

@@ -91,7 +91,7 @@ def test_blocks_that_draw(job: Job, monkeypatch: pytest.MonkeyPatch, offload: bo
         device="meta",
         offload=offload,
     )
-    loras = LoraFiles((), False, lambda *_: None, "")
+    loras = LoraFiles((), False, lambda *_: None)
     with pytest.raises(DrawingError, match="enough"):
         DrawingModels(flags, AttentionSettings(), QuantisationSettings(), loras, 40, PromptTemplate(""))
     assert set(places.values()) == {"cpu" if offload else "meta"}
