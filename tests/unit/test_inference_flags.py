@@ -127,6 +127,7 @@ def test_another_system_prompt_than_in_training_is_told_once(
 
 def test_files_of_one_run_are_told_of_once(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
     loras = loras_trained_with(tmp_path, "Draw.", "Draw.", "Paint.")
+    caplog.clear()
     loras.tell_system_prompts("Draw. <Prompt Start> a cat")
     assert len(caplog.records) == 1
     loras.tell_system_prompts("a cat")
