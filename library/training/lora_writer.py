@@ -10,8 +10,8 @@ import torch
 
 from library.errors import UserError
 from library.training.arguments import TrainConfig
-from library.training.lora_names import companion
 from library.training.metadata import RunMetadata
+from library.training.output_files import companion
 from library.training.weights import Weights
 
 logger = logging.getLogger(__name__)

@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from library.errors import SettingsError, UserError, some
-from library.training.lora_names import warn_of_older_files
+from library.training.output_files import warn_of_older_files
 from library.training.report import RunPlan
 from library.training.run_facts import changes, in_words
 from library.training.state import (

@@ -10,7 +10,7 @@ from typing import Protocol
 
 from library.errors import UserError
 from library.files import remove_folder
-from library.training.lora_names import LoraNames, companion
+from library.training.output_files import LoraNames, companion
 from library.training.output_settings import OutputSettings, StateSettings
 from library.training.state import StateNames
 

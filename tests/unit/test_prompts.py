@@ -141,6 +141,6 @@ def test_seed_minus_one_is_no_seed(tmp_path: Path) -> None:
     (tmp_path / "p.json").write_text('[{"prompt": "a", "seed": -1}]', "utf-8")
     for name in ("p.txt", "p.toml", "p.json"):
         assert [prompt.seed for prompt in read_prompt_file(tmp_path / name)] == [None]
-    assert parse_line("a --d -1", Prompt(seed=3), "prompt", interactive=True).seed is None
+    assert parse_line("a --d -1", Prompt(seed=3), "prompt", TYPED_OPTIONS).seed is None
     with pytest.raises(PromptError, match="-1 is none"):
         parse_line("a --d -2", Prompt(), "prompt")

@@ -5,7 +5,7 @@ from pathlib import Path
 import pytest
 
 from library.errors import UserError
-from library.training.lora_names import companion
+from library.training.output_files import companion
 from library.training.output_settings import OutputSettings, StateSettings
 from library.training.saving import Saver
 

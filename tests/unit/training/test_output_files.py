@@ -8,7 +8,7 @@ import pytest
 from library.errors import SettingsError
 from library.training.arguments import TrainConfig, parse_arguments
 from library.training.flag_notices import give_notices
-from library.training.lora_names import LoraNames, companion, warn_of_older_files
+from library.training.output_files import LoraNames, companion, warn_of_older_files
 
 
 def parse(folder: Path, *more: str) -> TrainConfig:
