@@ -115,7 +115,7 @@ def run_filling(arguments: list[str]) -> None:
         def __init__(self, width: int) -> None:
             self.width = width
 
-        def encode(self, given: Any) -> Any:
+        def encode(self, given: Any, template: Any = None) -> Any:
             if isinstance(given, torch.Tensor):
                 return given.new_zeros(len(given), 16, given.shape[2] // 8, given.shape[3] // 8)
             return [torch.zeros(len(text) // 4 + 1, self.width) for text in given]
