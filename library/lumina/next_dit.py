@@ -1,7 +1,8 @@
 """Next-DiT, the transformer of Lumina Image 2.0: noisy latents, time and caption features in, velocity out.
 
 This file is the model's mathematics and nothing else: no devices, no flags, no backend choice. Module and parameter
-names are those of the original checkpoint (``layers.0.attention.qkv.weight`` ...), so its files load without renaming.
+names are those of the original checkpoint (``layers.0.attention.qkv.weight`` ...), so its files load without renaming;
+classes are called as in the reference program, because network modules of others look for parts of the model by class.
 
 Tokens are laid out as [image | caption | padding]. Joint attention is bidirectional and every token carries its
 position explicitly in RoPE, so the order is free; this one makes every slice a constant, also where captions differ in
@@ -136,7 +137,7 @@ def rope_table(caption_lengths: Tensor, length: int, rows: int, columns: int, he
     return torch.stack([angles.cos(), angles.sin()], dim=-1)
 
 
-class Attention(nn.Module):
+class JointAttention(nn.Module):
     """Grouped-query self-attention with normalised queries and keys and rotary positions."""
 
     def __init__(self, config: NextDiTConfig, attention: AttentionFn) -> None:
@@ -178,7 +179,7 @@ class FeedForward(nn.Module):
         return self.w2(swiglu(self.w1(x), self.w3(x)))
 
 
-class Block(nn.Module):
+class JointTransformerBlock(nn.Module):
     """Attention and feed-forward, each between two norms; time scales their inputs and gates their outputs.
 
     Context refiner blocks see captions alone and have no ``adaLN_modulation``.
@@ -186,7 +187,7 @@ class Block(nn.Module):
 
     def __init__(self, config: NextDiTConfig, attention: AttentionFn, modulated: bool) -> None:
         super().__init__()
-        self.attention = Attention(config, attention)
+        self.attention = JointAttention(config, attention)
         self.feed_forward = FeedForward(config.dim, config.ffn_dim)
         self.attention_norm1 = RMSNorm(config.dim)
         self.attention_norm2 = RMSNorm(config.dim)
@@ -295,7 +296,7 @@ class NextDiT(nn.Module):
 
 
 def _blocks(config: NextDiTConfig, attention: AttentionFn, count: int, modulated: bool) -> nn.ModuleList:
-    return nn.ModuleList(Block(config, attention, modulated) for _ in range(count))
+    return nn.ModuleList(JointTransformerBlock(config, attention, modulated) for _ in range(count))
 
 
 def patchify(latents: Tensor) -> Tensor:

@@ -14,7 +14,7 @@ from library.lumina import elementwise
 from library.lumina.configs import NextDiTConfig
 from library.lumina.elementwise import scaled_norm
 from library.lumina.elementwise_trial import kernels_on
-from library.lumina.next_dit import Block, plain_attention, rope_table
+from library.lumina.next_dit import JointTransformerBlock, plain_attention, rope_table
 from library.memory.recompute import recompute_in_backward
 
 pytestmark = [pytest.mark.gpu, pytest.mark.skipif(not torch.cuda.is_available(), reason="needs CUDA")]
@@ -143,7 +143,7 @@ def block_and_inputs() -> tuple[nn.Module, tuple[Tensor, ...]]:
     config = NextDiTConfig()
     torch.manual_seed(0)
     with torch.device("cuda"):
-        block = Block(config, plain_attention, modulated=True).to(torch.bfloat16).requires_grad_(False)
+        block = JointTransformerBlock(config, plain_attention, modulated=True).to(torch.bfloat16).requires_grad_(False)
         x, time = torch.randn(2, 80, config.dim), torch.randn(2, config.time_dim)
         rope = rope_table(torch.full((1,), 16, device="cuda"), 16, 8, 8, config.head_dim)
     block.adaLN_modulation[1].weight.requires_grad_()  # factors then need gradients

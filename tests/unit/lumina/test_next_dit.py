@@ -27,6 +27,15 @@ def inputs(lengths: list[int], height: int = 8, width: int = 12) -> tuple[torch.
     return latents, torch.rand(batch, generator=generator), features, mask
 
 
+def test_classes_are_called_as_in_the_reference_program(model: NextDiT) -> None:
+    """LyCORIS and its users' presets find what they train by these names."""
+    (block, *_), final_layer = model.layers, model.final_layer
+    parts = (block, block.attention, block.feed_forward, final_layer)
+    names = ["JointTransformerBlock", "JointAttention", "FeedForward", "FinalLayer"]
+    assert [type(part).__name__ for part in parts] == names
+    assert {type(part).__name__ for part in (*model.noise_refiner, *model.context_refiner)} == {names[0]}
+
+
 def test_a_full_mask_is_the_same_as_none(model: NextDiT) -> None:
     latents, time, features, mask = inputs([9, 9])
     torch.testing.assert_close(model(latents, time, features, mask), model(latents, time, features), **ROUNDING)

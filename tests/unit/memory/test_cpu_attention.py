@@ -9,7 +9,7 @@ import torch
 from attention_helpers import heads_of_a_block, written_out
 
 from library.lumina.configs import NextDiTConfig
-from library.lumina.next_dit import Attention, plain_attention, rope_table
+from library.lumina.next_dit import JointAttention, plain_attention, rope_table
 from library.memory import cpu_attention as module
 from library.memory.attention import sdpa_attention
 from library.memory.attention_kernels import KERNELS, Workload
@@ -97,7 +97,7 @@ def test_the_model_scales_queries_before_they_are_rounded() -> None:
             return plain_attention(q * config.head_dim**0.5, *others)
 
     config = NextDiTConfig(dim=72, num_heads=3, num_kv_heads=1, head_dim=24)
-    plain, scaling = Attention(config, plain_attention), Attention(config, Recording())
+    plain, scaling = JointAttention(config, plain_attention), JointAttention(config, Recording())
     scaling.load_state_dict(plain.state_dict())
     x = torch.randn(2, 12, 72, generator=torch.Generator().manual_seed(0))
     rope = rope_table(torch.tensor([3]), 3, 3, 3, 24)
