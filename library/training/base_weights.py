@@ -19,6 +19,7 @@ from typing import TYPE_CHECKING, Any
 from library.errors import NetworkError, SettingsError
 from library.file_hashes import remembered
 from library.files import read_safetensors_header, sha256_of_file
+from library.training.other_networks import refusing, require_all_taken
 
 if TYPE_CHECKING:
     import torch
@@ -90,6 +91,12 @@ class BaseWeights:
                 " create_network_from_weights), so it cannot merge them; use networks.lora_lumina"
             )
         for weight in self.weights:
+            if not fits_without_weights and weight.multiplier not in (0, 1):
+                raise SettingsError(
+                    f"--base_weights_multiplier: --network_module {self._module_name} is not known to go by it when it"
+                    f" merges (LyCORIS does not), and {weight.multiplier:g} is given for {weight.file}; give 1, or 0 to"
+                    " leave the file out, or use networks.lora_lumina"
+                )
             if fits_without_weights:
                 network, _ = self._network(weight, self._empty_text_encoder(), self._empty_transformer())
                 reaches = bool(network.text_encoder_loras)
@@ -140,7 +147,7 @@ class BaseWeights:
             text_encoder: None where it is not read now.
             dtype: of the models.
         """
-        for weight in [] if self._fits_without_weights else self.weights:
+        for weight in [] if self._fits_without_weights else [one for one in self.weights if one.multiplier]:
             reaches = weight in self._reaching_text_encoder
             self._merge(weight, text_encoder if reaches else None, model, dtype)
 
@@ -168,6 +175,8 @@ class BaseWeights:
             network, tensors = self._module().create_network_from_weights(
                 weight.multiplier, str(weight.file), None, encoders, model, for_inference=True
             )
+            if not self._fits_without_weights:
+                require_all_taken(network, tensors, weight.file)
         except NetworkError as error:
             raise NetworkError(f"--base_weights: {error}") from error
         needed = "weight_changes" if self._fits_without_weights else "merge_to"
@@ -179,9 +188,10 @@ class BaseWeights:
         return network, tensors
 
     def _merge(self, weight: BaseWeight, text_encoder: nn.Module | None, model: nn.Module, dtype: torch.dtype) -> None:
-        network, tensors = self._network(weight, text_encoder, model)
-        encoders = [] if text_encoder is None else [text_encoder]
-        num_modules = network.merge_to(encoders, model, tensors, dtype, "cpu")
+        with refusing(f"--base_weights: --network_module {self._module_name} cannot merge {weight.file}"):
+            network, tensors = self._network(weight, text_encoder, model)
+            encoders = [] if text_encoder is None else [text_encoder]
+            num_modules = network.merge_to(encoders, model, tensors, dtype, "cpu")
         if num_modules != 0:
             _log_merge(weight, num_modules, "the models")
 

@@ -23,6 +23,7 @@ from library.training.flag_notices import give_notices
 from library.training.frozen_models import FrozenModels
 from library.training.network_building import NetworkBuilder, rank_and_alpha
 from library.training.optimizer_names import require_package
+from library.training.other_networks import run_under_autocast
 from library.training.out_of_memory import raise_where_memory_was_short
 from library.training.output_preservation import check_can_be_switched_off, warn_where_nothing_is_learned
 from library.training.report import RunPlan, log_plan
@@ -253,7 +254,7 @@ class NetworkTrainer(FrozenModels):
             self.base_weights.check(self.networks.has_companion, self.config.data.cache_text_encoder_outputs)
             if self.networks.can_turn_out_wrong:
                 encoders = [self.empty_text_encoder()] if self.config.trains_text_encoder else []
-                self.networks.make(encoders, self.empty_model())
+                self.networks.rehearse(encoders, self.empty_model())
 
     def build_network(self) -> None:
         """Makes the network, attaches it, and sets up behind it what saves memory."""
@@ -268,6 +269,8 @@ class NetworkTrainer(FrozenModels):
         if self.config.network.network_weights is not None:
             logger.info("Training goes on from %s", self.config.network.network_weights)
         self.network.to(self.device, torch.bfloat16 if self.config.memory.full_bf16 else torch.float32)
+        if not self.networks.has_companion:
+            run_under_autocast([self.model, *trained_encoders], self.device, self.weight_dtype)
         prepare_blocks(
             self.blocks(),
             self.config.memory,

@@ -41,11 +41,13 @@ def check_can_be_switched_off(network: Any, datasets: Sequence[DatasetConfig], m
         SettingsError: it cannot.
     """
     asking = [subset.image_dir for config in datasets for subset in config.subsets if subset.preserves_output]
-    if asking and not callable(getattr(network, "set_multiplier", None)):
+    why = None if callable(getattr(network, "set_multiplier", None)) else "it has no set_multiplier"
+    if any(getattr(part, "wd", False) is True for part in network.modules()):  # LyCORIS' name
+        why = "with dora_wd a multiplier of 0 leaves its direction in place"
+    if asking and why:
         raise SettingsError(
             f"diff_output_preservation of {asking[0]} needs a network that can be switched off, and that of"
-            f" --network_module {module} cannot (it has no set_multiplier); leave diff_output_preservation out or use"
-            " networks.lora_lumina"
+            f" --network_module {module} cannot ({why}); leave diff_output_preservation out or use networks.lora_lumina"
         )
 
 

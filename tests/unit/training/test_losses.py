@@ -152,6 +152,18 @@ def test_a_network_that_cannot_be_switched_off_is_refused(job: Job, tmp_path: Pa
         check_can_be_switched_off(torch.nn.Identity(), asking, "other.module")
 
 
+def test_a_multiplier_that_does_not_switch_all_off(tmp_path: Path) -> None:
+    """LyCORIS' DoRA keeps the direction that its factors give a weight."""
+    subset = SubsetConfig(image_dir=tmp_path, custom_attributes={"diff_output_preservation": True})
+    asking = [DatasetConfig(subsets=(subset,), resolution=(64, 64))]
+    network = torch.nn.Sequential(torch.nn.Identity())
+    network.set_multiplier = lambda multiplier: None  # type: ignore[assignment]
+    check_can_be_switched_off(network, asking, "other.module")
+    network[0].wd = True  # type: ignore[assignment]
+    with pytest.raises(SettingsError, match="dora_wd"):
+        check_can_be_switched_off(network, asking, "other.module")
+
+
 def test_a_run_that_only_preserves_is_warned_about(caplog: pytest.LogCaptureFixture) -> None:
     learned = SubsetConfig(image_dir=Path("a"))
     preserved = SubsetConfig(image_dir=Path("b"), custom_attributes={"diff_output_preservation": True})
@@ -163,6 +175,10 @@ def test_a_run_that_only_preserves_is_warned_about(caplog: pytest.LogCaptureFixt
 
 class PlainNetwork(torch.nn.Module):
     """A third party's network without a multiplier."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.some = torch.nn.Parameter(torch.zeros(1))
 
     def apply_to(self, *_: Any) -> None:
         pass
