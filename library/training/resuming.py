@@ -15,6 +15,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from library.errors import SettingsError, UserError, some
+from library.training.other_networks import require_loaded
 from library.training.output_files import warn_of_older_files
 from library.training.report import RunPlan
 from library.training.run_facts import changes, in_words
@@ -25,6 +26,7 @@ from library.training.state import (
     StateHeader,
     StateNames,
     is_complete,
+    own_tensors,
     read_header,
     read_tensors,
 )
@@ -238,8 +240,12 @@ class Resuming:
                 f"--resume: {header.path} holds the memory of the optimizer {before}, which {now} cannot use; {instead}"
             )
         tensors, memory = read_tensors(header)
-        _check_tensors(header.path, tensors, network.state_dict(), instead)
-        network.load_state_dict(tensors)
+        # A buffer that the state lacks keeps the value that it was made with.
+        trained = {name for name, _ in network.named_parameters()}
+        own = {name: tensor for name, tensor in own_tensors(network).items() if name in trained or name in tensors}
+        _check_tensors(header.path, tensors, own, instead)
+        for name, tensor in own.items():
+            tensor.copy_(tensors[name])
         try:
             updater.load_state_dict(memory["updater"])
         except UserError:
@@ -299,8 +305,8 @@ class Resuming:
 
     def _restore_foreign(self, network: Any, foreign: ForeignState) -> None:
         try:
-            network.load_weights(str(foreign.weights))
-        except ValueError as error:
+            require_loaded(network.load_weights(str(foreign.weights)), foreign.weights)
+        except (ValueError, KeyError, RuntimeError) as error:
             raise StateError(f"--resume: the weights of {foreign.path} cannot be used: {error}") from error
         counted = (
             f" Its step counter stands at {foreign.step}: --initial_step={foreign.step} counts on from there."

@@ -19,7 +19,7 @@ from library import files
 from library.errors import UserError
 
 if TYPE_CHECKING:
-    from torch import Tensor
+    from torch import Tensor, nn
 
 JSON_FILE, NETWORK_FILE, MEMORY_FILE = "state.json", "network.safetensors", "memory.safetensors"
 FORMAT = "lumina-lora-trainer state"
@@ -66,7 +66,7 @@ class StateContent:
         facts: what the run's length and draws follow from: seed, steps per epoch, processes, pictures.
         settings: the run's flags as they were in effect, without secrets.
         versions: of this program and of packages, for those who look for a difference.
-        network: the network's own tensors, in their dtype.
+        network: from :func:`own_tensors`, in their dtype.
         memory: nested tensors and plain values of everything else.
         written_at: seconds since 1970.
     """
@@ -93,6 +93,15 @@ class StateHeader:
     versions: Mapping[str, str]
     memory: Any
     written_at: float
+
+
+def own_tensors(network: nn.Module) -> dict[str, Tensor]:
+    """Returns the very parameters and buffers of a network, by name.
+
+    Not its ``state_dict``: network modules of others give there what their files hold, which may be computed from
+    parameters (LyCORIS: ``lora_up`` times a scalar, a matrix less the model's), so that a run would not go on from the same.
+    """
+    return {name: tensor.detach() for name, tensor in (*network.named_parameters(), *network.named_buffers())}
 
 
 def write_state(folder: Path, content: StateContent) -> None:

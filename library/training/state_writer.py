@@ -14,7 +14,7 @@ from torch import nn
 from library.keyed_random import key
 from library.training.loop import Loop
 from library.training.run_facts import versions
-from library.training.state import StateContent, write_state
+from library.training.state import StateContent, own_tensors, write_state
 from library.training.updater import Updater
 
 
@@ -26,7 +26,7 @@ class StateWriter:
         run: name that the states of a run and of its continuations share; None: a new one.
         facts: from :func:`library.training.run_facts.run_facts`.
         settings: from :func:`library.training.run_facts.plain_settings`.
-        network: its own tensors are kept in their dtype.
+        network: its parameters and buffers are kept in their dtype.
         updater: optimizer, schedule and average.
         loop: position and the loss's averages.
         on_cuda: whether CUDA's random numbers are in use.
@@ -68,7 +68,7 @@ class StateWriter:
             facts=self.facts,
             settings=self.settings,
             versions=versions(),
-            network=self.network.state_dict(),
+            network=own_tensors(self.network),
             memory=memory,
         )
         write_state(folder, content)

@@ -7,6 +7,7 @@ from typing import Any
 import pytest
 import torch
 from e2e_helpers import Job, make_job
+from resume_helpers import train
 from safetensors.torch import load_file, save_file
 from trainer_helpers import fill_network, gradients, made_trainer
 
@@ -185,3 +186,16 @@ def test_a_file_that_it_cannot_merge(job: Job, tmp_path: Path, file: Path) -> No
     weights = changed(file, tmp_path, "lora_unet_layers_0_attention_qkv.down", {})
     with pytest.raises(SettingsError, match=r"--base_weights: .* cannot .*merge .*KeyError: .*attention_qkv\.down"):
         made_trainer(flags(job, tmp_path, f"--base_weights={weights}"), last="load_models")
+
+
+def test_a_resumed_run_goes_on_from_parameters_and_not_from_a_file(
+    job: Job, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A file has the scalar multiplied in; trained apart, it has a value and an optimizer's memory of its own."""
+    whole, parts = tmp_path / "whole", tmp_path / "parts"
+    more = ["--save_state", "--save_every_n_epochs=1", "--network_dropout=0.3", "--mixed_precision=bf16"]
+    assert train(flags(job, whole, *more), monkeypatch).error is None
+    resumed = train(flags(job, parts, *more, f"--resume={whole / 'my-000001-state'}"), monkeypatch)
+    assert resumed.error is None
+    expected, found = (load_file(folder / "my.safetensors") for folder in (whole, parts))
+    assert all(torch.equal(value, found[name]) for name, value in expected.items())
