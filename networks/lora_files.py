@@ -280,8 +280,9 @@ _OTHER_MODEL = "; the LoRA is for another model"
 # What a file's keys give away about the model it is for: the first pattern that is found in a key names it.
 _SIGNS: tuple[tuple[str, str], ...] = (
     (
-        r"hada_w1|lokr_w1|oft_blocks|dora_scale|lora_magnitude_vector",
-        "a LoHa, LoKr, OFT or DoRA file, which needs --network_module lycoris.kohya",
+        r"hada_w1|lokr_w1|oft_blocks|dora_scale|lora_magnitude_vector|\.(diff|on_input|lambda_layer|[ab]1\.weight)$",
+        "a LoHa, LoKr, OFT, GLoRA, IA3, T-LoRA, DoRA or full file, which only training takes, with --network_module"
+        " lycoris.kohya",
     ),
     (r"lora_te2_|input_blocks|down_blocks_\d_attentions_\d_transformer_blocks_[1-9]", "an SDXL LoRA"),
     (r"lora_unet_(down|up|mid)_block|lora_te_text_model", "a Stable Diffusion 1 or 2 LoRA"),

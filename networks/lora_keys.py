@@ -48,13 +48,14 @@ def _numbered(kind: str) -> tuple[re.Pattern[str], str]:
 
 
 _KINDS = [_numbered(kind) for kind in LINEAR_KINDS]
+_NUMBERED_ENCODER = re.compile(r"^lora_te1(?=_layers_)")  # as LyCORIS counts text encoders, of which there is one
 _GEMMA2_NAME = re.compile(r"layers_(\d+)_(self_attn|mlp)_((?:[qkvo]|gate|up|down)_proj)")
 
 
 def kohya_name(name: str) -> str:
     """Returns kohya's name of a module; a separate q, k or v keeps its dots (``lora_unet.layers.0.attention.to_q``)."""
     if "." not in name and name.startswith("lora_"):
-        return name
+        return _NUMBERED_ENCODER.sub(GEMMA2.prefix, name)
     start, path = next(
         ((start, name.removeprefix(prefix)) for prefix, start in _PREFIXES if name.startswith(prefix)),
         (LUMINA.prefix, name),

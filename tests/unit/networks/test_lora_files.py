@@ -161,6 +161,12 @@ def lora(name, down=(4, 8), up=(8, 4)):
         (lora("lora_unet_joint_blocks_0_x_block_attn_qkv"), "a Stable Diffusion 3 LoRA"),
         (lora("diffusion_model.layers.29.attention.qkv", (4, 3840), (11520, 4)), "a Z-Image LoRA"),
         ({"lora_unet_layers_0_attention_qkv.lokr_w1": torch.zeros(2, 2)}, "LoHa, LoKr"),
+        ({"lora_unet_layers_0_attention_qkv.diff": torch.zeros(2, 2)}, "LoHa, .* or full file"),
+        ({"lora_unet_layers_0_attention_qkv.a1.weight": torch.zeros(2, 2)}, "GLoRA"),
+        (
+            {f"lora_unet_layers_0_attention_qkv.{part}": torch.zeros(2, 2) for part in ("weight", "on_input")},
+            "IA3",
+        ),
         ({"noise_refiner.0.attention.qkv.weight": torch.zeros(2, 2)}, "a whole Lumina checkpoint"),
         ({"model.layers.0.self_attn.q_proj.weight": torch.zeros(2, 2)}, "a language model's file"),
     ],

@@ -79,3 +79,9 @@ def test_names_of_other_trainers_lead_to_the_same_module():
         expected,
     ):
         assert kohya_name(name) == expected
+
+
+def test_lycoris_counts_text_encoders():
+    assert kohya_name("lora_te1_layers_3_mlp_up_proj") == "lora_te_layers_3_mlp_up_proj"
+    stable_diffusions = "lora_te1_text_model_encoder_layers_0_mlp_fc1"
+    assert kohya_name(stable_diffusions) == stable_diffusions
