@@ -47,7 +47,7 @@ class NetworkBuilder:
         if found is None:
             raise SettingsError(
                 f"--network_module: there is no Python module {name!r}; give networks.lora_lumina, or install the module's"
-                " package"
+                " package (LyCORIS: lycoris_lora)"
             )
         if self.has_companion:
             importlib.import_module(f"{name}_args").check_network_args(self._settings.arguments())

@@ -125,7 +125,7 @@ class OptimizerSettings:
 class NetworkSettings:
     """Which network is trained, and on which parts."""
 
-    network_module: str | None = flag(None, "Python module of the network: networks.lora_lumina")
+    network_module: str | None = flag(None, "Python module of the network: networks.lora_lumina, or lycoris.kohya")
     network_dim: int | None = flag(None, "rank of the LoRA; 4 when left out")
     network_alpha: float = flag(1.0, "LoRA strength is alpha / rank; 0 means alpha = rank")
     network_dropout: float | None = flag(None, "share of rank activations dropped in training")
