@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import logging
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 import torch
 
 from library.errors import UserError
+from library.files import write_with
 from library.training.arguments import TrainConfig
 from library.training.metadata import RunMetadata
 from library.training.output_files import companion
@@ -44,11 +46,15 @@ class LoraWriter:
         dtype = _PRECISION[output.save_precision]
         entries = self._metadata.at(step, epoch)
         with self._weights.in_use():
-            self._network.save_weights(str(path), dtype, entries)
+            self._save(path, dtype, entries)
         if not self._weights.has_average:
             return
         if not output.no_metadata:
             entries |= {"ss_ema_decay": str(self._config.optimizer.ema_decay)}
         with self._weights.in_use(averaged=True):
-            self._network.save_weights(str(companion(path)), dtype, entries)
+            self._save(companion(path), dtype, entries)
         logger.info("Saved %s", companion(path))
+
+    def _save(self, path: Path, dtype: torch.dtype | None, entries: Mapping[str, str]) -> None:
+        # Network modules of others write right into the file that they are given, and add entries of their own.
+        write_with(path, lambda temporary: self._network.save_weights(str(temporary), dtype, dict(entries)))

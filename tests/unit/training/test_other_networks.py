@@ -12,6 +12,7 @@ from safetensors.torch import load_file, save_file
 from trainer_helpers import fill_network, gradients, made_trainer
 
 from library.errors import NetworkError, SettingsError, UserError
+from library.training.lora_writer import LoraWriter
 from library.training.network_building import rank_and_alpha
 from library.training.other_networks import refusing
 
@@ -125,6 +126,15 @@ def test_errors_of_others_become_the_users() -> None:
 # ---- files
 
 
+class NoMetadata:
+    """Stands for the metadata of a run."""
+
+    entries: dict[str, str] = {}  # noqa: RUF012 - nobody is to write to it
+
+    def at(self, step: int, epoch: int) -> dict[str, str]:
+        return self.entries
+
+
 def changed(file: Path, folder: Path, drop: str, more: dict[str, torch.Tensor]) -> Path:
     """Writes the file without the tensors whose names begin so, and with others."""
     tensors = {name: tensor for name, tensor in load_file(file).items() if not drop or not name.startswith(drop)}
@@ -141,6 +151,26 @@ def test_a_file_is_taken_up(job: Job, tmp_path: Path, file: Path) -> None:
         assert all(torch.equal(found[name], value) for name, value in expected.items())
         # Its modules tell neither rank nor alpha.
         assert rank_and_alpha(trainer.config.network, trainer.network) == (("Dynamic", "Dynamic") if more else (4, 1.0))
+
+
+def test_a_file_is_there_whole_or_not_at_all(job: Job, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    trainer = made_trainer(flags(job, tmp_path))
+    writer = LoraWriter(trainer.config, trainer.network, trainer.weights, NoMetadata())
+    writer(tmp_path / "my.safetensors", 1, 1)
+    whole = (tmp_path / "my.safetensors").read_bytes()
+
+    def killed(file: str, dtype: torch.dtype | None, metadata: dict[str, str]) -> None:
+        assert file.endswith(".safetensors")  # LyCORIS chooses the format by it
+        metadata["a"] = "b"
+        Path(file).write_bytes(whole[:100])
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(trainer.network, "save_weights", killed)
+    with pytest.raises(KeyboardInterrupt):
+        writer(tmp_path / "my.safetensors", 1, 1)
+    assert (tmp_path / "my.safetensors").read_bytes() == whole
+    assert [path.name for path in tmp_path.iterdir()] == ["my.safetensors"]
+    assert NoMetadata.entries == {}
 
 
 @pytest.mark.parametrize(
