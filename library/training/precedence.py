@@ -78,8 +78,8 @@ def _pairs(typed: Mapping[str, Any]) -> Iterator[tuple[str, str]]:
 
 
 def _asks(value: Any) -> bool:
-    """Whether a value asks for something: ``false``, 0 and an empty text only turn the flag itself off."""
-    return bool(value)
+    """Whether a value asks for something: ``false``, 0 or less and an empty text only turn the flag itself off."""
+    return value > 0 if isinstance(value, (int, float)) else bool(value)
 
 
 def say_what_is_switched_off(lines: tuple[SwitchedOff, ...], path: Path | None) -> None:

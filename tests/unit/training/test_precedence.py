@@ -51,9 +51,12 @@ def test_previews_by_typed_steps(parse, tmp_path: Path) -> None:
     file = f"sample_prompts = '{tmp_path / 'prompts.txt'}'\nsample_every_n_epochs = 10\n"
     samples = parse(file, PICTURES, "--sample_every_n_steps=1").samples
     assert (samples.sample_every_n_steps, samples.sample_every_n_epochs) == (1, None)
-    # 0 turns the flag itself off and asks for nothing in the place of the file's.
-    samples = parse(file, PICTURES, "--sample_every_n_steps=0").samples
-    assert (samples.sample_every_n_steps, samples.sample_every_n_epochs) == (None, 10)
+    # 0 or less turns the flag itself off and asks for nothing in the place of the file's.
+    for nothing in ("0", "-1"):
+        samples = parse(file, PICTURES, f"--sample_every_n_steps={nothing}").samples
+        assert (samples.sample_every_n_steps, samples.sample_every_n_epochs) == (None, 10)
+    samples = parse(file.replace("epochs", "steps"), PICTURES, "--sample_every_n_epochs=-1").samples
+    assert (samples.sample_every_n_steps, samples.sample_every_n_epochs) == (10, None)
 
 
 def test_files_saved_by_steps_and_by_epochs_are_no_rivals(parse) -> None:
