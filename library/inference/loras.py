@@ -112,7 +112,8 @@ class LoraFiles:
         self._hashes[path] = metadata.get("sshs_model_hash", "")
         trained_with = metadata.get("ss_system_prompt")
         if trained_with not in (None, "None"):
-            self._trained_with[path] = plain_system_prompt(str(trained_with))
+            # Without the spaces at its ends, as system_prompt_of gives that of a text.
+            self._trained_with[path] = plain_system_prompt(str(trained_with)).strip()
 
     def tell_system_prompts(self, text: str) -> None:
         """Warns of LoRAs that were trained with another system prompt than this text has, each system prompt once.

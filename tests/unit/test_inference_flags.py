@@ -14,6 +14,7 @@ from library.inference.interactive import interact
 from library.inference.loras import LoraFiles
 from library.inference.models import DrawingModels, _device
 from library.inference.settings import PictureFlags, split_lora
+from library.lumina.prompt_template import PromptTemplate
 from library.memory.settings import QuantisationSettings
 from library.prompts import PromptError, parse_line
 
@@ -105,6 +106,7 @@ def loras_trained_with(tmp_path: Path, *system_prompts: str | None) -> LoraFiles
     [
         ("Draw.", "Draw. <Prompt Start> a cat", None),  # by --system_prompt, or inside --prompt
         ("Draw. <Prompt Start>", "Draw. <Prompt Start> a cat", None),
+        (" Draw.\n", PromptTemplate(" Draw.\n").text("a cat"), None),
         ("Draw.", "", None),  # as dropped captions
         ("Draw.", "a cat", 'was trained with the system prompt "Draw."; draw with the same: --system_prompt "Draw."'),
         ("Draw.", "Paint. <Prompt Start> a cat", 'was trained with the system prompt "Draw."'),
