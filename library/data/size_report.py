@@ -46,8 +46,10 @@ def _warn_of_shrunk(
     shares: dict[Size, float] = {}
     wanted: dict[Size, Size] = {}
     for size, placement in placements.items():
-        # No bucket is larger than the resolution; and a picture that is enlarged all the same loses nothing.
-        if math.prod(placement.bucket_px) >= _LEAST_SHARE * area or placement.resized_px[0] >= size[0]:
+        # No bucket is larger than the resolution, no picture has more to lose than it is large, and one that is enlarged
+        # all the same loses nothing.
+        most = min(area, math.prod(size))
+        if math.prod(placement.bucket_px) >= _LEAST_SHARE * most or placement.resized_px[0] >= size[0]:
             continue
         better = unlimited.place(*size)
         share = math.prod(placement.bucket_px) / math.prod(better.bucket_px) if better else 1.0

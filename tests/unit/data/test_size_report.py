@@ -57,6 +57,11 @@ def test_what_is_enlarged_all_the_same_is_not_made_smaller(caplog: pytest.LogCap
     assert [ENLARGED in each for each in _said(caplog, [(250, 400)])] == [True]
 
 
+def test_a_picture_that_is_hardly_larger_than_its_bucket_loses_nothing(caplog: pytest.LogCaptureFixture) -> None:
+    assert _said(caplog, [(1050, 600)]) == []  # becomes 1024x576; without the limit it would be enlarged to 1280x768
+    assert [SHRUNK in each for each in _said(caplog, [(1200, 700)])] == [True]
+
+
 def test_pictures_that_are_enlarged_much(caplog: pytest.LogCaptureFixture) -> None:
     sizes = [(1024, 1024), (683, 683), (682, 682), (256, 256)]
     expected = (
