@@ -25,6 +25,7 @@ from library.training.network_building import NetworkBuilder, rank_and_alpha
 from library.training.optimizer_names import require_package
 from library.training.other_networks import run_under_autocast
 from library.training.out_of_memory import raise_where_memory_was_short
+from library.training.output_files import warn_of_older_files
 from library.training.output_preservation import check_can_be_switched_off, warn_where_nothing_is_learned
 from library.training.report import RunPlan, log_plan
 from library.training.resuming import Resuming
@@ -70,6 +71,7 @@ class NetworkTrainer(FrozenModels):
                 self.show_data()
                 self.finish()
                 return
+            self.look_for_older_files()
             self.fit_memory()
             self.log_settings()
             self.cache_latents()
@@ -160,6 +162,12 @@ class NetworkTrainer(FrozenModels):
         self.data: TrainingData = TrainingData.build(self.config.data, self.seed, self.dataset_configs, sharing=sharing)
         self.check_captions()
         check_writable("--output_dir", self.output_dir())
+
+    def look_for_older_files(self) -> None:
+        """Says what of an earlier run a new one is going to overwrite, as far as its length is known by now."""
+        num_batches = self.data.num_batches(self.processes.count)
+        if self.processes.is_main and self.resuming.is_new and num_batches:
+            warn_of_older_files(self.config, RunPlan.of(self.config.schedule, num_batches))
 
     def fit_memory(self) -> None:
         """Chooses the memory flags that ``--vram_gb`` leaves open: from here on they are the run's settings.

@@ -13,6 +13,7 @@ from library.training.state import StateNames
 
 if TYPE_CHECKING:
     from library.training.arguments import TrainConfig
+    from library.training.report import RunPlan
 
 logger = logging.getLogger(__name__)
 
@@ -52,13 +53,16 @@ class LoraNames:
         return numbered(self._folder, re.escape(self._name or "at") + r"-step(\d{8,})" + re.escape(self._end))
 
 
-def warn_of_older_files(config: TrainConfig) -> None:
+def warn_of_older_files(config: TrainConfig, plan: RunPlan) -> None:
     """Warns, once, where a new run is going to overwrite LoRA files or states of this name; for the first process."""
-    found = _in_the_way(config)
+    if config.output.output_dir is None:  # OutputSettings refuses that; stated for the type checker
+        return
+    states = StateNames(config.output.output_dir, config.output.output_name)
+    found = _in_the_way(config, config.output.output_dir, states, plan)
     if not found:
         return
     more = f", as will {len(found) - 1} more of its files and states" if len(found) > 1 else ""
-    goes_on = ", and --resume=latest goes on from the last state" if any(path.is_dir() for path in found) else ""
+    goes_on = ", and --resume=latest goes on from the last state" if states.newest() is not None else ""
     logger.warning(
         "%s of %s is from an earlier run and will be overwritten%s; another --output_name keeps it%s",
         found[0],
@@ -68,30 +72,28 @@ def warn_of_older_files(config: TrainConfig) -> None:
     )
 
 
-def _in_the_way(config: TrainConfig) -> list[Path]:
-    """Returns what exists and this run will write, as far as its length is known from the flags; the final file first."""
-    output, state, schedule = config.output, config.state, config.schedule
-    if output.output_dir is None:  # OutputSettings refuses that; stated for the type checker
-        return []
-    loras = LoraNames(output.output_dir, output.output_name, output.save_model_as)
-    states = StateNames(output.output_dir, output.output_name)
-    every_epochs = 1 if output.save_n_epoch_ratio else output.save_every_n_epochs
-    last_epoch = schedule.max_train_epochs
-    last_step = schedule.max_train_steps if last_epoch is None else None
+def _in_the_way(config: TrainConfig, folder: Path, states: StateNames, plan: RunPlan) -> list[Path]:
+    """Returns what exists and this run will write, the final file first."""
+    output, state = config.output, config.state
+    loras = LoraNames(folder, output.output_name, output.save_model_as)
+    start = state.first_step(plan.steps_per_epoch) or 0
+    every_epochs, every_steps = output.epochs_between_files(plan.num_epochs), output.save_every_n_steps
+    # The last epoch's file is the final one.
+    epochs, steps = range(start // plan.steps_per_epoch + 1, plan.num_epochs), range(start + 1, plan.num_steps + 1)
 
-    def due(paths: Mapping[int, Path], every: int | None, last: int | None) -> list[Path]:
-        return [path for n, path in paths.items() if every and n % every == 0 and (last is None or n <= last)]
+    def due(of_epochs: Mapping[int, Path], of_steps: Mapping[int, Path]) -> list[Path]:
+        return [
+            path
+            for paths, every, numbers in ((of_epochs, every_epochs, epochs), (of_steps, every_steps, steps))
+            for number, path in paths.items()
+            if every and number % every == 0 and number in numbers
+        ]
 
-    found = [
-        loras.final(),
-        *due(loras.epochs(), every_epochs, last_epoch),
-        *due(loras.steps(), output.save_every_n_steps, last_step),
-    ]
+    found = [loras.final(), *due(loras.epochs(), loras.steps())]
     if config.optimizer.ema_decay is not None:
         found += [companion(path) for path in found]
     if state.save_state:
-        found += due(states.epochs(), every_epochs, last_epoch)
-        found += due(states.steps(), output.save_every_n_steps, last_step)
+        found += due(states.epochs(), states.steps())
     if state.save_state or state.save_state_on_train_end:
         found.append(states.final())
     return [path for path in found if path.exists()]

@@ -97,6 +97,11 @@ class OutputSettings:
             " into --output_dir",
         )
 
+    def epochs_between_files(self, num_epochs: int) -> int | None:
+        """Returns after how many epochs a file is saved in a run of this many; None: after none but the last."""
+        ratio = self.save_n_epoch_ratio
+        return max(1, num_epochs // ratio) if ratio else self.save_every_n_epochs
+
 
 @dataclass(frozen=True)
 class StateSettings:
@@ -120,6 +125,12 @@ class StateSettings:
     def __post_init__(self) -> None:
         require_positive(self, "save_last_n_epochs_state", "save_last_n_steps_state", "initial_epoch")
         require(self.initial_step is None or self.initial_step >= 0, f"--initial_step: {self.initial_step} is below 0")
+
+    def first_step(self, steps_per_epoch: int) -> int | None:
+        """Returns the step that the flags ask to start after; ``--initial_step`` goes before ``--initial_epoch``."""
+        if self.initial_step is None and self.initial_epoch is not None:
+            return (self.initial_epoch - 1) * steps_per_epoch
+        return self.initial_step
 
 
 @dataclass(frozen=True)

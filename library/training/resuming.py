@@ -16,7 +16,6 @@ from typing import TYPE_CHECKING, Any
 
 from library.errors import SettingsError, UserError, some
 from library.training.other_networks import require_loaded
-from library.training.output_files import warn_of_older_files
 from library.training.report import RunPlan
 from library.training.run_facts import changes, in_words
 from library.training.state import (
@@ -104,8 +103,6 @@ class Resuming:
     def find(self, processes: Processes, names: StateNames) -> None:
         """Removes what killed runs left half-written, and finds the state that ``latest`` means, for all processes.
 
-        A run that continues none is told what of an earlier one it is going to overwrite.
-
         Raises:
             StateError: a process does not see the state that the first one found.
         """
@@ -114,7 +111,7 @@ class Resuming:
             leftovers = names.remove_leftovers()
             if leftovers:
                 logger.info("Removed what a run that was killed had not written completely: %s", some(leftovers))
-            if self._settings.resume == LATEST and self.header is None and self.foreign is None:
+            if self._settings.resume == LATEST and self.is_new:
                 newest = names.newest()
                 chosen = str(newest.path) if newest is not None else None
                 if newest is None:
@@ -126,9 +123,11 @@ class Resuming:
         chosen = processes.gather([chosen])[0][0]
         if chosen is not None:
             self.header = read_header(Path(chosen))
-        is_new = self.header is None and self.foreign is None
-        if is_new and processes.is_main and not self._config.data.debug_dataset:
-            warn_of_older_files(self._config)
+
+    @property
+    def is_new(self) -> bool:
+        """Whether the run continues no state."""
+        return self.header is None and self.foreign is None
 
     @property
     def seed(self) -> int | None:
@@ -217,12 +216,10 @@ class Resuming:
             torch.cuda.set_rng_state(random["cuda"])
 
     def _initial_step(self, plan: RunPlan) -> int | None:
-        """Returns the step that the flags ask to start after; ``--initial_step`` goes before ``--initial_epoch``."""
-        step, epoch = self._settings.initial_step, self._settings.initial_epoch
-        name = "initial_step" if step is not None else "initial_epoch"
-        if step is None and epoch is not None:
-            step = (epoch - 1) * plan.steps_per_epoch
+        """Returns the step that the flags ask to start after."""
+        step = self._settings.first_step(plan.steps_per_epoch)
         if step is not None and step >= plan.num_steps:
+            name = "initial_step" if self._settings.initial_step is not None else "initial_epoch"
             raise SettingsError(
                 f"--{name}: {getattr(self._settings, name)} lies behind the end of the run ({plan.num_steps} steps,"
                 f" {plan.num_epochs} epochs), so nothing would be trained; give a smaller one or a longer run"

@@ -80,9 +80,7 @@ class Saver:
         self._uploads = uploads or _NoUploads()
         self._names = LoraNames(self._folder, settings.output_name, settings.save_model_as)
         self._state_names = StateNames(self._folder, settings.output_name)
-        self._every_epochs = settings.save_every_n_epochs
-        if settings.save_n_epoch_ratio:
-            self._every_epochs = max(1, num_epochs // settings.save_n_epoch_ratio)
+        self._every_epochs = settings.epochs_between_files(num_epochs)
 
     # The LoRA
 
