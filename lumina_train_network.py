@@ -362,8 +362,11 @@ class LuminaNetworkTrainer(NetworkTrainer):
 
     # ---- metadata ----
 
-    def model_metadata(self) -> dict[str, str]:
+    def model_metadata(self) -> dict[str, str | None]:
+        from library.training.caption_report import system_prompt_of_training
+
         return {
+            "system_prompt": system_prompt_of_training(self.config.model.system_prompt, self.data.items),
             "sd_model_name": self.files.dit.path.name,
             "gemma2_name": self.files.gemma2.path.name,
             "ae_name": self.files.ae.path.name,

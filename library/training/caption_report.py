@@ -13,6 +13,7 @@ from library.prompts import Prompt
 
 if TYPE_CHECKING:
     from library.data.dataset import TrainingData
+    from library.data.items import Item
 
 logger = logging.getLogger(__name__)
 
@@ -45,7 +46,7 @@ def report_system_prompt(given: str, used: str, data: TrainingData, prompts: Seq
         prompts: of the previews.
     """
     prompt_template.say_what_was_left_out(given, used)
-    captions = (f"{item.subset.caption_prefix or ''} {item.caption}" for item in (*data.items, *data.validation_items))
+    captions = _with_prefixes((*data.items, *data.validation_items))
     num_marked = sum(prompt_template.MARK in caption for caption in captions)
     if used:
         prompt_template.warn_of_two_marks(num_marked, "captions")
@@ -57,6 +58,23 @@ def report_system_prompt(given: str, used: str, data: TrainingData, prompts: Seq
             ' trained without one is to be drawn without one. This would add one: --system_prompt "%s"',
             prompt_template.EXAMPLE,
         )
+
+
+def system_prompt_of_training(used: str, items: Iterable[Item]) -> str | None:
+    """Returns the system prompt that captions are trained with, "" for none, ``None`` where it is not the same for all.
+
+    Args:
+        used: of ``--system_prompt``.
+        items: the pictures; their captions may have a system prompt inside.
+    """
+    if used:
+        return used
+    inside = {prompt_template.system_prompt_of(caption) for caption in _with_prefixes(items) if caption.strip()}
+    return next(iter(inside), "") if len(inside) < 2 else None
+
+
+def _with_prefixes(items: Iterable[Item]) -> Iterator[str]:
+    return (f"{item.subset.caption_prefix or ''} {item.caption}" for item in items)
 
 
 def warn_of_long_captions(

@@ -176,8 +176,8 @@ class ModelFamily(abc.ABC):
         """Returns the pictures of prompts of one size and one set of sampling options, drawn as one batch."""
 
     @abc.abstractmethod
-    def model_metadata(self) -> dict[str, str]:
-        """Returns the metadata entries (without ``ss_``) that name the model's files."""
+    def model_metadata(self) -> dict[str, str | None]:
+        """Returns the metadata entries (without ``ss_``) that are the family's: names of files, and how captions read."""
 
     @abc.abstractmethod
     def hashed_files(self) -> dict[str, Path]:

@@ -79,7 +79,7 @@ _FROM_SETTINGS: dict[str, tuple[str, ...]] = {
         "validation_split",
     ),
     "validation": ("max_validation_steps", "validate_every_n_epochs", "validate_every_n_steps"),
-    "model": ("system_prompt", "gemma2_max_token_length"),
+    "model": ("gemma2_max_token_length",),
     "flow": (
         "timestep_sampling",
         "discrete_flow_shift",
@@ -157,7 +157,7 @@ class RunFacts:
     optimizer: str
     dataset: Mapping[str, Any]  # ss_ entries about pictures and captions, without the prefix
     resolution_px: tuple[int, int]
-    model_files: Mapping[str, str]  # ss_ entries that name model files
+    of_model: Mapping[str, str | None]  # ss_ entries that the model's family adds
     started_at: float = field(default_factory=time.time)
 
 
@@ -201,7 +201,7 @@ class RunMetadata:
             **_CONSTANT_ENTRIES,
             **{name: config.given.get(name, default) for name, default in _IGNORED_FLAGS.items()},
             **facts.dataset,
-            **facts.model_files,
+            **facts.of_model,
         }
         for group, names in _FROM_SETTINGS.items():
             entries.update({name: getattr(getattr(config, group), name) for name in names})

@@ -447,7 +447,7 @@ class NetworkTrainer(FrozenModels):
             optimizer=describe_optimizer(config.optimizer),
             dataset=dataset_entries(self.data, self.processes.count, config.data.dataset_config is not None),
             resolution_px=self.data.datasets[0].resolution,
-            model_files={**self.model_metadata(), **self.base_weights.metadata()},
+            of_model={**self.model_metadata(), **self.base_weights.metadata()},
         )
         wanted = self.processes.is_main and not config.output.no_metadata
         hashes = FileHashes(self.hashed_files()) if wanted else None

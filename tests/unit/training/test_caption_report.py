@@ -10,6 +10,7 @@ from data_helpers import build, make_pictures
 from library.prompts import Prompt
 from library.training.caption_report import (
     report_system_prompt,
+    system_prompt_of_training,
     training_captions,
     warn_of_long_captions,
     warn_of_many_captions,
@@ -107,3 +108,17 @@ def test_texts_that_bring_a_system_prompt_of_their_own(tmp_path: Path, caplog: p
         "--system_prompt comes before 2 of the captions",
         "--system_prompt comes before 1 of the sample prompts",
     ]
+
+
+def test_the_system_prompt_of_a_training_may_stand_in_its_captions(tmp_path: Path) -> None:
+    """It is what a drawing is compared with."""
+    make_pictures(tmp_path, {"a.png": (64, 64), "b.png": (64, 64)}, captions=False)
+    (tmp_path / "a.txt").write_text("Draw. <Prompt Start> a cat", encoding="utf-8")
+    items = build(tmp_path).items
+    assert system_prompt_of_training("", items) == "Draw."  # b has no caption at all
+    assert system_prompt_of_training("Paint.", items) == "Paint."
+    (tmp_path / "b.txt").write_text("a dog", encoding="utf-8")
+    assert system_prompt_of_training("", build(tmp_path).items) is None
+    assert system_prompt_of_training("", build(tmp_path, caption_prefix="Paint. <Prompt Start>").items) == "Paint."
+    (tmp_path / "a.txt").write_text("a cat", encoding="utf-8")
+    assert system_prompt_of_training("", build(tmp_path).items) == ""

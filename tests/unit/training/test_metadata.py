@@ -49,7 +49,12 @@ def metadata(*more: str, hashes: FileHashes | None = None) -> RunMetadata:
         optimizer="torch.optim.adamw.AdamW",
         dataset=DATASET,
         resolution_px=(256, 256),
-        model_files={"sd_model_name": "tiny_dit.safetensors", "gemma2_name": "g", "ae_name": "a"},
+        of_model={
+            "sd_model_name": "tiny_dit.safetensors",
+            "gemma2_name": "g",
+            "ae_name": "a",
+            "system_prompt": None,
+        },
     )
     return RunMetadata(config, facts, hashes)
 
