@@ -111,11 +111,7 @@ CONDITIONS: tuple[tuple[tuple[str, ...], str, Callable[[TrainConfig], bool]], ..
     (
         ("sample_every_n_steps",),
         "--sample_every_n_epochs goes before it",
-        lambda c: not c.samples.sample_every_n_epochs,
-    ),
-    *(
-        ((name,), "a number below 1 draws nothing", lambda c, name=name: c.given.get(name, 1) > 0)
-        for name in ("sample_every_n_steps", "sample_every_n_epochs")
+        lambda c: not (c.samples.sample_every_n_epochs and c.samples.sample_every_n_steps),
     ),
     (
         ("caption_variants",),
@@ -167,7 +163,7 @@ CONDITIONS: tuple[tuple[tuple[str, ...], str, Callable[[TrainConfig], bool]], ..
     (
         ("sample_prompts",),
         "nothing says when to draw; add --sample_every_n_epochs, --sample_every_n_steps or --sample_at_first",
-        lambda c: bool(c.samples.sample_every_n_epochs or c.samples.sample_every_n_steps or c.samples.sample_at_first),
+        lambda c: c.samples.draws or any(c.given.get(f"sample_every_n_{unit}", 1) <= 0 for unit in ("steps", "epochs")),
     ),
     (
         ("lr_warmup_steps", "lr_scheduler_num_cycles", "lr_scheduler_power", "lr_scheduler_min_lr_ratio"),

@@ -236,12 +236,24 @@ def test_an_average_that_is_not_kept_cannot_be_drawn_with(tmp_path: Path) -> Non
         parse_arguments([*_REQUIRED, f"--train_data_dir={tmp_path}", "--sample_weights=ema"])
 
 
-def test_flags_that_draw_nothing_are_named(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+def test_0_or_less_is_never_and_needs_no_warning(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    """That is how previews of --config_file are turned off on the command line."""
     (tmp_path / "p.txt").write_text("a", encoding="utf-8")
-    flags = [f"--sample_prompts={tmp_path / 'p.txt'}", "--sample_every_n_steps=0", "--sample_every_n_epochs=-1"]
-    config = parse_arguments([*_REQUIRED, f"--train_data_dir={tmp_path}", "--sample_at_first", *flags])
+    (tmp_path / "run.toml").write_text(
+        f"sample_prompts = '{tmp_path / 'p.txt'}'\nsample_every_n_epochs = 1\n", encoding="utf-8"
+    )
+    required = [*_REQUIRED, f"--train_data_dir={tmp_path}", "--learning_rate=1e-4"]
+    for flags in (["steps=0"], ["epochs=0"], ["steps=-1", "epochs=-1"]):
+        typed = [f"--sample_every_n_{flag}" for flag in flags]
+        config = parse_arguments([*required, *typed, f"--config_file={tmp_path / 'run.toml'}"])
+        assert config is not None
+        assert (config.samples.sample_every_n_steps, config.samples.sample_every_n_epochs) == (
+            None,
+            1 if flags == ["steps=0"] else None,
+        )
+        warn_of_unused(config, all_specs())
+    assert not caplog.records
+    config = parse_arguments([*required, f"--sample_prompts={tmp_path / 'p.txt'}"])
     assert config is not None
     warn_of_unused(config, all_specs())
-    assert "--sample_every_n_steps (a number below 1 draws nothing)" in caplog.text
-    assert "--sample_every_n_epochs (a number below 1 draws nothing)" in caplog.text
-    assert (config.samples.sample_every_n_steps, config.samples.sample_every_n_epochs) == (None, None)
+    assert "--sample_prompts (nothing says when to draw" in caplog.text
