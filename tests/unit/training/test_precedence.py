@@ -8,6 +8,7 @@ from library.settings import as_given, shown
 from library.training.arguments import TrainConfig, all_specs, parse_arguments
 from library.training.precedence import ONE_WAY, RIVALS, TURNED_ON_BY, say_what_is_switched_off, switched_off
 from library.training.report import RunPlan
+from library.training.unused_flags import warn_of_unused
 
 ENOUGH = [
     "--pretrained_model_name_or_path=model.safetensors",
@@ -79,6 +80,19 @@ def test_a_typed_rate_is_the_transformers(parse) -> None:
     # unet_lr = 0 is no other rate: it says that the Next-DiT is not trained.
     optimizer = parse("unet_lr = 0.0", PICTURES, "--learning_rate=1e-4").optimizer
     assert optimizer.unet_lr == 0
+
+
+def test_ranks_and_alphas_of_a_file_leave_nothing_to_warn_of(
+    parse, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    (tmp_path / "lora.safetensors").touch()
+    weights = f"--network_weights={tmp_path / 'lora.safetensors'}"
+    config = parse("network_dim = 16\nnetwork_alpha = 16", PICTURES, weights, "--dim_from_weights")
+    assert [one.name for one in config.switched_off] == ["network_dim", "network_alpha"]
+    warn_of_unused(config, all_specs())
+    assert not caplog.records
+    config = parse("dim_from_weights = true", PICTURES, weights, "--network_alpha=8")
+    assert config.network.dim_from_weights
 
 
 def test_other_pictures_than_the_files(parse) -> None:
