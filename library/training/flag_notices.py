@@ -24,6 +24,18 @@ def give_notices(config: TrainConfig) -> None:
     say_what_is_switched_off(config.switched_off, config.config_file)
     warn_of_ignored(given)
     warn_of_unused(config, all_specs())
+    if (
+        "learning_rate" in config.typed
+        and config.optimizer.unet_lr
+        and "unet_lr" not in config.typed
+        and config.trains_dit
+    ):
+        logger.warning(
+            "--learning_rate %g is not the transformer's, which has unet_lr = %g in %s; type --unet_lr to change it",
+            config.optimizer.learning_rate,
+            config.optimizer.unet_lr,
+            config.config_file,
+        )
     warn_where_no_rate_is_given(config.optimizer, "learning_rate" in given, config.own_rates)
     name = config.output.output_name
     if given.get("output_name", name) != name:

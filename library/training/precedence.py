@@ -38,7 +38,7 @@ RIVALS: tuple[tuple[str, ...], ...] = (
 Flags that act side by side are no rivals: ``--save_every_n_steps`` and ``--save_every_n_epochs`` both save, and likewise
 ``--validate_every_n_*``.
 """
-ONE_WAY: tuple[tuple[str, str], ...] = (("learning_rate", "unet_lr"), ("dim_from_weights", "network_alpha"))
+ONE_WAY: tuple[tuple[str, str], ...] = (("dim_from_weights", "network_alpha"),)
 """(typed, of the file): the typed one answers the file's question too, while the other way round it does not."""
 TURNED_ON_BY: dict[str, str] = {
     "cache_latents": "cache_latents_to_disk",

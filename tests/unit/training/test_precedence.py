@@ -6,6 +6,7 @@ import pytest
 
 from library.settings import as_given, shown
 from library.training.arguments import TrainConfig, all_specs, parse_arguments
+from library.training.flag_notices import give_notices
 from library.training.precedence import ONE_WAY, RIVALS, TURNED_ON_BY, say_what_is_switched_off, switched_off
 from library.training.report import RunPlan
 from library.training.unused_flags import warn_of_unused
@@ -72,14 +73,19 @@ def test_another_optimizer_and_kernel_than_the_files(parse) -> None:
     assert not config.trains_dit
 
 
-def test_a_typed_rate_is_the_transformers(parse) -> None:
-    optimizer = parse("unet_lr = 1e-3\ntext_encoder_lr = 1e-5", PICTURES, "--learning_rate=1e-4").optimizer
-    assert (optimizer.learning_rate, optimizer.unet_lr, optimizer.text_encoder_lr) == (1e-4, None, (1e-5,))
-    optimizer = parse("learning_rate = 1e-3", PICTURES, "--unet_lr=1e-4").optimizer
-    assert (optimizer.learning_rate, optimizer.unet_lr) == (1e-3, 1e-4)
-    # unet_lr = 0 is no other rate: it says that the Next-DiT is not trained.
-    optimizer = parse("unet_lr = 0.0", PICTURES, "--learning_rate=1e-4").optimizer
-    assert optimizer.unet_lr == 0
+def test_the_files_rate_of_the_transformer_stays_and_is_told(parse, caplog: pytest.LogCaptureFixture) -> None:
+    config = parse("unet_lr = 1e-3\ntext_encoder_lr = 1e-5", PICTURES, "--learning_rate=1e-4")
+    assert (config.optimizer.learning_rate, config.optimizer.unet_lr) == (1e-4, 1e-3)
+    give_notices(config)
+    assert "--learning_rate 0.0001 is not the transformer's, which has unet_lr = 0.001" in caplog.text
+    caplog.clear()
+    for line, typed in (
+        ("unet_lr = 1e-3\nlearning_rate = 1e-4", "--text_encoder_lr=1e-5"),
+        ("learning_rate = 1e-3", "--unet_lr=1e-4"),
+        ("unet_lr = 0.0", "--learning_rate=1e-4"),
+    ):
+        give_notices(parse(line, PICTURES, typed))
+    assert "is not the transformer's" not in caplog.text
 
 
 def test_ranks_and_alphas_of_a_file_leave_nothing_to_warn_of(
