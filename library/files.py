@@ -34,7 +34,13 @@ _UMASK = threading.Lock()
 
 @contextlib.contextmanager
 def replacing(path: Path) -> Iterator[Path]:
-    """Gives a temporary path in the folder of ``path`` and moves it to ``path`` when the block ends without an error."""
+    """Gives a temporary path in the folder of ``path`` and moves it to ``path`` when the block ends without an error.
+
+    Within another call's block its temporary path is written to as it is: that call moves it, whole or not at all.
+    """
+    if _name_of_temporary(path.name) is not None:
+        yield path
+        return
     path.parent.mkdir(parents=True, exist_ok=True)
     # The suffix is kept: some writers choose the format by it.
     suffix = f"{_PARTIAL}{path.suffix}"
@@ -48,9 +54,9 @@ def replacing(path: Path) -> Iterator[Path]:
         temporary.chmod(0o666 & ~_umask())
         temporary.replace(path)
     except OSError as error:
-        if error.filename is not None or error.errno is None:
+        if error.filename not in (None, name) or error.errno is None:
             raise
-        # What comes up while a file is open, such as a full disk, does not say which file.
+        # What comes up while a file is open, such as a full disk, does not say which; and a temporary one says little.
         raise OSError(error.errno, error.strerror, str(path)) from error
     finally:
         temporary.unlink(missing_ok=True)

@@ -87,6 +87,25 @@ def test_an_error_of_an_open_file_gets_the_files_name(tmp_path: Path) -> None:
     assert list(tmp_path.iterdir()) == []
 
 
+def test_a_write_within_another_has_its_temporary_file(tmp_path: Path) -> None:
+    """What a killed program leaves has a name that the next one knows, and errors name the file that is written."""
+    path, seen = tmp_path / "my.safetensors", []
+
+    def note_and_fill(temporary: Path) -> None:
+        seen.extend(entry.name for entry in tmp_path.iterdir())
+        temporary.write_text("new")
+        raise OSError(28, "No space left on device", str(temporary))
+
+    with pytest.raises(OSError, match="No space") as caught:
+        files.write_with(path, lambda outer: files.write_with(outer, note_and_fill))
+    assert caught.value.filename == str(path)
+    assert list(tmp_path.iterdir()) == []
+    (tmp_path / seen[0]).touch()
+    assert files.remove_leftovers(tmp_path, lambda name: name == "my", lambda _: False) == seen
+    files.write_with(path, lambda outer: files.write_text(outer, "new"))
+    assert path.read_text() == "new"
+
+
 def test_folders_are_tried_before_they_are_needed(tmp_path: Path) -> None:
     files.check_writable("--output_dir", tmp_path / "a" / "b")
     assert list((tmp_path / "a" / "b").iterdir()) == []
