@@ -20,7 +20,7 @@ _MANY = 25  # above this many pictures cells are of the smallest size
 _GAP_PX = 16
 _TEXT_PX, _NOTE_PX, _TITLE_PX = 16, 13, 22
 _TITLE_LINES, _TEXT_LINES, _NOTE_LINES = 3, 4, 2
-_JPEG_QUALITY = 92
+_JPEG_QUALITY, _LARGEST_JPEG_PX = 92, 65500
 _PAPER, _INK, _GREY = (250, 250, 250), (20, 20, 20), (110, 110, 110)
 
 # Pillow's own font has Latin letters only. These are what common systems have for others, and are found by name.
@@ -116,7 +116,8 @@ def note_of(prompt: Prompt, seed: int) -> str:
 
 
 def save_sheet(path: Path, sheet: Image.Image) -> None:
-    """Writes a sheet to a JPEG file, atomically."""
+    """Writes a sheet to a JPEG file, atomically; one that is too wide or too high for the format becomes smaller."""
+    sheet.thumbnail((_LARGEST_JPEG_PX, _LARGEST_JPEG_PX))
     write_with(path, lambda temporary: sheet.save(temporary, quality=_JPEG_QUALITY))
 
 

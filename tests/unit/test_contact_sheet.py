@@ -1,10 +1,12 @@
 """The sheet of previews: what is where, and texts that do not fit."""
 
+from pathlib import Path
+
 import numpy
 import pytest
 from PIL import Image, ImageFont
 
-from library.contact_sheet import Entry, _wrapped, contact_sheet
+from library.contact_sheet import Entry, _wrapped, contact_sheet, save_sheet
 
 RED = (255, 0, 0)
 
@@ -53,6 +55,12 @@ def test_columns_and_longer_titles() -> None:
     top = 3 * 33 + 18 + 8 + 16  # three lines of title, and the one below
     assert _has_ink(sheet, (0, 16 + 2 * 33, sheet.width, 16 + 3 * 33))
     assert sheet.getpixel((16, top)) == RED != sheet.getpixel((16, top - 1))
+
+
+def test_a_sheet_that_is_too_wide_for_its_format_becomes_smaller(tmp_path: Path) -> None:
+    save_sheet(tmp_path / "a.jpg", Image.new("RGB", (70000, 700), RED))
+    with Image.open(tmp_path / "a.jpg") as found:
+        assert found.size == (65500, 655)
 
 
 def test_texts_are_wrapped_and_end_in_an_ellipsis() -> None:
