@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import re
 import time
 from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
@@ -109,6 +110,5 @@ def _repeated(labels: Mapping[Path, str]) -> list[Path]:
 
 
 def _in_file_name(label: str) -> str:
-    return (
-        label.replace("/", "_").replace("\\", "_").replace(":", "_").encode()[:_LABEL_BYTES].decode("utf-8", "ignore")
-    )
+    # Pictures may go to a disk of Windows, which takes none of these.
+    return re.sub(r'[<>:"/\\|?*\x00-\x1f]', "_", label).encode()[:_LABEL_BYTES].decode("utf-8", "ignore")

@@ -173,12 +173,16 @@ class CompareFlags:
 
 
 def files_of(path: Path) -> list[Path]:
-    """Returns a file, or the LoRA files of a folder or of a pattern: some shells leave ``*`` to the program."""
+    """Returns a file, or the LoRA files of a folder or of a pattern: some shells leave ``*`` to the program.
+
+    As in a shell, files that begin with a dot are left out: a run that is going on writes under such names.
+    """
     if path.is_dir():
         path = path / "*.safetensors"
     if path.is_file():
         return [path]
-    return sorted(file for file in path.parent.glob("*") if fnmatchcase(file.name, path.name) and file.is_file())
+    shown = (file for file in path.parent.glob("*") if not file.name.startswith("."))
+    return sorted(file for file in shown if fnmatchcase(file.name, path.name) and file.is_file())
 
 
 def split_lora(text: str) -> tuple[Path, float]:

@@ -104,6 +104,7 @@ def test_a_file_that_draws_nothing_leaves_its_place_empty(tmp_path: Path, caplog
 def test_files_of_a_folder_and_of_a_pattern(tmp_path: Path) -> None:
     for name in ("my.safetensors", "my-000002.safetensors", "my-000001.safetensors", "other.safetensors", "my.txt"):
         (tmp_path / name).touch()
+    (tmp_path / ".my-ab12cd34.partial.safetensors").touch()  # of a run that is saving
     (tmp_path / "my-folder.safetensors").mkdir()
     run = ["my-000001", "my-000002", "my"]
     assert [file.stem for file in CompareFlags(compare_lora_weights=(tmp_path,)).files] == [*run, "other"]
@@ -132,3 +133,12 @@ def test_files_of_one_name_are_told_apart() -> None:
     names = ["a/my.safetensors", "b/my.safetensors", "b/other.safetensors", "x/b/my.safetensors"]
     assert list(labels_of([Path(name) for name in names]).values()) == ["a/my", "b/my (1)", "other", "b/my (2)"]
     assert list(labels_of([Path("a\udcff.safetensors")]).values()) == ["a?"]
+
+
+def test_names_of_pictures_are_allowed_everywhere(tmp_path: Path) -> None:
+    file = tmp_path / 'a <b> "c"?.safetensors'
+    file.touch()
+    painting: Any = Painting(tmp_path, [])
+    compare(painting, PROMPTS, CompareFlags(compare_lora_weights=(file,)), tmp_path)
+    names = [path.name.split("_", 2)[2] for path in tmp_path.glob("compare_*.png")]
+    assert sorted(names) == ["a _b_ _c___1_1.png", "a _b_ _c___1_2.png"]
