@@ -77,6 +77,8 @@ def main(argv: Sequence[str] | None = None) -> None:
     say_what_was_left_out(given.get("system_prompt", ""), pictures.system_prompt)
     known = [pictures.caption_template.text(prompt.prompt) for prompt in prompts]
     loras = LoraFiles(flags.lora_weights, flags.merge_lora_weights, read_network, known, comparison.files)
+    for prompt in prompts:
+        loras.check_multipliers(prompt.multipliers)
     models = DrawingModels(
         flags,
         from_given(AttentionSettings, given),

@@ -167,17 +167,30 @@ class LoraFiles:
             self._beside = None
             network.remove()
 
-    def set_multipliers(self, multipliers: Sequence[float]) -> None:
-        """Sets the attached LoRAs' multipliers; the last one holds for all that follow. None are those of the files.
+    def check_multipliers(self, multipliers: Sequence[float]) -> None:
+        """Makes sure that :meth:`set_multipliers` can set these, before any model is read.
 
         Raises:
             PromptError: the LoRAs are merged, or there are more multipliers than LoRAs.
         """
         if multipliers and self._merged:
             raise PromptError("--m has no effect on merged LoRAs; start without --merge_lora_weights")
+        if len(multipliers) > len(self._files):
+            raise PromptError(f"--m gives {len(multipliers)} multipliers; the number of LoRAs is {len(self._files)}")
+
+    @property
+    def change_text(self) -> bool:
+        """Whether texts are encoded otherwise with other multipliers."""
+        return any(network.text_encoder_loras for network in self._networks)
+
+    def set_multipliers(self, multipliers: Sequence[float]) -> None:
+        """Sets the attached LoRAs' multipliers; the last one holds for all that follow. None are those of the files.
+
+        Raises:
+            PromptError: they cannot be had, see :meth:`check_multipliers`.
+        """
+        self.check_multipliers(multipliers)
         count = len(self._networks)
-        if len(multipliers) > count:
-            raise PromptError(f"--m gives {len(multipliers)} multipliers; the number of LoRAs is {count}")
         padded = [*multipliers, *[multipliers[-1]] * (count - len(multipliers))] if multipliers else self._given[:count]
         for network, multiplier in zip(self._networks, padded, strict=True):
             network.set_multiplier(multiplier)

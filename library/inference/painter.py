@@ -74,7 +74,9 @@ class Painter:
         return [files[index] for index in range(len(prompts))]
 
     def encode(self, prompts: Sequence[Prompt]) -> Features:
-        """Returns the features of prompts and their negative prompts: each text is encoded once.
+        """Returns the features of prompts and their negative prompts.
+
+        Each text is encoded once, or once with each multipliers where a LoRA changes the text encoder.
 
         Raises:
             PromptError: the LoRA multipliers of a prompt cannot be had.
@@ -85,17 +87,21 @@ class Painter:
         models, template = self._models, self._flags.negative_template
         self._tell_system_prompts({prompt.prompt for prompt in prompts})
         features: Features = {}
-        for multipliers in dict.fromkeys(prompt.multipliers for prompt in prompts):
+        groups: dict[tuple[float, ...], list[Prompt]] = {}
+        for prompt in prompts:
+            groups.setdefault(prompt.multipliers if self._loras.change_text else (), []).append(prompt)
+        for multipliers, drawn in groups.items():
             self._loras.set_multipliers(multipliers)
-            drawn = [prompt for prompt in prompts if prompt.multipliers == multipliers]
             texts = list(dict.fromkeys(prompt.prompt for prompt in drawn))
             negatives = list(dict.fromkeys(prompt.negative_prompt for prompt in drawn))
             longest = max(self._num_tokens(text) for text in texts)
             remedy = "a shorter prompt needs less"
             with torch.no_grad(), models.enough_memory(f"a prompt of {longest} tokens", remedy):
                 encoded, against = models.encode(texts, negatives, template)
-            features |= {(multipliers, text, False): found for text, found in zip(texts, encoded, strict=True)}
-            features |= {(multipliers, text, True): found for text, found in zip(negatives, against, strict=True)}
+            found, avoided = dict(zip(texts, encoded, strict=True)), dict(zip(negatives, against, strict=True))
+            for prompt in drawn:
+                features[prompt.multipliers, prompt.prompt, False] = found[prompt.prompt]
+                features[prompt.multipliers, prompt.negative_prompt, True] = avoided[prompt.negative_prompt]
         return features
 
     @contextlib.contextmanager

@@ -16,6 +16,7 @@ from safetensors.torch import load_file, save_file
 import lumina_minimal_inference
 from configs.quickstart.make_models import write_all_in_one, write_folder
 from library.errors import DrawingError
+from library.prompts import PromptError
 
 
 @pytest.fixture
@@ -154,6 +155,15 @@ def test_a_prompt_file_draws_what_its_prompts_draw_alone(job: Job, lora: Path, t
         lumina_minimal_inference.main([*flags, *how, f"--output_dir={alone / str(index)}"])
         (path,) = (alone / str(index)).iterdir()
         assert path.read_bytes() == (together / names[index]).read_bytes()  # with its text
+
+
+def test_multipliers_of_a_file_are_checked_before_models_are_read(
+    job: Job, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    (tmp_path / "p.txt").write_text("a cat\na cat --m 0.5\n", encoding="utf-8")
+    with caplog.at_level("INFO"), pytest.raises(PromptError, match="1 multipliers; the number of LoRAs is 0"):
+        lumina_minimal_inference.main([*job.inference_flags, f"--from_file={tmp_path / 'p.txt'}"])
+    assert "Reading the models" not in caplog.text
 
 
 def test_pictures_of_one_size_are_drawn_at_a_time(job: Job, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
