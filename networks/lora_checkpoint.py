@@ -143,7 +143,7 @@ def write_merged(
         metadata: of the new file.
 
     Raises:
-        ModelFileError: a weight has another shape than its LoRA, or is quantised, or a sum is not finite.
+        ModelFileError: a weight has another shape than its LoRA, or is quantised, or a number that changes is not finite.
         OSError: the new file cannot be written.
     """
     entries, _ = read_entries(file)
@@ -165,10 +165,11 @@ def write_merged(
                 tensor = torch.addmm(tensor.float(), up, down)
             if entries[name].dtype in _FLOATS:
                 tensor = tensor.to(_FLOATS[dtypes[name]])
-            if name in modules and not bool(torch.isfinite(tensor).all()):
+            changes = name in modules or dtypes[name] != entries[name].dtype
+            if changes and not bool(torch.isfinite(tensor).all()):
                 raise ModelFileError(
-                    f"{file}: {name} with its LoRA holds numbers that are not finite; a file is damaged, or --ratios are too"
-                    " large"
+                    f"{file}: {name} would hold numbers that are not finite; a file is damaged, --ratios are too large, or"
+                    " the range of --save_precision is too small"
                 )
             progress.update()
             yield tensor.contiguous().reshape(-1).view(torch.uint8).numpy().data

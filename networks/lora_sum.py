@@ -67,6 +67,9 @@ def reduced(factors: Mapping[str, Factors], rank: int) -> Reduced:
 
     They are the largest singular vectors, found in the r x r core between the factors' orthonormal bases. Modules of this
     rank or a smaller one stay as they are.
+
+    Raises:
+        NetworkError: a module has numbers that are not finite.
     """
     result = Reduced({}, {})
     for name, one in factors.items():
@@ -74,6 +77,10 @@ def reduced(factors: Mapping[str, Factors], rank: int) -> Reduced:
             result.factors[name], result.kept[name] = one, 1.0
             continue
         down, up = (factor.double() for factor in at_strength(one))
+        if not bool(torch.isfinite(down).all() and torch.isfinite(up).all()):
+            raise NetworkError(
+                f"the LoRA of {name} holds numbers that are not finite; a file is damaged, or --ratios are too large"
+            )
         basis_in, core_in = torch.linalg.qr(down.T)  # (in, q), (q, r)
         basis_out, core_out = torch.linalg.qr(up)
         left, sizes, right = torch.linalg.svd(core_out @ core_in.T, full_matrices=False)

@@ -102,6 +102,12 @@ def test_weights_that_cannot_take_it_are_named_and_nothing_is_left(weight, lora,
     assert [path.name for path in tmp_path.iterdir()] == ["old.safetensors"]
 
 
+def test_a_precision_whose_range_is_too_small_is_told(tmp_path):
+    with pytest.raises(ModelFileError, match=r"wide would hold numbers that are not finite.* --save_precision"):
+        merged({"a": torch.zeros(8, 6), "wide": torch.tensor([1e5])}, factors(), tmp_path, "F16")
+    merged({"a": torch.zeros(8, 6), "mask": torch.tensor([-torch.inf])}, factors(), tmp_path)  # stays as it is
+
+
 def test_headers_are_read_with_metadata_or_refused(tmp_path):
     save_file({"a": torch.ones(2, 3).half()}, tmp_path / "m.safetensors", {"x": "y"})
     assert read_entries(tmp_path / "m.safetensors") == ({"a": Entry("F16", (2, 3), 12)}, {"x": "y"})

@@ -90,6 +90,13 @@ def test_a_rank_that_is_small_enough_already_stays_bit_for_bit():
     assert set(result.kept.values()) == {1.0}
 
 
+@pytest.mark.parametrize("number", [torch.nan, torch.inf])
+def test_numbers_that_are_not_finite_have_no_smaller_rank(number):
+    broken = {"lora_unet_x_embedder": Factors(torch.randn(4, 6), torch.full((48, 4), number), 4.0)}
+    with pytest.raises(NetworkError, match=r"lora_unet_x_embedder holds numbers that are not finite"):
+        reduced(broken, 2)
+
+
 @pytest.mark.parametrize("rank", [1, 20])
 def test_ranks_beyond_a_linears_size_and_zeros_are_no_trouble(rank):
     big = {"lora_unet_x_embedder": Factors(torch.randn(32, 6), torch.randn(48, 32), 32.0)}
