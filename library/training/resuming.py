@@ -237,9 +237,7 @@ class Resuming:
                 f"--resume: {header.path} holds the memory of the optimizer {before}, which {now} cannot use; {instead}"
             )
         tensors, memory = read_tensors(header)
-        # A buffer that the state lacks keeps the value that it was made with.
-        trained = {name for name, _ in network.named_parameters()}
-        own = {name: tensor for name, tensor in own_tensors(network).items() if name in trained or name in tensors}
+        own = own_tensors(network)
         _check_tensors(header.path, tensors, own, instead)
         for name, tensor in own.items():
             tensor.copy_(tensors[name])

@@ -96,12 +96,18 @@ class StateHeader:
 
 
 def own_tensors(network: nn.Module) -> dict[str, Tensor]:
-    """Returns the very parameters and buffers of a network, by name.
+    """Returns the very parameters and buffers of a network, by name, without the buffers that it does not want saved.
 
     Not its ``state_dict``: network modules of others give there what their files hold, which may be computed from
     parameters (LyCORIS: ``lora_up`` times a scalar, a matrix less the model's), so that a run would not go on from the same.
     """
-    return {name: tensor.detach() for name, tensor in (*network.named_parameters(), *network.named_buffers())}
+    unsaved = {
+        f"{path}.{name}".removeprefix(".")
+        for path, module in network.named_modules()
+        for name in module._non_persistent_buffers_set
+    }
+    tensors = (*network.named_parameters(), *network.named_buffers())
+    return {name: tensor.detach() for name, tensor in tensors if name not in unsaved}
 
 
 def write_state(folder: Path, content: StateContent) -> None:

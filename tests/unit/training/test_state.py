@@ -7,6 +7,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from lora_helpers import small_next_dit
 
 from library import files
 from library.training.nested import CannotBeKept
@@ -19,10 +20,13 @@ from library.training.state import (
     StateError,
     StateNames,
     is_complete,
+    own_tensors,
     read_header,
     read_tensors,
     write_state,
 )
+from networks.lora_files import read_lora_file, to_factors
+from networks.lora_lumina import create_network
 
 FACTS = {
     "seed": 7,
@@ -60,6 +64,15 @@ def test_it_comes_back(tmp_path: Path) -> None:
     assert memory["tuple"] == (1, None)
     assert memory["updater"]["state"][0]["d"] == float("inf")
     assert memory["updater"]["state"][0]["step"] == torch.tensor(3.0)
+
+
+def test_a_networks_part_is_a_lora_file(tmp_path: Path) -> None:
+    """Of a run whose LoRA file is lost it can be drawn with, converted and trained on."""
+    network = create_network(1.0, 4, 2.0, None, None, small_next_dit())
+    own = own_tensors(network)
+    assert own.keys() == network.state_dict().keys()
+    files.write_safetensors(tmp_path / NETWORK_FILE, own, None)
+    assert len(to_factors(read_lora_file(tmp_path / NETWORK_FILE), None, "")) == len(network.loras)
 
 
 def test_a_new_one_replaces_an_old_one(tmp_path: Path) -> None:
