@@ -41,8 +41,9 @@ def test_cuda_trains_what_the_cpu_trains(job: Job, tmp_path: Path) -> None:
         ["--cache_latents", "--cache_text_encoder_outputs"],
         ["--cache_latents_to_disk", "--gradient_checkpointing", "--network_args", "split_qkv=true", "rank_dropout=0.1"],
         ["--network_train_unet_only", "--no_half_vae", "--full_bf16", "--optimizer_type=AdamW8bit"],
+        ["--cache_text_encoder_outputs", "--gradient_checkpointing", "--network_module=other_network"],
     ],
-    ids=["cached", "gemma2", "uncached"],
+    ids=["cached", "gemma2", "uncached", "another's network, under autocast"],
 )
 def test_bf16_with_previews(job: Job, tmp_path: Path, more: list[str]) -> None:
     if "--optimizer_type=AdamW8bit" in more:
@@ -53,6 +54,7 @@ def test_bf16_with_previews(job: Job, tmp_path: Path, more: list[str]) -> None:
     done = python(
         "lumina_train_network.py",
         *job.train_flags(tmp_path / "out", *flags, "--sample_every_n_epochs=1", "--sample_at_first", *more),
+        environment={"PYTHONPATH": str(Path(__file__).parents[1])},
     )
     assert done.returncode == 0, done.stderr
     for kind in ("_00_*.png", "_sheet_*.jpg"):  # the picture and the sheet of each moment
