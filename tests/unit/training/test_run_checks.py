@@ -100,8 +100,6 @@ WITHOUT_EFFECT = [
     ["--metadata_author=me", "--save_model_as=ckpt"],
     ["--training_comment=x", "--no_metadata"],
     ["--initial_epoch=2", "--initial_step=5"],
-    ["--sample_every_n_steps=0"],
-    ["--sample_every_n_epochs=-1"],
     ["--sample_batch_size=2"],
     ["--sample_weights=raw"],
     ["--huggingface_path_in_repo=x"],
