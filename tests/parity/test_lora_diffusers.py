@@ -6,11 +6,10 @@ from pathlib import Path
 
 import pytest
 import torch
-from diffusers import FlowMatchEulerDiscreteScheduler, Lumina2Pipeline, Lumina2Transformer2DModel
+from diffusers import FlowMatchEulerDiscreteScheduler, Lumina2Pipeline
 from lora_helpers import fill, small_next_dit
+from models_helpers import diffusers_twin
 
-from configs.quickstart.make_models import Models, dit_in_diffusers_names
-from library.lumina.configs import AutoencoderConfig, Gemma2TextConfig
 from networks.convert_lumina_lora import main
 from networks.lora_lumina import create_network
 
@@ -29,18 +28,7 @@ NETWORKS = {
 
 
 def pipeline(model, weights) -> Lumina2Pipeline:
-    config = model.config
-    theirs = Lumina2Transformer2DModel(
-        hidden_size=config.dim,
-        num_layers=config.num_layers,
-        num_refiner_layers=config.num_noise_refiners,
-        num_attention_heads=config.num_heads,
-        num_kv_heads=config.num_kv_heads,
-        axes_dim_rope=(config.head_dim // 3,) * 3,
-        cap_feat_dim=config.cap_dim,
-    ).eval()
-    models = Models(config, Gemma2TextConfig(), AutoencoderConfig(), b"", dit=weights)
-    theirs.load_state_dict(dit_in_diffusers_names(models), strict=True)
+    theirs = diffusers_twin(model.config, weights)
     return Lumina2Pipeline(theirs, FlowMatchEulerDiscreteScheduler(), None, None, None)
 
 

@@ -1,12 +1,11 @@
 """LyCORIS as a network module: it reaches what ``networks.lora_lumina`` reaches, and its gradients come through."""
 
 from pathlib import Path
-from typing import Any
 
 import pytest
 import torch
 from e2e_helpers import Job, make_job
-from trainer_helpers import fill_network, gradients, made_trainer
+from trainer_helpers import fill_network, made_trainer, step
 
 pytest.importorskip("lycoris")
 CACHED = ["--cache_latents", "--cache_text_encoder_outputs"]
@@ -16,15 +15,6 @@ LYCORIS = "--network_module=lycoris.kohya"
 @pytest.fixture(scope="module")
 def job(tmp_path_factory: pytest.TempPathFactory) -> Job:
     return make_job(tmp_path_factory.mktemp("job"))
-
-
-def step(trainer: Any) -> dict[str, torch.Tensor]:
-    """Returns the losses and the gradients of a batch."""
-    torch.manual_seed(0)
-    batch = trainer.data.load(trainer.data.plan_epoch(1, 1).batch(0).draws)
-    losses = trainer.losses_of(batch).values
-    losses.sum().backward()
-    return {"losses": losses.detach(), **gradients(trainer.network)}
 
 
 @pytest.mark.parametrize("arguments", [[], ["bypass_mode=True"]], ids=["rebuilt weights", "beside the weights"])

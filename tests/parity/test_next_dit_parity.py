@@ -7,10 +7,9 @@ from pathlib import Path
 
 import pytest
 import torch
+from models_helpers import diffusers_twin
 from safetensors.torch import load_file
 
-from configs.quickstart.make_models import Models, dit_in_diffusers_names
-from library.lumina.configs import AutoencoderConfig, Gemma2TextConfig
 from library.lumina.next_dit import NextDiT, NextDiTConfig
 
 GOLDEN = Path(__file__).resolve().parents[1] / "golden"
@@ -56,20 +55,8 @@ def test_the_full_size_model_has_the_recorded_tensors() -> None:
 
 @pytest.mark.parametrize("lengths", [[11], [7, 7], [13, 4]])
 def test_output_equals_that_of_diffusers(model: NextDiT, weights: dict[str, torch.Tensor], lengths: list[int]) -> None:
-    from diffusers.models.transformers.transformer_lumina2 import Lumina2Transformer2DModel
-
     config = model.config
-    theirs = Lumina2Transformer2DModel(
-        hidden_size=config.dim,
-        num_layers=config.num_layers,
-        num_refiner_layers=config.num_noise_refiners,
-        num_attention_heads=config.num_heads,
-        num_kv_heads=config.num_kv_heads,
-        axes_dim_rope=(config.head_dim // 3,) * 3,
-        cap_feat_dim=config.cap_dim,
-    ).eval()
-    models = Models(config, Gemma2TextConfig(), AutoencoderConfig(), b"", dit=weights)
-    theirs.load_state_dict(dit_in_diffusers_names(models), strict=True)
+    theirs = diffusers_twin(config, weights)
 
     generator = torch.Generator().manual_seed(5)
     latents = torch.randn(len(lengths), 16, 10, 6, generator=generator)

@@ -2,14 +2,13 @@
 
 import logging
 from pathlib import Path
-from typing import Any
 
 import pytest
 import torch
 from e2e_helpers import Job, make_job
 from resume_helpers import train
 from safetensors.torch import load_file, save_file
-from trainer_helpers import fill_network, gradients, made_trainer
+from trainer_helpers import fill_network, made_trainer, step
 
 from library.errors import NetworkError, SettingsError, UserError
 from library.training.lora_writer import LoraWriter
@@ -40,15 +39,6 @@ def flags(job: Job, folder: Path, *more: str) -> list[str]:
 
 def with_arguments(*arguments: str) -> list[str]:
     return ["--network_args", *arguments]
-
-
-def step(trainer: Any) -> dict[str, torch.Tensor]:
-    """Returns the losses and the gradients of a batch."""
-    torch.manual_seed(0)
-    batch = trainer.data.load(trainer.data.plan_epoch(1, 1).batch(0).draws)
-    losses = trainer.losses_of(batch).values
-    losses.sum().backward()
-    return {"losses": losses.detach(), **gradients(trainer.network)}
 
 
 @pytest.mark.parametrize(
