@@ -10,6 +10,7 @@ import contextlib
 import errno
 import hashlib
 import json
+import logging
 import os
 import re
 import shutil
@@ -24,6 +25,8 @@ from library.errors import SettingsError
 
 if TYPE_CHECKING:
     import torch
+
+logger = logging.getLogger(__name__)
 
 _CHUNK_BYTES = 8 * 2**20
 _ALIGNMENT = 64  # of the data's start in a safetensors file
@@ -272,3 +275,15 @@ def check_writable(flag: str, folder: Path) -> None:
     except OSError as error:
         reason = error.strerror or error
         raise SettingsError(f"{flag}: {folder} cannot be written to ({reason}); give another folder") from error
+
+
+def prepare_target(flag: str, target: Path) -> None:
+    """Makes sure that a file can be written, says where it stands already, and removes what killed writers left of it.
+
+    Raises:
+        SettingsError: its folder cannot be written to.
+    """
+    check_writable(flag, target.parent)
+    if target.exists():
+        logger.info("%s of %s is overwritten", target, written_at(target))
+    remove_leftovers(target.parent, lambda name: name == target.stem, lambda _: False)

@@ -65,7 +65,7 @@ def convert(source: Path, target: Path, form: str, precision: str | None) -> Non
         SettingsError: the new file's folder cannot be written to.
         OSError: the new file cannot be written.
     """
-    from library.files import check_writable, write_safetensors, written_at
+    from library.files import prepare_target, write_safetensors
     from networks.lora_files import content_hashes, read_lora_file, read_metadata
     from networks.lora_forms import PRECISION, dtype_of, factors_of, form_of, to_form
 
@@ -74,9 +74,7 @@ def convert(source: Path, target: Path, form: str, precision: str | None) -> Non
     dtype = PRECISION[precision] if precision else dtype_of(tensors)
     converted = to_form(factors, form, dtype, str(source))
     metadata = read_metadata(source)
-    check_writable("--dst_path", target.parent)
-    if target.exists():
-        logger.info("%s of %s is overwritten", target, written_at(target))
+    prepare_target("--dst_path", target)
     write_safetensors(target, converted.tensors, metadata | content_hashes(converted.tensors, metadata))
     logger.info("%s: names of %s, %d tensors", source, form_of(list(tensors)), len(tensors))
     if converted.left_out:

@@ -72,7 +72,7 @@ def merge(flags: MergeFlags) -> None:
         UserError: a file cannot be read, or they do not fit together.
         OSError: the new file cannot be written.
     """
-    from library.files import check_writable, written_at
+    from library.files import prepare_target
     from networks.lora_files import read_lora_file
     from networks.lora_forms import dtype_of, factors_of
     from networks.lora_sum import summed
@@ -85,9 +85,7 @@ def merge(flags: MergeFlags) -> None:
     total = summed(list(zip(loras, ratios, strict=True)))
     require(bool(total), "--ratios: all are 0, so nothing is left to merge")
     target = Path(str(flags.save_to))
-    check_writable("--save_to", target.parent)
-    if target.exists():
-        logger.info("%s of %s is overwritten", target, written_at(target))
+    prepare_target("--save_to", target)
     if flags.pretrained_model_name_or_path is not None:
         _into_model(flags, flags.pretrained_model_name_or_path, total)
     else:

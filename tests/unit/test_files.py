@@ -140,3 +140,16 @@ def test_a_tensor_of_another_size_leaves_no_file(tmp_path):
     with pytest.raises(RuntimeError, match="b: 3 bytes instead of 4"):
         files.write_safetensors_in_parts(tmp_path / "x.safetensors", {"b": ("F32", (1,), 4)}, lambda _: [b"123"], None)
     assert not list(tmp_path.iterdir())
+
+
+def test_a_target_is_prepared_without_what_a_killed_writer_left_of_it(tmp_path, caplog):
+    caplog.set_level("INFO")
+    (tmp_path / ".out-a1b2c3d4.partial.safetensors").write_bytes(b"half")
+    (tmp_path / ".other-a1b2c3d4.partial.safetensors").write_bytes(b"half")
+    files.prepare_target("--save_to", tmp_path / "out.safetensors")
+    assert [path.name for path in tmp_path.iterdir()] == [".other-a1b2c3d4.partial.safetensors"]
+    assert not caplog.records
+    (tmp_path / "out.safetensors").write_bytes(b"whole")
+    files.prepare_target("--save_to", tmp_path / "out.safetensors")
+    assert "out.safetensors of 20" in caplog.text
+    assert (tmp_path / "out.safetensors").read_bytes() == b"whole"
