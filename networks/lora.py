@@ -205,7 +205,7 @@ class LoRAModule(nn.Module):
         """Returns ``base`` + up(hidden)."""
         weight: Tensor = self.lora_up.weight  # type: ignore[assignment]
         if torch.compiler.is_compiling() or base._is_view() or is_observed():  # somebody else may hold it
-            return base + F.linear(hidden, weight.to(hidden.dtype))
+            return base + hidden @ weight.t().to(hidden.dtype, memory_format=torch.contiguous_format)
         return _AddUp.apply(base, hidden, weight.to(hidden.dtype))
 
     def _drop(self, hidden: Tensor) -> Tensor:

@@ -12,7 +12,7 @@ does not mind that they are small. |q| |k| is one; where it is so far above a ro
 smallest numbers there are, each row's own maximum is taken instead. In backward it is the row's log-sum.
 
 A number for each row goes into the product as further columns, three bfloat16 parts that together have float32's
-precision; the mask is the product's bias.
+precision; the mask is the product's bias, or one column more.
 
 Shapes: B batch, S tokens, A heads, K key/value heads, G = A / K heads of a group, E head dimension, R = S G rows.
 """
@@ -29,7 +29,7 @@ from torch import Tensor
 __all__ = ["CpuAttention", "cpu_attention", "is_faster_than_sdpa"]
 
 _PARTS = 3  # further columns for a number of each row
-_MORE = 4  # with a zero, so that rows stay aligned to 8 bytes
+_MORE = 4  # with one for the other side's bias
 _SCORES = 3 * 2**19  # numbers of one chunk of scores: 3 MiB
 _SUMMED_PARTS = 8
 _UP = 2.0**14  # weights are smaller by this factor, so that the logistic function is off by a share of 2^-14
@@ -86,8 +86,8 @@ def _backward(
 ) -> tuple[Tensor, Tensor, Tensor]:
     of_q, of_k, of_v = (torch.empty(x.shape, dtype=x.dtype) for x in (q, k, v))
     for sample, head, group in _groups(q, k):
-        plain_keys, keys = k[sample, :, head].contiguous(), _with_columns(k[sample, :, head])  # (S,E), (S,E+4)
-        values, bias = _with_columns(v[sample, :, head]), _bias(keys, key_mask, sample)
+        plain_keys, values = k[sample, :, head].contiguous(), _with_columns(v[sample, :, head])  # (S,E), (S,E+4)
+        keys = _with_columns(plain_keys, bias=_bias(plain_keys, key_mask, sample))
         plain_queries = q[sample, :, group].flatten(0, 1)  # (R,E)
         queries = _with_columns(plain_queries, log_sums[sample, :, group].flatten().add(_SHIFT).neg_())  # (R,E+4)
         plain_given = gradient[sample, :, group].flatten(0, 1)
@@ -95,13 +95,14 @@ def _backward(
         given = _with_columns(plain_given, products.neg_())
         group_q, sum_k, sum_v = torch.empty_like(plain_queries), *(torch.zeros(keys.shape[0], k.shape[3]) for _ in "kv")
         for rows in _chunks(queries.shape[0], keys.shape[0]):
-            weights = _weights(queries[rows], keys, bias)  # (rows,S), rows sum to 1 / _UP
-            sum_v += weights.t() @ plain_given[rows]
+            # Keys first: two of the three products below then take it as it lies; transposed they are slower.
+            weights = _weights(keys, queries[rows], None)  # (S,rows), columns sum to 1 / _UP
+            sum_v += weights @ plain_given[rows]
             # weights * (gradient v - products)
-            of_scores = torch.ops.mkldnn._linear_pointwise.binary(given[rows], weights, values, None, "mul")
+            of_scores = torch.ops.mkldnn._linear_pointwise.binary(values, weights, given[rows], None, "mul")
             del weights
-            sum_k += of_scores.t() @ plain_queries[rows]
-            torch.mm(of_scores, plain_keys, out=group_q[rows])
+            sum_k += of_scores @ plain_queries[rows]
+            torch.mm(of_scores.t(), plain_keys, out=group_q[rows])
         torch.mul(group_q.view(q[sample, :, group].shape), _UP, out=of_q[sample, :, group])
         of_k[sample, :, head], of_v[sample, :, head] = sum_k.mul_(_UP), sum_v.mul_(_UP)
     return of_q, of_k, of_v
@@ -139,9 +140,9 @@ def _sums_of_parts(weights: Tensor) -> Tensor:
     return torch.cat([sums, rest], dim=1) if rest.shape[1] else sums
 
 
-def _weights(queries: Tensor, keys: Tensor, bias: Tensor) -> Tensor:
-    """Returns the logistic function of the scores (rows,S), computed before they are rounded."""
-    return torch.ops.mkldnn._linear_pointwise(queries, keys, bias, "sigmoid", [], "")
+def _weights(rows: Tensor, columns: Tensor, bias: Tensor | None) -> Tensor:
+    """Returns the logistic function of rows columns' + bias (of each column), computed before they are rounded."""
+    return torch.ops.mkldnn._linear_pointwise(rows, columns, bias, "sigmoid", [], "")
 
 
 def _bias(keys: Tensor, key_mask: Tensor | None, sample: int) -> Tensor:
@@ -168,13 +169,22 @@ def _maxima(queries: Tensor, keys: Tensor, bias: Tensor) -> Tensor:
     return maxima + maxima.abs() / 128  # they are rounded: by at most a share of 1/256
 
 
-def _with_columns(x: Tensor, numbers: Tensor | None = None) -> Tensor:
-    """Returns rows (N,E+4) whose products with others are larger by a number (N,); None for the other side's ones."""
+def _with_columns(x: Tensor, numbers: Tensor | None = None, bias: Tensor | None = None) -> Tensor:
+    """Returns rows (N,E+4) whose products with those of another tensor are larger by a number of each row.
+
+    Args:
+        x: rows (N,E).
+        numbers: (N,) float32, of the queries' side; None makes rows of the other side.
+        bias: (N,) in the dtype of ``x``, of the other side's rows; None = 0.
+    """
     padded = F.pad(x, (0, _MORE))
     columns = padded[:, x.shape[-1] :]
     if numbers is None:
         columns[:, :_PARTS] = 1
+        if bias is not None:
+            columns[:, _PARTS] = bias
         return padded
+    columns[:, _PARTS] = 1
     for column in range(_PARTS):
         columns[:, column] = numbers
         numbers = numbers - columns[:, column]
