@@ -117,8 +117,8 @@ class LuminaNetworkTrainer(NetworkTrainer):
             return f"this run, {template.fingerprint}"  # gigabytes need not be hashed for what ends with the run
         max_tokens = self.config.model.gemma2_max_token_length
         of_gemma2 = gemma2_fingerprint(self.files, self.weight_dtype, max_tokens, template.fingerprint)
-        quantised = self.config.quantisation.text_encoder
-        return of_gemma2 + self.base_weights.text_fingerprint() + (f"+{quantised}" if quantised else "")
+        kinds = [self.config.quantisation.text_encoder, "fp16" if self.config.memory.in_halves else None]
+        return of_gemma2 + self.base_weights.text_fingerprint() + "".join(f"+{kind}" for kind in kinds if kind)
 
     def load_autoencoder(self, dtype: torch.dtype) -> Autoencoder:
         from library.lumina.loading import load_autoencoder

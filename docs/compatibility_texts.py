@@ -106,7 +106,8 @@ BETTER_FLAGS: dict[str, str] = {
     "sdpa": "means it; there it is always used, with a mask that rules its flash kernel out",
     "xformers": "the same as --sdpa, which has xformers' memory-efficient kernel inside",
     "mem_eff_attn": "the same as --sdpa, which has a memory-efficient kernel inside",
-    "mixed_precision": "timesteps stay float32, there bf16 rounds them. fp16, in which this model overflows, is refused",
+    "mixed_precision": "timesteps stay float32, there bf16 rounds them. fp16 is for products alone, which cannot overflow,"
+    " and losses are not scaled",
     "full_bf16": "needs --mixed_precision bf16, and says so at the start",
     "fp8_base": "a scale for each output channel, and only the blocks' large matrices; there everything is cast without"
     " scales, embedders, norms and time features too. Quantised while reading, so that the bf16 model never has to fit",

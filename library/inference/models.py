@@ -71,6 +71,7 @@ class DrawingModels:
             from library.lumina import loading
             from library.lumina.elementwise_trial import announce_kernels
             from library.memory.attention import Workload, choose_attention
+            from library.memory.half_products import multiplies_bf16
             from library.memory.host_memory import keep_freed_memory
             from library.memory.prepare import prepare_blocks, streamed_blocks, warn_where_useless
             from library.memory.quantised import finish_of, require_quantisation
@@ -82,11 +83,18 @@ class DrawingModels:
         if self.device.type == "cpu":
             keep_freed_memory()
         require_quantisation(quantisation.transformer, self.device)
+        if "bf16" in flags.precisions and not multiplies_bf16(self.device):
+            logger.warning(
+                "The device has no bf16 units: torch computes bf16 in a slow detour. --dtype fp16 --gemma2_dtype fp16"
+                " --ae_dtype fp32 are made for such cards"
+            )
         files = _inspect(flags)
         encoder_change, dit_change = loras.check(files)
-        sizes, dtype = files.dit.config, _torch_dtype(flags.dtype)
+        sizes = files.dit.config
+        dtype, in_halves = _precision(flags.dtype)
+        gemma2_dtype, gemma2_in_halves = _precision(flags.gemma2_dtype)
         heads = (sizes.num_heads, sizes.num_kv_heads, sizes.head_dim)
-        work = Workload(self.device, dtype, *heads, training=False)
+        work = Workload(self.device, torch.float16 if in_halves else dtype, *heads, training=False)
         chosen = choose_attention(attention, work, "--dtype bf16")
         announce_kernels(self.device, dtype)
         memory = MemorySettings(blocks_to_swap=flags.blocks_to_swap)
@@ -98,18 +106,18 @@ class DrawingModels:
         with self.enough_memory("the three models"):  # blocks go to the device while they are read
             self.encoder = loading.load_gemma2(
                 files,
-                _torch_dtype(flags.gemma2_dtype),
+                gemma2_dtype,
                 max_tokens,
                 template,
                 change=encoder_change,
-                finish=finish_of(quantisation.text_encoder, self.device, home),
+                finish=finish_of(quantisation.text_encoder, self.device, home, gemma2_in_halves),
             )
             self.dit = loading.load_next_dit(
                 files.dit,
                 dtype,
                 attention=chosen.function,
                 change=dit_change,
-                finish=finish_of(quantisation.transformer, self.device, home),
+                finish=finish_of(quantisation.transformer, self.device, home, in_halves),
             )
             self.autoencoder = loading.load_autoencoder(files.ae, _torch_dtype(flags.ae_dtype))
             loras.attach(self.encoder.model, self.dit, self.device)
@@ -156,7 +164,7 @@ class DrawingModels:
             (self.device.type != "cpu" and not flags.offload, "--offload keeps only the model that computes there"),
             (self.device.type == "cuda" and not flags.blocks_to_swap, "--blocks_to_swap keeps weights in host memory"),
             (self._quantisation.transformer is None, "--fp8_base halves the large weights"),
-            (flags.dtype in ("fp32", "float32", "float"), "--dtype bf16 needs half"),
+            (flags.dtype in ("fp32", "float32", "float"), "--dtype bf16 (fp16 on cards without it) needs half"),
         ]
         return [text for helps, text in found if helps]
 
@@ -242,6 +250,14 @@ def _torch_dtype(name: Dtype) -> torch.dtype:
 
     full = {"bf16": "bfloat16", "fp16": "float16", "fp32": "float32", "float": "float32"}
     return getattr(torch, full.get(name, name))
+
+
+def _precision(name: Dtype) -> tuple[torch.dtype, bool]:
+    """Returns the dtype of a transformer's activations, and whether its large products are in fp16."""
+    import torch
+
+    dtype = _torch_dtype(name)
+    return (torch.float32, True) if dtype == torch.float16 else (dtype, False)
 
 
 def _device(name: str) -> torch.device:

@@ -38,8 +38,10 @@ class ModelFlags:
     merge_lora_weights: bool = flag(
         False, "merge the LoRA files into the model instead of attaching them: faster steps"
     )
-    dtype: Dtype = flag("bf16", "precision of the Next-DiT")
-    gemma2_dtype: Dtype = flag("bf16", "precision of Gemma2")
+    dtype: Dtype = flag(
+        "bf16", "precision of the Next-DiT; fp16, for cards without bf16, has products in it and all else in float32"
+    )
+    gemma2_dtype: Dtype = flag("bf16", "precision of Gemma2, with the same meanings")
     ae_dtype: Dtype = flag("bf16", "precision of the autoencoder")
     device: str | None = flag(None, "where to compute, such as cuda or cpu; the best one when left out")
     offload: bool = flag(False, "keep only the model that is computing on the device, the others in host memory")
@@ -49,12 +51,16 @@ class ModelFlags:
         " GPU ahead of use, as in training",
     )
 
+    @property
+    def precisions(self) -> set[str]:
+        """Short names of the precisions of all three models: bf16, fp16, fp32."""
+        long = {"bfloat16": "bf16", "float16": "fp16", "float32": "fp32", "float": "fp32"}
+        return {long.get(name, name) for name in (self.dtype, self.gemma2_dtype, self.ae_dtype)}
+
     def __post_init__(self) -> None:
         if self.pretrained_model_name_or_path is None:
             raise SettingsError("--pretrained_model_name_or_path is missing; give the Lumina Image 2.0 file or folder")
         check_blocks_to_swap(self.blocks_to_swap)
-        if self.dtype in ("fp16", "float16"):
-            raise SettingsError(f"--dtype {self.dtype}: this model overflows in fp16 and draws black; use bf16 or fp32")
         for text in self.lora_weights:
             path, multiplier = split_lora(text)
             if not path.is_file():

@@ -40,6 +40,7 @@ from library.memory.attention_kernels import (
     sdpa_without_sharing,
     shares_heads,
 )
+from library.memory.half_attention import in_halves
 from library.memory.settings import AttentionSettings
 
 __all__ = ["AttentionChoice", "AttentionFn", "Workload", "choose_attention", "sdpa_attention"]
@@ -68,7 +69,7 @@ class AttentionChoice:
     """How a run computes attention.
 
     Attributes:
-        function: for the model.
+        function: for the model, whose tensors are float32 where a run's attention is in fp16.
         equal: name of the kernel for batches without padding, a key of ``KERNELS``.
         ragged: name of the kernel for batches whose captions differ in length.
         description: both, for the log.
@@ -100,6 +101,8 @@ def choose_attention(settings: AttentionSettings, work: Workload, precision_flag
     description = names[0] if names[0] == names[1] else f"{names[0]}; where captions differ in length {names[1]}"
     logger.info("Attention: %s", description)
     function = made[equal] if equal == ragged else _by_padding(made[equal], made[ragged])
+    if work.dtype == torch.float16:
+        function = in_halves(function)
     return AttentionChoice(function, equal, ragged, description)
 
 

@@ -37,7 +37,6 @@ from collections.abc import Callable, Sequence
 from types import ModuleType
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 
 from library.errors import SettingsError
@@ -86,10 +85,6 @@ def scaled_product(a: Tensor, b: Tensor, scale_a: Tensor, scale_b: Tensor, dtype
         (M,N).
     """
     return torch._scaled_mm(a, b.t(), scale_a=scale_a, scale_b=scale_b, out_dtype=dtype, use_fast_accum=True)
-
-
-def _dequantised(codes: Tensor, scale: Tensor, dtype: torch.dtype) -> Tensor:
-    return codes.to(dtype).mul_(scale.to(dtype)[:, None])  # in place: one temporary of the weight's size, not two
 
 
 def _kernels_for(tensor: Tensor) -> ModuleType | None:
@@ -177,13 +172,15 @@ class Fp8Linear(QuantisedLinear):
         codes, scale = quantise_rows(weight)
         return cls(codes, scale[:, 0].contiguous(), fast)
 
-    def dequantised(self, dtype: torch.dtype) -> Tensor:
-        """Returns the weight (out,in) that the codes stand for, in ``dtype``, in new memory."""
-        return _dequantised(self.weight, self.weight_scale, dtype)
-
-    def operands(self) -> tuple[Tensor, ...]:
+    def codes(self) -> tuple[Tensor, ...]:
         """Returns codes and scales."""
         return self.weight, self.weight_scale
+
+    def weight_of(self, codes: Sequence[Tensor], dtype: torch.dtype) -> Tensor:
+        """Returns the weight (out,in) that codes and scales stand for, in ``dtype``, in new memory."""
+        weight, scale = codes
+        # Scaled in place: one temporary of the weight's size, not two.
+        return weight.to(dtype).mul_(scale.to(dtype)[:, None])
 
     def share_input(self, others: Sequence[QuantisedLinear]) -> None:
         """Has the input quantised once for itself and for Linears that are given the same tensor right after it."""
@@ -195,9 +192,9 @@ class Fp8Linear(QuantisedLinear):
 
     def product(self, x: Tensor, *operands: Tensor) -> Tensor:
         """Returns x W' (...,out) in the dtype of ``x`` (...,in); bfloat16 where it is fast."""
-        codes, scale = operands
         if not self.fast:
-            return F.linear(x, _dequantised(codes, scale, x.dtype))
+            return super().product(x, *operands)
+        codes, scale = operands
         # A compiler sees for itself that one tensor is quantised twice.
         once = None if torch.compiler.is_compiling() else self._tokens_once
         tokens, token_scale = _rows_in_fp8(x) if once is None else once(x)
@@ -207,9 +204,9 @@ class Fp8Linear(QuantisedLinear):
 
     def input_gradient(self, gradient: Tensor, *operands: Tensor) -> Tensor:
         """Returns ``gradient`` W (...,in) for a gradient (...,out), multiplied as :meth:`product` does."""
-        codes, scale = operands
         if not self.fast:
-            return gradient @ _dequantised(codes, scale, gradient.dtype)
+            return super().input_gradient(gradient, *operands)
+        codes, scale = operands
         tokens, token_scale = _rows_in_fp8(gradient, scale)  # (M,out)
         transposed, ones = _transposed(codes)
         product = scaled_product(tokens, transposed, token_scale, ones, gradient.dtype)  # (M,in)

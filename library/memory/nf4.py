@@ -10,19 +10,16 @@ a Python object, where neither ``.to(device)`` nor block streaming finds them; h
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import bitsandbytes  # noqa: F401 - registers the operators
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 
 from library.memory.quantised import QuantisedLinear
 
 BLOCK_SIZE = 64
 _KIND = "nf4"
-
-
-def _dequantised(codes: Tensor, absmax: Tensor, shape: tuple[int, int], dtype: torch.dtype) -> Tensor:
-    return torch.ops.bitsandbytes.dequantize_4bit(codes, absmax, BLOCK_SIZE, _KIND, list(shape), dtype)
 
 
 class Nf4Linear(QuantisedLinear):
@@ -47,22 +44,12 @@ class Nf4Linear(QuantisedLinear):
         codes, absmax = torch.ops.bitsandbytes.quantize_4bit(weight.contiguous(), BLOCK_SIZE, _KIND, torch.uint8)
         return cls(codes, absmax.float(), *weight.shape)
 
-    def dequantised(self, dtype: torch.dtype) -> Tensor:
-        """Returns the weight (out,in) that the codes stand for, in ``dtype``, in new memory."""
-        return self._of(self.operands(), dtype)
-
-    def operands(self) -> tuple[Tensor, ...]:
+    def codes(self) -> tuple[Tensor, ...]:
         """Returns codes and scales."""
         return self.weight, self.absmax
 
-    def product(self, x: Tensor, *operands: Tensor) -> Tensor:
-        """Returns x W' (...,out) in the dtype of ``x`` (...,in)."""
-        return F.linear(x, self._of(operands, x.dtype))
-
-    def input_gradient(self, gradient: Tensor, *operands: Tensor) -> Tensor:
-        """Returns ``gradient`` W (...,in) for a gradient (...,out)."""
-        return gradient @ self._of(operands, gradient.dtype)
-
-    def _of(self, operands: tuple[Tensor, ...], dtype: torch.dtype) -> Tensor:
-        codes, absmax = operands
-        return _dequantised(codes, absmax, (self.out_features, self.in_features), dtype)
+    def weight_of(self, codes: Sequence[Tensor], dtype: torch.dtype) -> Tensor:
+        """Returns the weight (out,in) that codes and scales stand for, in ``dtype``, in new memory."""
+        weight, absmax = codes
+        shape = [self.out_features, self.in_features]
+        return torch.ops.bitsandbytes.dequantize_4bit(weight, absmax, BLOCK_SIZE, _KIND, shape, dtype)

@@ -81,7 +81,9 @@ class MemorySettings:
     """Precision of the frozen models and of the LoRA, and what is recomputed instead of kept."""
 
     mixed_precision: Literal["no", "fp16", "bf16"] = flag(
-        "no", "precision of the frozen models and of the computation: bf16, or no for float32"
+        "no",
+        "precision of the frozen models and of the computation: bf16; fp16, for cards without bf16 (RTX 20, T4, V100), where"
+        " the large products and attention are in fp16 and all else in float32; no for float32",
     )
     full_bf16: bool = flag(
         False, "keep the LoRA and its gradients in bf16 too (float32 otherwise, which trains better)"
@@ -122,14 +124,14 @@ class MemorySettings:
     )
 
     def __post_init__(self) -> None:
-        if self.mixed_precision == "fp16":
-            raise SettingsError(
-                "--mixed_precision fp16: this model's activations leave fp16's range and give black pictures and NaN"
-                " losses; use bf16, or no (float32) on cards without bf16"
-            )
         if self.full_bf16 and self.mixed_precision != "bf16":
             raise SettingsError("--full_bf16 needs --mixed_precision bf16; add it, or leave --full_bf16 out")
         check_blocks_to_swap(self.blocks_to_swap)
+
+    @property
+    def in_halves(self) -> bool:
+        """Whether large products are computed in fp16, beside a residual stream in float32."""
+        return self.mixed_precision == "fp16"
 
 
 @dataclass(frozen=True)

@@ -132,7 +132,7 @@ class FrozenModels(ModelFamily):
 
         if self.base_weights.merge_behind_reading:
             home = torch.device("cpu")  # that is where they merge
-        return Reading(change, finish_of(kind, self.device, home))
+        return Reading(change, finish_of(kind, self.device, home, self.config.memory.in_halves))
 
     def ready_autoencoder(self) -> PictureEncoder:
         """Returns the autoencoder on the device, read when it is first needed."""

@@ -60,7 +60,7 @@ IGNORED: tuple[FlagSpec, ...] = (
 )
 
 REFUSED: tuple[FlagSpec, ...] = (
-    _row("full_fp16", bool, False, "fp16 overflows in this model; use --mixed_precision bf16"),
+    _row("full_fp16", bool, False, "fp16 overflows in this model; --mixed_precision fp16 has products alone in it"),
     _row(
         "dataset_class",
         str,

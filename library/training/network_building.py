@@ -59,6 +59,11 @@ class NetworkBuilder:
                 f"--{flag}: --network_module {name} is not known to work beside quantised weights (it has no companion"
                 f" module {name}_args); use networks.lora_lumina, or leave --{flag} out"
             )
+        elif self._config.memory.in_halves:
+            raise SettingsError(
+                f"--mixed_precision fp16: --network_module {name} is not known to work beside products in fp16 (it has no"
+                f" companion module {name}_args); use networks.lora_lumina, or --mixed_precision bf16 or no"
+            )
 
     @property
     def has_companion(self) -> bool:

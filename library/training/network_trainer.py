@@ -150,9 +150,12 @@ class NetworkTrainer(FrozenModels):
         use_device(config.memory, self.device, self.processes.count, seed)
 
     def _attention_work(self) -> Workload:
+        import torch
+
         from library.memory.attention import Workload
 
-        return Workload(self.device, self.weight_dtype, *self.attention_heads(), training=True)
+        dtype = torch.float16 if self.config.memory.in_halves else self.weight_dtype
+        return Workload(self.device, dtype, *self.attention_heads(), training=True)
 
     def build_data(self) -> None:
         """Lists pictures and captions and sorts them into buckets."""

@@ -16,7 +16,7 @@ if TYPE_CHECKING:
 _NUM_BLOCKS = 26  # of the released model: beyond it nothing is left to stream
 
 _REMEDIES: tuple[tuple[Callable[[TrainConfig], bool], str], ...] = (
-    (lambda c: c.memory.mixed_precision == "no", "--mixed_precision bf16 halves weights and activations"),
+    (lambda c: c.memory.mixed_precision == "no", "--mixed_precision bf16 (fp16 on cards without it) halves weights"),
     (
         lambda c: not (c.data.cache_latents and (c.data.cache_text_encoder_outputs or c.trains_text_encoder)),
         "--cache_latents and --cache_text_encoder_outputs keep the other models away",
@@ -79,7 +79,7 @@ def raise_where_a_caption_was_too_long(
     longest = max(captions, key=len)
     remedies = [f"a --gemma2_max_token_length below {config.model.gemma2_max_token_length} cuts long ones off"]
     if config.memory.mixed_precision == "no":
-        remedies.insert(0, "--mixed_precision bf16 halves what Gemma2 needs")
+        remedies.insert(0, "--mixed_precision bf16 (fp16 on cards without it) halves Gemma2's weights")
     if config.quantisation.transformer is None and NetworkBuilder(config).has_companion:
         remedies.append("--fp8_base halves Gemma2's weights")
     if device.type == "cuda" and not config.memory.blocks_to_swap:

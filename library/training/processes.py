@@ -16,6 +16,7 @@ from torch import Tensor, distributed
 
 from library.data.sharing import Sharing
 from library.errors import SettingsError, UserError
+from library.memory.half_products import multiplies_bf16
 from library.training.settings import LogSettings
 from library.training.trackers import accelerate_arguments
 
@@ -87,8 +88,10 @@ def start_accelerator(precision: str, timeout_minutes: int | None, log: LogSetti
     if timeout_minutes is not None:
         handlers.append(InitProcessGroupKwargs(timeout=timedelta(minutes=timeout_minutes)))
     trackers = accelerate_arguments(log)
+    # fp16 is our own affair: accelerate would scale losses and leave steps out.
+    known = "no" if precision == "fp16" else precision
     try:
-        accelerator = Accelerator(mixed_precision=precision, kwargs_handlers=handlers, **trackers)
+        accelerator = Accelerator(mixed_precision=known, kwargs_handlers=handlers, **trackers)
     except ValueError as error:  # accelerate refuses precisions that the device does not have
         raise SettingsError(f"--mixed_precision {precision}: {error}") from error
     started = int(os.environ.get("WORLD_SIZE", "1"))
@@ -98,10 +101,14 @@ def start_accelerator(precision: str, timeout_minutes: int | None, log: LogSetti
             " alone and overwrite the others' files. Start several processes with `accelerate launch --multi_gpu"
             " --num_processes N` (on CPUs with ACCELERATE_USE_CPU=true in the environment)"
         )
-    if precision == "bf16" and accelerator.device.type == "cuda" and not torch.cuda.is_bf16_supported(False):
+    if precision == "bf16" and not multiplies_bf16(accelerator.device):
         logger.warning(
-            "%s has no bf16 units: torch computes bf16 in a slow detour. --mixed_precision no needs twice the memory",
+            "%s has no bf16 units: torch computes bf16 in a slow detour; --mixed_precision fp16 is made for such cards",
             torch.cuda.get_device_name(),
+        )
+    if precision == "fp16" and multiplies_bf16(accelerator.device):
+        logger.warning(
+            "--mixed_precision fp16 is for cards without bf16 units; here bf16 is faster and needs less memory"
         )
     if accelerator.device.type == "cpu" and shutil.which("nvidia-smi") and torch.version.cuda is None:
         logger.warning(

@@ -20,8 +20,10 @@ from torch import nn
 from library.errors import SettingsError
 from library.lumina.autoencoder import TILE_PX, WHOLE_PX
 from library.lumina.strips import STRIP_BYTES
+from library.memory.attention_masks import AttentionFn
 from library.memory.block_stream import streamed_bytes
 from library.memory.fit import COMPUTE_FLOPS, MEMORY_BYTES, Need, Row, ring_bytes
+from library.memory.half_attention import in_halves
 from library.memory.live_bytes import LiveBytes, Speed, bytes_of
 from library.memory.prepare import prepare_blocks
 from library.memory.quantised import quantise_block
@@ -69,12 +71,16 @@ def rehearse(trainer: NetworkTrainer, row: Row, batch: Batch) -> Need:
     run = _rehearsing(trainer, row)
     config = run.config
     expands = len(batch.draws) > 1 or trainer.weight_dtype == torch.float32
-    attention = RehearsedAttention(counter, expands)
-    run.model = run.rehearse_model(run.weight_dtype, attention, reading_of(config.quantisation.transformer))
+    halves = config.memory.in_halves
+    attention: AttentionFn = RehearsedAttention(counter, expands)
+    attention = in_halves(attention) if halves else attention
+    run.model = run.rehearse_model(run.weight_dtype, attention, reading_of(config.quantisation.transformer, halves))
     encoders: list[nn.Module] = []
     text_layers: tuple[int, ...] = ()
     if not config.data.cache_text_encoder_outputs:
-        run.text_encoder = run.rehearse_text_encoder(run.weight_dtype, reading_of(config.quantisation.text_encoder))
+        run.text_encoder = run.rehearse_text_encoder(
+            run.weight_dtype, reading_of(config.quantisation.text_encoder, halves)
+        )
         encoders = [run.text_encoder.model]
         if not config.trains_text_encoder:
             text_layers = tuple(map(streamed_bytes, run.text_encoder.blocks))
@@ -147,8 +153,10 @@ def _rehearsing(trainer: NetworkTrainer, row: Row) -> NetworkTrainer:
     return run
 
 
-def reading_of(kind: Quantisation | None) -> Reading:
-    return Reading() if kind is None else Reading(finish=partial(quantise_block, kind=kind, device=META))
+def reading_of(kind: Quantisation | None, in_halves: bool) -> Reading:
+    if kind is None and not in_halves:
+        return Reading()
+    return Reading(finish=partial(quantise_block, kind=kind, device=META, in_halves=in_halves))
 
 
 def optimizer_with_states(network: nn.Module) -> torch.optim.Optimizer:
@@ -193,7 +201,7 @@ def besides(run: NetworkTrainer, optimizer: torch.optim.Optimizer) -> int:
 
 def encoder_bytes(trainer: NetworkTrainer, kind: Quantisation | None) -> dict[bool, int]:
     """Returns what encoding captions of the longest length needs: with its layers streamed, all of them, or not."""
-    encoder = trainer.rehearse_text_encoder(trainer.weight_dtype, reading_of(kind))
+    encoder = trainer.rehearse_text_encoder(trainer.weight_dtype, reading_of(kind, trainer.config.memory.in_halves))
     counter = LiveBytes(META)
     with torch.no_grad(), counter:
         count = trainer.config.data.text_encoder_batch_size or _CAPTIONS_AT_ONCE

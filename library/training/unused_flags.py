@@ -228,7 +228,11 @@ CONDITIONS: tuple[tuple[tuple[str, ...], str, Callable[[TrainConfig], bool]], ..
         lambda c: c.memory.gradient_checkpointing or c.memory.vram_gb is not None,
     ),
     (("lr_scheduler",), "--lr_scheduler_type goes before it", lambda c: not c.optimizer.lr_scheduler_type),
-    (("no_half_vae",), "--mixed_precision no computes in float32 anyway", lambda c: c.memory.mixed_precision != "no"),
+    (
+        ("no_half_vae",),
+        "without --mixed_precision bf16 the autoencoder computes in float32 anyway",
+        lambda c: c.memory.mixed_precision == "bf16",
+    ),
     (("max_train_steps",), "--max_train_epochs goes before it", lambda c: c.schedule.max_train_epochs is None),
     (
         ("network_dim", "network_alpha"),

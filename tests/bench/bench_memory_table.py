@@ -4,6 +4,7 @@
     python tests/bench/bench_memory_table.py --measure       # on a CUDA GPU: trains every row, in about seven minutes
     python tests/bench/bench_memory_table.py --measure --size_px 1024 --limit_s 90    # some of them
     python tests/bench/bench_memory_table.py --write_docs    # the table in docs/memory.md from the file
+    python tests/bench/bench_memory_table.py --fp16          # prints what --mixed_precision fp16 needs
 
 The first two write ``library/memory/memory_table.json``, which the program reads too: what ``--vram_gb`` allows for
 workspaces and fragmentation comes from the measured rows. A row that does not fit the card is recorded as such.
@@ -71,14 +72,14 @@ def all_rows() -> Iterator[tuple[int, str, Row]]:
 class RehearsedTrainer(RandomModelTrainer):
     """A trainer that has not been started; it can only rehearse."""
 
-    weight_dtype = torch.bfloat16
     processes = SimpleNamespace(count=1)
 
 
-def rehearsed(size_px: int, row: Row, folder: Path, preset: str = "full") -> Need:
+def rehearsed(size_px: int, row: Row, folder: Path, preset: str = "full", precision: str = "bf16") -> Need:
     """Returns what a step of the table needs, by rehearsal."""
-    trainer = unstarted(preset, "bf16", folder, [f"--network_dim={RANK}"])
+    trainer = unstarted(preset, precision, folder, [f"--network_dim={RANK}"])
     trainer.__class__ = RehearsedTrainer
+    trainer.weight_dtype = torch.bfloat16 if precision == "bf16" else torch.float32
     return rehearse(trainer, row, batch_of(trainer.dit_config(), size_px, size_px, [CAPTION_TOKENS] * BATCH, 1))
 
 
@@ -124,6 +125,20 @@ def compute(folder: Path) -> dict[str, Any]:
         "allowance": {"share": _ASSUMED.share, "context_gib": _ASSUMED.context_gib, "from": "assumed"},
         "rows": entries,
     }
+
+
+def in_fp16(folder: Path) -> str:
+    """Returns GiB of the card for steps with --mixed_precision fp16, as a table of Markdown."""
+    lines = ["| flags | 512 px | 768 px | 1024 px | 1024 px, `--fp8_base_unet` |", "| --- | --- | --- | --- | --- |"]
+    for words, flags in FLAG_SETS.items():
+        if flags.offload or flags.checkpointing == "none":
+            continue
+        cells = []
+        for size, kind in ((512, None), (768, None), (1024, None), (1024, "fp8")):
+            need = rehearsed(size, Row(kind, flags.checkpointing), folder, precision="fp16")  # type: ignore[arg-type]
+            cells.append(f"{_ASSUMED.with_allowance(need.bytes_with(flags.blocks_to_swap)):.1f}")
+        lines.append(f"| {words} | {' | '.join(cells)} |")
+    return "\n".join(lines)
 
 
 # ---- on a GPU ----
@@ -276,6 +291,7 @@ def main() -> None:
     parser.add_argument("--compute", action="store_true", help="rehearse every row and write the file")
     parser.add_argument("--measure", action="store_true", help="measure every row on this GPU and write the file")
     parser.add_argument("--write_docs", action="store_true", help="write the table into docs/memory.md")
+    parser.add_argument("--fp16", action="store_true", help="print what steps with --mixed_precision fp16 need")
     parser.add_argument("--preset", default="full", help="of the model that is measured; another one is for trying out")
     parser.add_argument("--size_px", type=int, nargs="+", default=SIZES_PX, choices=SIZES_PX, help="rows to measure")
     parser.add_argument("--limit_s", type=float, default=1e9, help="seconds after which no further row is measured")
@@ -284,6 +300,8 @@ def main() -> None:
     logging.basicConfig(level=logging.INFO, format="%(message)s", stream=sys.stderr)
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name)
+        if options.fp16:
+            sys.stdout.write(in_fp16(folder) + "\n")
         if options.compute:
             write_text(TABLE_FILE, json.dumps(compute(folder), indent=1) + "\n")
         if options.measure:

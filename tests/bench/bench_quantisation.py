@@ -4,9 +4,10 @@
     python tests/bench/bench_quantisation.py --tokens 16384      # on a GPU: one batch of 4 pictures of 1024 px
 
 Errors are relative (L2), on random data with rows of different size, heavy tails and outlier channels. ``channels`` is the
-mean of every output channel's own error: of all numbers together the large channels' errors are nearly all. ``cast`` is
-what a plain cast to e4m3 gives, as in sd-scripts. The model is a Next-DiT of 8 layers and width 384, with a LoRA on every
-matrix. Without fp8 products in the hardware ``fp8_fast`` is computed by torch on the CPU: the same errors.
+mean of every output channel's own error: of all numbers together the large channels' errors are nearly all. ``fp16`` is
+``--mixed_precision fp16`` with a bf16 file's weights; ``cast`` is what a plain cast to e4m3 gives, as in sd-scripts. The
+model is a Next-DiT of 8 layers and width 384, with a LoRA on every matrix. Without fp8 products in the hardware
+``fp8_fast`` is computed by torch on the CPU: the same errors.
 """
 
 from __future__ import annotations
@@ -40,6 +41,8 @@ from quantisation_helpers import (
 from library.lumina.next_dit import LARGE_MATRICES, NextDiT, NextDiTConfig
 from library.memory import fp8
 from library.memory.fp8 import E4M3, Fp8Linear, quantise_rows
+from library.memory.half_attention import in_halves
+from library.memory.half_linear import HalfLinear
 from library.memory.nf4 import Nf4Linear
 from library.memory.quantised import quantise_block
 from networks import lora_lumina
@@ -48,7 +51,7 @@ MATRICES = {"attention.qkv": (3840, 2304), "feed_forward.w1": (9216, 2304), "fee
 MODEL = NextDiTConfig(
     dim=384, num_layers=8, num_heads=4, num_kv_heads=2, head_dim=96, ffn_dim=1536, time_dim=128, cap_dim=256
 )
-KINDS = ("cast", "fp8", "fp8_fast", "nf4")
+KINDS = ("fp16", "cast", "fp8", "fp8_fast", "nf4")
 BITS = {"bf16": 16.0, "fp8": 8.0, "nf4": 4.5}
 
 
@@ -71,22 +74,27 @@ class Cast(nn.Module):
 
 def made(kind: str, weight: Tensor) -> nn.Module:
     """Returns the Linear of a kind for a weight."""
-    if kind == "cast":
-        return Cast(weight)
+    if kind in ("cast", "fp16"):
+        return Cast(weight) if kind == "cast" else HalfLinear(weight)
     return Nf4Linear.of(weight) if kind == "nf4" else Fp8Linear.of(weight, fast=kind == "fp8_fast")
 
 
+def activations_of(kind: str) -> torch.dtype:
+    """Returns the dtype of the tensors between products."""
+    return torch.float32 if kind == "fp16" else torch.bfloat16
+
+
 def matrix_errors(out_features: int, in_features: int, device: str) -> dict[str, dict[str, float]]:
-    """Returns each kind's errors of weight, output and input gradient in bfloat16, against float32."""
+    """Returns each kind's errors of weight, output and input gradient, against float32."""
     weight = realistic_weight(out_features, in_features).to(device)
     x, gradient = realistic_tokens(256, in_features).to(device), realistic_gradient(256, out_features).to(device)
     exact, exact_gradient = F.linear(x, weight), gradient @ weight
     found = {}
     for kind in KINDS:
         linear = made(kind, weight.bfloat16())
-        tokens = x.bfloat16().requires_grad_()
+        tokens = x.to(activations_of(kind), copy=True).requires_grad_()
         output = linear(tokens)
-        (x_gradient,) = torch.autograd.grad(output, tokens, gradient.bfloat16())
+        (x_gradient,) = torch.autograd.grad(output, tokens, gradient.to(tokens.dtype))
         dequantised = linear.dequantised(torch.float32)
         found[kind] = {
             "weight": relative_error(dequantised, weight),
@@ -99,7 +107,7 @@ def matrix_errors(out_features: int, in_features: int, device: str) -> dict[str,
 
 
 def model_errors(device: str) -> dict[str, dict[str, float]]:
-    """Returns each kind's errors of velocity and LoRA gradients, bfloat16 throughout, against a float32 model."""
+    """Returns each kind's errors of velocity and LoRA gradients against a float32 model."""
     torch.manual_seed(0)
     model = NextDiT(MODEL).requires_grad_(False)
     blocks = (*model.noise_refiner, *model.context_refiner, *model.layers)
@@ -111,12 +119,15 @@ def model_errors(device: str) -> dict[str, dict[str, float]]:
     exact = _run(copy.deepcopy(model).to(device))
     found = {}
     for kind in ("bf16", *KINDS):
-        other = copy.deepcopy(model).to(device, torch.bfloat16)
+        other = copy.deepcopy(model).to(device, activations_of(kind))
         for block in (*other.noise_refiner, *other.context_refiner, *other.layers):
             if kind == "cast":
                 for path in LARGE_MATRICES:
                     parent, _, name = path.rpartition(".")
                     setattr(block.get_submodule(parent), name, Cast(block.get_submodule(path).weight))
+            elif kind == "fp16":
+                quantise_block(block, LARGE_MATRICES, None, device, in_halves=True)
+                block.attention.attention = in_halves(block.attention.attention)
             elif kind != "bf16":
                 quantise_block(block, LARGE_MATRICES, kind, device)  # type: ignore[arg-type]
         errors = [relative_error(*pair) for pair in zip(_run(other), exact, strict=True)]
@@ -160,11 +171,13 @@ def _times_of(out_features: int, in_features: int, num_tokens: int) -> dict[str,
     tokens = realistic_tokens(num_tokens, in_features).cuda().bfloat16().requires_grad_()
     gradient = realistic_gradient(num_tokens, out_features).cuda().bfloat16()
     plain = nn.Linear(in_features, out_features, bias=False, device="cuda", dtype=torch.bfloat16)
-    linears = {"bf16": plain.requires_grad_(False), **{kind: made(kind, weight) for kind in ("fp8", "fp8_fast", "nf4")}}
+    quantised = {kind: made(kind, weight) for kind in ("fp16", "fp8", "fp8_fast", "nf4")}
+    linears = {"bf16": plain.requires_grad_(False), **quantised}
     found = {}
     for kind, linear in linears.items():
         for how, function in (("eager", linear), ("compiled", torch.compile(linear, fullgraph=True))):
-            step = partial(_forward_and_backward, function, tokens, gradient)
+            given = (tensor.detach().to(activations_of(kind)) for tensor in (tokens, gradient))
+            step = partial(_forward_and_backward, function, *given)
             found[f"{kind}, {how}"] = _milliseconds(step)
     linear = Fp8Linear.of(weight)
     return found | _times_of_steps(tokens.detach(), gradient, linear.weight, linear.weight_scale)
@@ -213,7 +226,7 @@ def _host_milliseconds(function: Callable[[], object], repeats: int = 100) -> fl
 
 
 def _forward_and_backward(function: Callable[[Tensor], Tensor], tokens: Tensor, gradient: Tensor) -> None:
-    torch.autograd.grad(function(tokens), tokens, gradient)
+    torch.autograd.grad(function(tokens.requires_grad_()), tokens, gradient)
 
 
 def _milliseconds(function: Callable[[], object], repeats: int = 20) -> float:

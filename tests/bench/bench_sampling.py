@@ -114,7 +114,7 @@ def main() -> None:
     parser.add_argument(
         "--negative_tokens", type=int, default=None, help="of each negative prompt; --tokens if left out"
     )
-    parser.add_argument("--dtype", default="bf16", choices=DTYPES, help="precision")
+    parser.add_argument("--dtype", default="bf16", choices=["bf16", "fp32"], help="precision")
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu", help="cpu or cuda")
     parser.add_argument("--turns", type=int, default=3, help="measurements of each way")
     arguments = parser.parse_args()

@@ -48,6 +48,8 @@ class DiffusersProgram:
             raise SystemExit(f"--program=diffusers knows {' and '.join(FLAGS)}, not {' '.join(sorted(unknown))}")
         from accelerate import Accelerator
 
+        if precision == "fp16":
+            raise SystemExit("diffusers' transformer has no fp16 to compare with: it overflows; give bf16 or fp32")
         accelerator = Accelerator(mixed_precision="no" if precision == "fp32" else precision)
         self.device: torch.device = accelerator.device
         self.checkpointing = FLAGS[0] in more

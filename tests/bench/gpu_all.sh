@@ -161,6 +161,7 @@ if has diffusers && has peft; then
 else
     skip step_diffusers "the packages diffusers and peft are not both there"
 fi
+steps 60 step_fp16 step_fp32 # how a card without bf16 would be asked; this one has other units
 steps 200 step_compiled step_compiled_small step_fp8_compiled step_fp8_compiled_small
 part attention 120 "$python" tests/bench/bench_attention.py "${attention[@]}"
 if has bitsandbytes; then

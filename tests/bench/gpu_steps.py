@@ -31,13 +31,15 @@ _CHECKPOINTING = "--gradient_checkpointing"
 
 
 class Step(NamedTuple):
-    """A row: picture side in pixels, flags of the trainer, and how it departs from our batch 4, captions of one length."""
+    """A row: picture side in pixels, flags of the trainer, and how it departs from our batch 4 in bf16, captions of one
+    length."""
 
     size: int
     flags: tuple[str, ...] = ()
     batch: int = 4
     captions: tuple[int, ...] = (160,)
     program: str = "ours"
+    precision: str = "bf16"
 
 
 STEPS = {
@@ -54,6 +56,8 @@ STEPS = {
     "step_diffusers_checkpointing": Step(1024, (_CHECKPOINTING,), program="diffusers"),
     "step_cudnn": Step(1024, ("--attn_mode=cudnn",)),
     "step_flash": Step(1024, ("--attn_mode=flash",)),
+    "step_fp16": Step(1024, (_CHECKPOINTING,), batch=1, precision="fp16"),
+    "step_fp32": Step(1024, (_CHECKPOINTING,), batch=1, precision="fp32"),
     "step_compiled": Step(1024, ("--torch_compile",)),
     "step_compiled_small": Step(512, ("--torch_compile",)),
     "step_fp8_compiled": Step(1024, (*_FP8, "--torch_compile")),
@@ -74,6 +78,7 @@ def command_line(step: Step, quick: bool) -> list[str]:
         f"--program={step.program}",
         *sizes,
         f"--batch={step.batch}",
+        f"--precision={step.precision}",
         "--kernels=25",
         "--captions",
         *captions,

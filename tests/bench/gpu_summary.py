@@ -74,6 +74,7 @@ def targets(parts: Parts) -> list[tuple[str, str, str]]:
             "compared",
             lambda: speed_up("step_checkpointing", "step_diffusers_checkpointing"),
         ),
+        ("--mixed_precision fp16 over no, batch 1", "compared", lambda: speed_up("step_fp16", "step_fp32")),
         ("--fp8_fast over bf16, 1024 px", ">= 1.15 x", lambda: speed_up("step_fp8", "step_eager")),
         ("--fp8_fast over bf16, 512 px", ">= 1.25 x", lambda: speed_up("step_fp8_small", "step_bf16_small")),
         ("the same, --torch_compile", ">= 1.15 x", lambda: speed_up("step_fp8_compiled", "step_compiled")),

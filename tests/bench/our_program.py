@@ -60,7 +60,7 @@ def unstarted(preset: str, precision: str, folder: Path, more: Sequence[str] = (
 
     Args:
         preset: of the model.
-        precision: bf16 or fp32.
+        precision: bf16, fp16 or fp32.
         folder: for the run's files.
         more: further flags of the trainer.
     """

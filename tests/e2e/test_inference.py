@@ -235,7 +235,6 @@ def test_interactive(job: Job, lora: Path, tmp_path: Path) -> None:
     [
         (["--lora_weights", "nowhere.safetensors;0.5"], "nowhere.safetensors"),
         (["--lora_weights", "a;b"], "no multiplier"),
-        (["--dtype=fp16"], "draws black"),
         (["--lora_weights", "{models}/quickstart_ae.safetensors"], "--lora_weights: "),
         (["--steps=0"], "--steps"),
         (["--seed=99999999999999999999"], "--seed"),

@@ -136,6 +136,8 @@ def test_a_run_continued_with_other_base_weights_says_so(
         (["--fp8_base", "--fp8_fast"], "add --mixed_precision bf16"),
         (["--fp8_base_unet", "--network_module=json"], "--fp8_base_unet: --network_module json"),
         (["--nf4_base", "--network_module=json"], "--nf4_base: --network_module json"),
+        (["--mixed_precision=fp16", "--network_module=json"], "--mixed_precision fp16: --network_module json"),
+        (["--fp8_base", "--fp8_fast", "--mixed_precision=fp16"], "add --mixed_precision bf16"),
     ],
 )
 def test_what_cannot_work_ends_before_a_model_is_read(
@@ -201,6 +203,7 @@ def test_drawing_refuses_what_cannot_work(job: Job, monkeypatch: pytest.MonkeyPa
     for flags, says in (
         (["--fp8_base", "--fp8_fast", "--device=cpu"], "--fp8_fast needs an NVIDIA GPU"),
         (["--fp8_base", "--fp8_fast", "--dtype=fp32"], "--dtype is fp32"),
+        (["--fp8_base", "--fp8_fast", "--dtype=fp16"], "--dtype is fp16"),
         (["--fp8_base", "--nf4_base"], "leave one of them out"),
     ):
         with pytest.raises(SettingsError, match=says):

@@ -19,8 +19,11 @@ from trainer_helpers import fresh_accelerate, made_trainer
 
 from library.errors import SettingsError
 from library.lumina.strips import STRIP_BYTES
+from library.memory import half_products
+from library.memory.attention_masks import AttentionFn
 from library.memory.block_stream import streamed_bytes
 from library.memory.fit import GIB, HOST_COPY_BYTES, Allowance, Need, Row
+from library.memory.half_attention import in_halves
 from library.memory.live_bytes import LiveBytes, bytes_of
 from library.memory.rehearsal import RehearsedAttention
 from library.training import memory_fit, step_rehearsal
@@ -73,16 +76,24 @@ def prepared(job: Job, tmp_path: Path) -> Prepared:
 
 @pytest.mark.parametrize("level", ["none", "selective", "full"])
 @pytest.mark.parametrize(
-    "precision", [[], ["--mixed_precision=bf16"], ["--fp8_base_unet"]], ids=["fp32", "bf16", "fp8"]
+    "precision",
+    [[], ["--mixed_precision=bf16"], ["--fp8_base_unet"], ["--mixed_precision=fp16"]],
+    ids=["fp32", "bf16", "fp8", "fp16"],
 )
-def test_a_real_step_needs_what_was_expected(prepared: Prepared, level: str, precision: list[str]) -> None:
+def test_a_real_step_needs_what_was_expected(
+    prepared: Prepared, level: str, precision: list[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    # As on a GPU; a CPU multiplies in float32, in more memory.
+    monkeypatch.setattr(half_products, "_multiplied", lambda halves, matrix: halves @ matrix)
     flags = [] if level == "none" else ["--gradient_checkpointing", f"--gradient_checkpointing_level={level}"]
     trainer = prepared(*flags, *precision, last="cache_text")
     batch = memory_fit.largest_batch(trainer)
     need = step_rehearsal.rehearse(trainer, Row(trainer.config.quantisation.transformer, level), batch)
 
     counter = LiveBytes(CPU)
-    trainer.attention = dataclasses.replace(trainer.attention, function=RehearsedAttention(counter, expands=True))
+    attention: AttentionFn = RehearsedAttention(counter, expands=True)
+    attention = in_halves(attention) if trainer.config.memory.in_halves else attention
+    trainer.attention = dataclasses.replace(trainer.attention, function=attention)
     trainer.load_models()
     assert need.weights == bytes_of((*trainer.dit.parameters(), *trainer.dit.buffers()), CPU)
     text = tuple(torch.zeros(feature.shape, dtype=feature.dtype) for feature in batch.text)
@@ -159,7 +170,7 @@ def test_gemma2_and_the_autoencoder_count_where_they_are_not_let_go(prepared: Pr
     need = step_rehearsal.rehearse(cached, Row(), batch)
     trains_text = prepared("--cache_text_encoder_outputs=false")
     with_text = step_rehearsal.rehearse(trains_text, Row(), memory_fit.largest_batch(trains_text))
-    gemma2 = trains_text.rehearse_text_encoder(torch.float32, step_rehearsal.reading_of(None)).model
+    gemma2 = trains_text.rehearse_text_encoder(torch.float32, step_rehearsal.reading_of(None, False)).model
     assert with_text.weights - need.weights == bytes_of(gemma2.parameters(), step_rehearsal.META) + bytes_of(
         gemma2.buffers(), step_rehearsal.META
     )

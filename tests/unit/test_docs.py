@@ -61,6 +61,7 @@ SCRIPTS = {
     "write_docs",
     "quick",
     "precision",
+    "fp16",
 }
 
 

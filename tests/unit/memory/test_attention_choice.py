@@ -104,6 +104,17 @@ def test_what_stands_in_for_cudnn_where_it_fails_with_padding(
         caplog.clear()
 
 
+def test_attention_in_fp16_takes_and_gives_float32(monkeypatch: pytest.MonkeyPatch) -> None:
+    pretend_cuda(monkeypatch, TURING, *PACKAGES)
+    chosen = choose(of=work(dtype=torch.float16))
+    assert (chosen.equal, chosen.ragged) == ("sdpa", "sdpa")  # whose memory-efficient kernel takes halves there
+    q, k, v = (torch.randn(2, 20, heads, 96) for heads in (6, 2, 2))
+    attended = chosen.function(q, k, 1e6 * v, None)
+    assert attended.dtype == torch.float32
+    expected = sdpa_attention(q, k, 1e6 * v, None)
+    assert 0 < float((attended - expected).norm() / expected.norm()) < 1e-3  # rounded to 11 bits three times
+
+
 def test_auto_takes_sdpa_where_flash_kernels_cannot(monkeypatch: pytest.MonkeyPatch) -> None:
     pretend_cuda(monkeypatch, HOPPER, *PACKAGES)
     monkeypatch.setattr(torch.cpu, "_is_avx512_bf16_supported", lambda: False)

@@ -123,7 +123,6 @@ def test_text_encoder_is_trained_unless_said_otherwise() -> None:
         (["--network_dim=a"], "--network_dim: 'a' is not a whole number"),
         (["--network_dim=0"], "--network_dim: 0 must be above 0"),
         (["--mixed_precision=int4"], "none of no, fp16, bf16"),
-        (["--mixed_precision=fp16"], "use bf16"),
         (["--optimizer_type=AdamWW"], "did you mean 'AdamW'"),
         (["--optimizer_type=Prodgy"], "did you mean 'Prodigy'"),
         (["--optimizer_type=prodigy", "--unet_lr=1", "--text_encoder_lr=0.5"], "cannot differ (0.5, 1)"),

@@ -96,6 +96,27 @@ def test_sharding_in_accelerates_configuration_is_a_warning(
     assert f"accelerate is configured for {name}, which has no effect" in record.getMessage()
 
 
+@pytest.mark.parametrize(
+    ("precision", "has_units", "says"),
+    [
+        ("bf16", False, "--mixed_precision fp16 is made for such cards"),
+        ("fp16", True, "here bf16 is faster"),
+        ("bf16", True, ""),
+        ("fp16", False, ""),
+        ("no", False, ""),
+    ],
+)
+def test_the_precision_that_a_card_is_made_for(
+    precision: str, has_units: bool, says: str, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    monkeypatch.setattr(processes.shutil, "which", lambda name: None)
+    monkeypatch.setattr(processes, "multiplies_bf16", lambda device: has_units)
+    monkeypatch.setattr("torch.cuda.get_device_name", lambda: "Tesla T4")
+    accelerator = processes.start_accelerator(precision, None, LogSettings())
+    assert accelerator.mixed_precision == ("bf16" if precision == "bf16" else "no")  # never a scaler of losses
+    assert [says in record.getMessage() for record in caplog.records] == ([True] if says else [])
+
+
 def test_more_processes_started_than_seen(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(processes.os, "environ", {**processes.os.environ, "WORLD_SIZE": "4"})
     monkeypatch.setattr("accelerate.Accelerator", lambda **_: type("One", (), {"num_processes": 1})())

@@ -22,6 +22,7 @@ from library.data.items import Batch
 from library.lumina.drawing import to_pictures
 from library.memory.attention import AttentionChoice
 from library.memory.attention_kernels import KERNELS
+from library.memory.half_attention import in_halves
 from library.prompts import Prompt
 from library.training.processes import Processes
 from library.training.step import TrainStep
@@ -62,7 +63,8 @@ def bring_to(cuda: FakeCuda, trainer: Any, kernel: str = "varlen") -> None:
     def attention(q: Tensor, k: Tensor, v: Tensor, key_mask: Tensor | None) -> Tensor:
         return equal(q, k, v, None) if key_mask is None else ragged(q, k, v, key_mask)
 
-    trainer.attention = AttentionChoice(attention, "sdpa", kernel, "")
+    function = in_halves(attention) if trainer.config.memory.in_halves else attention
+    trainer.attention = AttentionChoice(function, "sdpa", kernel, "")
     with cuda.meta_is_meta():
         trainer.load_models()
         trainer.build_network()
@@ -90,6 +92,8 @@ CASES: dict[str, list[str]] = {
     "fp8_fast": ["--fp8_base"],
     "streaming, selective": ["--blocks_to_swap=2", *SELECTIVE],
     "streaming": ["--blocks_to_swap=2", "--gradient_checkpointing"],
+    "fp16": ["--mixed_precision=fp16", "--gradient_checkpointing"],
+    "fp16, fp8": ["--mixed_precision=fp16", "--fp8_base", "--blocks_to_swap=2", *SELECTIVE],
     "full_bf16": ["--full_bf16", "--ema_decay=0.9", "--network_args", "split_qkv=true"],
     "losses": ["--ip_noise_gamma=0.1", "--ip_noise_gamma_random_strength", "--loss_type=huber", "--huber_schedule=snr",
                "--model_prediction_type=sigma_scaled"],
@@ -112,8 +116,9 @@ def test_a_step_waits_once(cuda: FakeCuda, job: Job, tmp_path: Path, name: str, 
         assert len(cuda.waits) == 1, cuda.waits
         assert "step.py" in cuda.waits[0]  # the step's numbers are read
         cuda.waits.clear()
-    # The model computes in bf16 alone; the time's embedding too.
-    assert cuda.product_dtypes == {HALF}
+    # The model computes in bf16 alone; the time's embedding too. In fp16 small matrices and the LoRA are float32.
+    in_halves = trainer.config.memory.in_halves
+    assert cuda.product_dtypes == ({torch.float16, torch.float32} if in_halves else {HALF})
     trained = torch.bfloat16 if "--full_bf16" in flags else torch.float32
     for parameter in trainer.updater.parameters:
         assert (parameter.device, parameter.dtype) == (DEVICE, trained)
