@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import math
+
 import pytest
 import torch
 from quantisation_helpers import relative_error
@@ -49,19 +51,27 @@ def test_it_is_attention_in_float32(of_values: float, of_gradients: float, ragge
 
 
 def written_out(seen: list[float]) -> AttentionFn:
-    """Returns attention in float32 that notes the largest number of each kind that a kernel makes in fp16, as it comes."""
+    """Returns attention that rounds gradients of scores, queries, keys and values to fp16 as kernels do.
+
+    Args:
+        seen: gets the largest number of each kind that is in fp16, as it comes.
+    """
 
     def noted(x: Tensor) -> Tensor:
+        def rounded(gradient: Tensor) -> Tensor:
+            seen.append(float(gradient.abs().max()))
+            return gradient.half().float()
+
         seen.append(float(x.detach().abs().max()))
         if x.requires_grad:
-            x.register_hook(lambda gradient: seen.append(float(gradient.abs().max())))
+            x.register_hook(rounded)
         return x
 
     def attention(q: Tensor, k: Tensor, v: Tensor, key_mask: Tensor | None) -> Tensor:
         assert {q.dtype, k.dtype, v.dtype} == {torch.float16}
         q, k, v = (noted(x.float()) for x in (q, k, v))
-        keys, values = (x.repeat_interleave(HEADS // KV_HEADS, dim=2) for x in (k, v))
-        scores = torch.einsum("bqae,bkae->baqk", q, keys) * WIDTH**-0.5
+        keys, values = (x.repeat_interleave(q.shape[2] // k.shape[2], dim=2) for x in (k, v))
+        scores = torch.einsum("bqae,bkae->baqk", q, keys) * q.shape[-1] ** -0.5
         weights = noted(scores).softmax(dim=-1)
         return noted(torch.einsum("baqk,bkae->bqae", weights, values)).to(torch.float16)
 
@@ -85,6 +95,35 @@ def test_nothing_that_a_kernel_makes_leaves_fp16(of_values: float, of_gradients:
     assert len(seen) == 10
     assert max(seen) < 65504
     assert all(bool(each.isfinite().all()) for each in found)
+
+
+def test_the_bound_is_reached_and_not_passed() -> None:
+    """Half of every query's weight is on one key, and all gradients agree: nothing could make that key's larger."""
+    tokens, width, length = 1500, 8, 3.0
+    q, k, v, gradient = (torch.zeros(1, tokens, heads, width) for heads in (3, 1, 1, 3))
+    q[..., 0] = length
+    k[:, 0, :, 0] = math.log(tokens - 1) * width**0.5 / length
+    v[..., 1] = -1e5
+    v[:, 0, :, 1] = 1e5
+    gradient[..., 1] = 1e-9
+    seen: list[float] = []
+    found = results(in_halves(written_out(seen)), [q, k, v], gradient, None)
+    assert 0.99 * 2**15 < max(seen) < 1.01 * 2**15
+    wanted = results(sdpa_attention, [q, k, v], gradient, None)
+    assert relative_error(found[2] / 1e-4, wanted[2] / 1e-4) < ROUNDING
+
+
+def test_a_small_head_keeps_its_digits_beside_a_large_one() -> None:
+    given, gradient = inputs(1.0, 1.0)
+    shared_by = HEADS // KV_HEADS
+    given[2][:, :, 1] *= 1e-3
+    gradient[:, :, shared_by:] *= 1e-3
+    found = results(in_halves(written_out([])), given, gradient, None)
+    wanted = results(sdpa_attention, given, gradient, None)
+    for ours, expected in zip(found, wanted, strict=True):
+        small = slice(ours.shape[2] // KV_HEADS, None)
+        size = float(expected[0, :, small].abs().max())
+        assert relative_error(ours[0, :, small] / size, expected[0, :, small] / size) < ROUNDING
 
 
 def test_it_goes_with_recomputation_and_with_compilers() -> None:
