@@ -4,6 +4,8 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator
 from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
 
 import numpy
 import pytest
@@ -13,7 +15,7 @@ from lora_helpers import metadata_of
 from PIL import Image
 from quantisation_helpers import relative_error
 from safetensors.torch import load_file
-from torch import Tensor
+from torch import Tensor, nn
 from trainer_helpers import fresh_accelerate, made_trainer
 
 import lumina_minimal_inference
@@ -56,14 +58,53 @@ def test_the_lora_is_nearer_to_that_of_float32_than_bf16s(job: Job, tmp_path: Pa
     assert 0 < errors["fp16"] < errors["bf16"] / 4, errors
 
 
+def check_that_it_computes_in_halves(dit: Any, gemma2: Any) -> None:
+    def halved(model: nn.Module) -> int:
+        return sum(isinstance(module, HalfLinear) for module in model.modules())
+
+    assert halved(dit) == 5 * len([*dit.noise_refiner, *dit.context_refiner, *dit.layers])
+    assert halved(gemma2) == 7 * len(gemma2.layers)
+    attention = dit.layers[0].attention
+    value = torch.randn(1, 1, 1, attention.head_dim)
+    attended = attention.attention(value, value, value, None)  # of one token: its values, rounded
+    assert 0 < relative_error(attended, value) < 2**-11
+
+
+def test_training_computes_both_models_in_halves(job: Job, tmp_path: Path) -> None:
+    trainer = made_trainer(job.train_flags(tmp_path, FP16), last="load_models")
+    check_that_it_computes_in_halves(trainer.dit, trainer.text_encoder.model)
+
+
+def test_drawing_computes_both_models_in_halves(job: Job, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    made: list[Any] = []
+
+    def painter(models: Any, *_: Any) -> Any:
+        made.append(models)
+        return SimpleNamespace(draw=lambda prompts: None)
+
+    monkeypatch.setattr(lumina_minimal_inference, "Painter", painter)
+    flags = [*job.inference_flags, "--dtype=fp16", "--gemma2_dtype=fp16", f"--output_dir={tmp_path}"]
+    lumina_minimal_inference.main(flags)
+    (models,) = made
+    check_that_it_computes_in_halves(models.dit, models.encoder.model)
+
+
+@pytest.mark.parametrize("flags", [["--dtype=bf16"], ["--dtype=fp16", "--gemma2_dtype=fp16", "--ae_dtype=fp32"]])
+def test_drawing_on_a_card_without_bf16_units(
+    job: Job, flags: list[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    monkeypatch.setattr("library.memory.half_products.multiplies_bf16", lambda device: False)
+    monkeypatch.setattr(lumina_minimal_inference, "Painter", lambda *_: SimpleNamespace(draw=lambda prompts: None))
+    lumina_minimal_inference.main([*job.inference_flags, *flags, f"--output_dir={tmp_path}"])
+    assert ("--dtype fp16 --gemma2_dtype fp16 --ae_dtype fp32 are made" in caplog.text) == ("--dtype=bf16" in flags)
+
+
 def test_gemma2_is_computed_in_halves_and_its_cache_knows(job: Job, tmp_path: Path) -> None:
     disk = ["--cache_text_encoder_outputs_to_disk", f"--cache_dir={tmp_path / 'cache'}"]
     trainers = [made_trainer(job.train_flags(tmp_path, *disk, *more), last="start") for more in ([], [FP16])]
     plain, halves = trainers
     assert plain.text_fingerprint() != halves.text_fingerprint()
     features = [trainer.ready_text_encoder().encode(["a red disc"])[0] for trainer in trainers]
-    linears = [module for module in halves.text_encoder.model.modules() if isinstance(module, HalfLinear)]
-    assert len(linears) == 7 * len(halves.text_encoder.model.layers)
     assert features[1].dtype == torch.float32
     assert 0 < relative_error(features[1], features[0]) < 3e-3  # some rounding to 11 bits in each layer
 

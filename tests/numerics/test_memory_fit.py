@@ -181,6 +181,16 @@ def test_gemma2_and_the_autoencoder_count_where_they_are_not_let_go(prepared: Pr
     assert with_ae.weights - need.weights == 4 * uncached.autoencoder_numbers()
 
 
+def test_gemma2_in_fp16_counts_as_it_is_read(prepared: Prepared) -> None:
+    whole, halves = (prepared("--cache_text_encoder_outputs=false", *more) for more in ([], ["--mixed_precision=fp16"]))
+    need = step_rehearsal.rehearse(halves, Row(), memory_fit.largest_batch(halves))
+    halves.load_models()
+    gemma2 = halves.text_encoder.model
+    models = (halves.dit, *(part for part in gemma2.children() if part is not gemma2.embed_tokens))  # which stays
+    assert need.weights == sum(bytes_of((*model.parameters(), *model.buffers()), CPU) for model in models)
+    assert step_rehearsal.encoder_bytes(halves, None)[False] < step_rehearsal.encoder_bytes(whole, None)[False]
+
+
 def test_the_largest_batch(prepared: Prepared) -> None:
     trainer = prepared()
     batch = memory_fit.largest_batch(trainer)

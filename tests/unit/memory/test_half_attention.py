@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
 
 import pytest
 import torch
@@ -97,20 +98,54 @@ def test_nothing_that_a_kernel_makes_leaves_fp16(of_values: float, of_gradients:
     assert all(bool(each.isfinite().all()) for each in found)
 
 
-def test_the_bound_is_reached_and_not_passed() -> None:
-    """Half of every query's weight is on one key, and all gradients agree: nothing could make that key's larger."""
-    tokens, width, length = 1500, 8, 3.0
-    q, k, v, gradient = (torch.zeros(1, tokens, heads, width) for heads in (3, 1, 1, 3))
-    q[..., 0] = length
-    k[:, 0, :, 0] = math.log(tokens - 1) * width**0.5 / length
+def largest(attention: Callable[[list[float]], AttentionFn], given: list[Tensor], gradient: Tensor) -> float:
+    """Returns the largest number that was in fp16, as a share of what a bound allows: 2^15."""
+    seen: list[float] = []
+    found = results(in_halves(attention(seen)), given, gradient, None)
+    assert all(bool(each.isfinite().all()) for each in found)
+    return max(seen) / 2**15
+
+
+def opposite(tokens: int) -> tuple[list[Tensor], Tensor]:
+    """Returns q and k of zeros, values of which the first is far from all others, and a gradient alike in all rows."""
+    q, k, v, gradient = (torch.zeros(1, tokens, heads, 8) for heads in (3, 1, 1, 3))
     v[..., 1] = -1e5
     v[:, 0, :, 1] = 1e5
     gradient[..., 1] = 1e-9
-    seen: list[float] = []
-    found = results(in_halves(written_out(seen)), [q, k, v], gradient, None)
-    assert 0.99 * 2**15 < max(seen) < 1.01 * 2**15
-    wanted = results(sdpa_attention, [q, k, v], gradient, None)
-    assert relative_error(found[2] / 1e-4, wanted[2] / 1e-4) < ROUNDING
+    return [q, k, v], gradient
+
+
+def test_a_keys_gradient_reaches_its_bound() -> None:
+    (q, k, v), gradient = opposite(1500)
+    length = 3.0
+    q[..., 0] = length
+    k[:, 0, :, 0] = math.log(1499) * 8**0.5 / length  # half of every query's weight is on it
+    assert largest(written_out, [q, k, v], gradient) == pytest.approx(1, abs=0.01)
+
+
+@pytest.mark.parametrize("far", [0.0, 1e3], ids=["score", "query"])
+def test_a_scores_and_a_querys_gradient_reach_their_bounds(far: float) -> None:
+    (q, k, v), gradient = opposite(2)  # a weight of a half for each of them
+    k[0, :, 0, 2] = torch.tensor([far, -far])
+    gradient[:, 1:] = 0
+    assert largest(written_out, [q, k, v], gradient) == pytest.approx(1, abs=0.01)
+
+
+def test_a_values_gradient_reaches_its_bound() -> None:
+    def of_first(seen: list[float]) -> AttentionFn:
+        def attention(q: Tensor, k: Tensor, v: Tensor, key_mask: Tensor | None) -> Tensor:
+            v.register_hook(lambda gradient: seen.append(float(gradient.abs().max())))
+            return v[:, :1].expand(q.shape) + 0 * (q.sum() + k.sum())  # as if all weight were on it
+
+        return attention
+
+    assert largest(of_first, *opposite(1500)) == pytest.approx(1, abs=0.01)
+
+
+def test_samples_of_zeros_give_zeros() -> None:
+    given, gradient = inputs(1.0, 1.0)
+    given[2][1], gradient[1] = 0, 0
+    assert not any(bool(found[1].any()) for found in results(in_halves(sdpa_attention), given, gradient, None))
 
 
 def test_a_small_head_keeps_its_digits_beside_a_large_one() -> None:

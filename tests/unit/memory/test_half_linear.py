@@ -50,6 +50,22 @@ def test_products_and_gradients_are_those_of_its_weight(make: Callable[[Tensor],
 
 
 @KINDS
+def test_rows_and_columns_have_bounds_of_their_own(make: Callable[[Tensor], QuantisedLinear]) -> None:
+    weight = torch.zeros(OUT, IN)
+    weight[3] = 50.0  # a row that is longer than any column, and in the other matrix the reverse
+    for matrix in (weight, weight.t().contiguous()):
+        linear = make(matrix)
+        x = torch.ones(1, linear.in_features, requires_grad=True)
+        gradient = torch.ones(1, linear.out_features)
+        y = linear(x)
+        (of_x,) = torch.autograd.grad(y, x, gradient)
+        exact = linear.dequantised(torch.float32)
+        # Numbers are all alike, and so is what is rounded.
+        assert relative_error(y, x @ exact.t()) < 2 * ROUNDING
+        assert relative_error(of_x, gradient @ exact) < 2 * ROUNDING
+
+
+@KINDS
 def test_autograd_keeps_its_buffers_and_nothing_else(make: Callable[[Tensor], QuantisedLinear]) -> None:
     linear = make(realistic_weight(OUT, IN))
     kept: list[Tensor] = []
@@ -96,6 +112,7 @@ def test_blocks_take_it_for_their_large_matrices(kind: str | None) -> None:
     expected = block(x)
     quantise_block(block, ["0"], kind, "cpu", in_halves=True)  # type: ignore[arg-type]
     assert isinstance(block[0], Fp8Linear if kind else HalfLinear)
+    assert block[0].bounds is not None
     assert type(block[1]) is nn.Linear
     # e4m3 has three bits of a weight: 2.7 % of it on average.
     assert 0 < relative_error(block(x), expected) < (0.04 if kind else ROUNDING)
