@@ -264,7 +264,8 @@ class LoRAModule(nn.Module):
         if self._org_forward is not None:
             raise RuntimeError(f"{self.lora_name} is applied; merging it as well would count it twice")
         weight = self.org_module.weight
-        if not isinstance(weight, Tensor) or weight.element_size() < 2:
+        # One in another form, such as quantised or fp16 with bounds of its own, is no parameter.
+        if not isinstance(weight, nn.Parameter) or weight.element_size() < 2:
             raise RuntimeError(f"{self.lora_name}: a quantised weight takes no merge; merge before quantising")
         merged = self.merged(weight, dtype, device)
         if merged is not weight:

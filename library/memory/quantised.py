@@ -4,10 +4,10 @@ Applied from outside, block by block while a model is read: read a tensor, merge
 in its full precision never has to fit: not on the device, and in host memory only as far as it is mapped from its file.
 
 A quantised Linear computes with exactly the weight that its bits stand for, in the precision of its input; only what
-was rounded away when it was made is lost. Or it multiplies in fp16 (``half_products``), its input being float32. Autograd
-keeps the quantised bits and nothing else, and backward makes the
-full weight again. All data are registered buffers without gradients, so whoever moves or streams a block's tensors
-finds them, and what autograd keeps are these very tensors, so a saved-tensor hook can tell them.
+was rounded away when it was made is lost. Or it multiplies in fp16 (``half_products``), its input being float32.
+Autograd keeps the quantised bits and nothing else, and backward makes the full weight again. All data are registered
+buffers without gradients, so whoever moves or streams a block's tensors finds them, and what autograd keeps are these
+very tensors, so a saved-tensor hook can tell them.
 
 It is no ``nn.Linear`` on purpose: code that takes an ``nn.Linear``'s ``weight`` for numbers would compute with bare
 codes and say nothing. What can stand beside it goes by ``in_features`` and ``out_features``.
@@ -54,7 +54,7 @@ class QuantisedLinear(nn.Module, abc.ABC):
         """Has products computed in fp16 from now on, of float32 inputs.
 
         Args:
-            weight: (out,in), what the codes stand for; they may be off by half of it.
+            weight: (out,in), of which the codes were made; rounding may lengthen its longest rows and columns by half.
         """
         self.bounds = bounds_of(weight)
 
@@ -75,7 +75,7 @@ class QuantisedLinear(nn.Module, abc.ABC):
         return self.codes() if self.bounds is None else (*self.codes(), self.bounds)
 
     def product(self, x: Tensor, *operands: Tensor) -> Tensor:
-        """Returns x W' (...,out) for ``x`` (...,in) and :meth:`operands`, in new memory; autograd sees single operations."""
+        """Returns x W' (...,out) for ``x`` (...,in) and :meth:`operands`, in new memory; :meth:`forward` is for autograd."""
         if self.bounds is None:
             return F.linear(x, self.weight_of(operands, x.dtype))
         *codes, bounds = operands

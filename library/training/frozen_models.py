@@ -164,7 +164,7 @@ class FrozenModels(ModelFamily):
             if not is_out_of_memory(error):
                 raise
             remedies = ["a smaller --resolution needs less memory"]
-            if self.autoencoder_dtype == torch.float32:
+            if self.autoencoder_dtype == torch.float32 and not self.config.memory.in_halves:  # of cards without bf16
                 remedies.insert(0, "bf16 (--mixed_precision bf16 without --no_half_vae) needs half of it")
             if not self.config.memory.vae_tiling:
                 remedies.insert(0, "--vae_tiling encodes large pictures in tiles")

@@ -62,9 +62,10 @@ def warn_of_launcher(memory: MemorySettings) -> None:
     if precision not in ("", "no", memory.mixed_precision):
         logger.warning(
             "accelerate is configured for the mixed precision %s, which has no effect: --mixed_precision of this program is"
-            " %s; add --mixed_precision bf16 there if you want bf16",
+            " %s; add --mixed_precision %s there if you want that",
             precision,
             memory.mixed_precision,
+            precision if precision == "fp16" else "bf16",
         )
     backend = os.environ.get("ACCELERATE_DYNAMO_BACKEND", "no").lower()
     if backend not in ("", "no") and not memory.torch_compile:

@@ -11,6 +11,7 @@ from torch import nn
 from torch.utils.checkpoint import checkpoint
 
 from library.lumina.filling import in_turn
+from library.memory.half_linear import HalfLinear
 from networks.lora import LoRAModule
 from networks.lora_dropout import DropoutKeys
 from networks.lora_lumina import create_network, create_network_from_weights
@@ -132,6 +133,8 @@ def test_quantised_weights_take_no_merge():
     base.weight = nn.Parameter(base.weight.to(torch.float8_e4m3fn), requires_grad=False)
     with pytest.raises(RuntimeError, match="merge before quantising"):
         LoRAModule("lora_unet_x", base, rank=2).merge()
+    with pytest.raises(RuntimeError, match="merge before quantising"):
+        LoRAModule("lora_unet_x", HalfLinear(torch.ones(8, 6)), rank=2).merge()
 
 
 def test_gemma2_merged_equals_attached():

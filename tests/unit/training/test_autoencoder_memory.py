@@ -61,6 +61,7 @@ def job(tmp_path_factory: pytest.TempPathFactory) -> Job:
     ("more", "says", "does_not_say"),
     [
         ([], ["--cache_latents encodes before", "--vae_tiling", "without --no_half_vae"], []),
+        (["--mixed_precision=fp16"], ["--vae_tiling"], ["bf16"]),
         (
             ["--cache_latents", "--vae_tiling", "--mixed_precision=bf16"],
             ["--resolution"],
