@@ -28,7 +28,10 @@ _LARGEST = 2.0**15  # of a gradient; half of what fp16 holds, for what is rounde
 
 
 def in_halves(attention: AttentionFn) -> AttentionFn:
-    """Returns attention of float32 tensors, computed in fp16 by a function that takes halves."""
+    """Returns attention of float32 tensors, computed in fp16 by a function that takes halves.
+
+    Rows of values and of gradients may be up to 1e19 long.
+    """
 
     def halves(q: Tensor, k: Tensor, v: Tensor, key_mask: Tensor | None) -> Tensor:
         half_q, half_k, half_v, unit, messenger = _ToHalves.apply(q, k, v)

@@ -3,16 +3,19 @@
 from __future__ import annotations
 
 import contextlib
+import math
 from collections.abc import Iterator
 
 import pytest
 import torch
 from attention_helpers import heads_of_a_block, written_out
+from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from library.lumina.configs import NextDiTConfig
 from library.lumina.next_dit import NextDiT
 from library.memory.attention import Workload, choose_attention, sdpa_attention
-from library.memory.attention_kernels import KERNELS, AttentionFn
+from library.memory.attention_kernels import KERNELS, AttentionFn, sdpa_without_sharing
+from library.memory.half_attention import in_halves
 from library.memory.settings import AttentionSettings
 
 pytestmark = [pytest.mark.gpu, pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")]
@@ -83,6 +86,51 @@ def test_forward_and_backward_equal_the_definition_without_waiting(name: str, ma
         assert torch.isfinite(ours).all()  # at padding too
         # bf16 has 8 bits (0.2 % a rounding): probabilities, their gradients and the results are rounded once each.
         assert off_by(ours, expected) < 0.02
+
+
+def for_halves(name: str) -> AttentionFn:
+    """Returns a kernel; ``efficient`` is the one that cards before Ampere have."""
+    if name != "efficient":
+        return made(name)
+
+    def efficient(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, key_mask: torch.Tensor | None) -> torch.Tensor:
+        with sdpa_kernel(SDPBackend.EFFICIENT_ATTENTION):
+            return sdpa_without_sharing(q, k, v, key_mask)
+
+    return efficient
+
+
+@pytest.mark.parametrize("masked", [False, True])
+@pytest.mark.parametrize("name", ["efficient", *NAMES])
+def test_halves_of_float32_equal_the_definition_without_waiting(name: str, masked: bool) -> None:
+    function = in_halves(for_halves(name))
+    (q, k, v), mask = inputs(LENGTHS if masked else [300, 300])
+    v, weights = 1e6 * v, 1e-6 * weights_of(mask)  # neither is within fp16
+    wanted = results(written_out, [q, k, v], mask if masked else None, weights)
+    on_cuda, key_mask = [tensor.cuda() for tensor in (q, k, v)], mask.cuda() if masked else None
+    cuda_weights = weights.cuda()
+    results(function, on_cuda, key_mask, cuda_weights)  # compiles and picks kernels
+    with no_waiting():
+        found = results(function, on_cuda, key_mask, cuda_weights)
+    for ours, expected in zip(found, wanted, strict=True):
+        assert ours.dtype == torch.float32
+        assert off_by(ours, expected) < 0.004  # as in bf16, with three bits more, and the gradients of queries twice
+
+
+@pytest.mark.parametrize("name", ["efficient", *NAMES])
+def test_no_gradient_leaves_fp16(name: str) -> None:
+    """Kernels have to scale before they round: half of every query's weight is on one key, and all gradients agree."""
+    tokens, width, length = 9000, 96, 3.0
+    q, k, v, weights = (torch.zeros(1, tokens, heads, width, device="cuda") for heads in (6, 2, 2, 6))
+    q[..., 0] = length
+    k[:, 0, :, 0] = math.log(tokens - 1) * width**0.5 / length
+    v[..., 1] = -1e5
+    v[:, 0, :, 1] = 1e5
+    weights[..., 1] = 1e-9
+    found = results(in_halves(for_halves(name)), [q, k, v], None, weights)
+    assert all(bool(ours.isfinite().all()) for ours in found)
+    wanted = results(sdpa_attention, [q, k, v], None, weights)
+    assert off_by(found[2][:, 0], wanted[2][:, 0].cpu()) < 0.02  # the share of a half in fp16, exponentials in float32
 
 
 @pytest.mark.parametrize("lengths", [[2, 1], [64, 0, 63], [129, 1, 128, 2], [1090, 1089, 1024]], ids=str)
