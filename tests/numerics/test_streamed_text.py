@@ -142,22 +142,35 @@ def test_caching_streams_and_leaves_nothing(job: Job, tmp_path: Path, device: De
     assert device.num_buffers == 0
 
 
+@pytest.mark.parametrize("precision", ["bf16", "fp16"])
 @pytest.mark.parametrize(("num_blocks", "place"), [(2, "cpu"), (0, "meta")])
 def test_streamed_layers_are_quantised_on_the_device_and_wait_in_host_memory(
-    job: Job, tmp_path: Path, device: Device, monkeypatch: pytest.MonkeyPatch, num_blocks: int, place: str
+    job: Job,
+    tmp_path: Path,
+    device: Device,
+    monkeypatch: pytest.MonkeyPatch,
+    num_blocks: int,
+    place: str,
+    precision: str,
 ) -> None:
+    fresh_accelerate()
     readings: list[Any] = []
 
     def noted(trainer: Any, dtype: torch.dtype, reading: Any) -> None:
         readings.append(reading)
 
     monkeypatch.setattr(lumina_train_network.LuminaNetworkTrainer, "load_text_encoder", noted)
-    flags = job.train_flags(tmp_path, "--fp8_base", "--network_train_unet_only", f"--blocks_to_swap={num_blocks}")
-    trainer = made_trainer(flags, last="start")
+    more = ["--fp8_base", f"--mixed_precision={precision}", "--network_train_unet_only"]
+    trainer = made_trainer(job.train_flags(tmp_path, *more, f"--blocks_to_swap={num_blocks}"), last="start")
     trainer.device = torch.device("meta")  # stands for another device than the CPU
     trainer._read_text_encoder()
     (reading,) = readings
-    assert reading.finish.keywords == {"kind": "fp8", "device": torch.device("meta"), "place": torch.device(place)}
+    assert reading.finish.keywords == {
+        "kind": "fp8",
+        "device": torch.device("meta"),
+        "place": torch.device(place),
+        "in_halves": precision == "fp16",
+    }
 
 
 def test_captions_of_each_step(job: Job, tmp_path: Path, device: Device) -> None:
