@@ -71,23 +71,19 @@ class DrawingModels:
             from library.lumina import loading
             from library.lumina.elementwise_trial import announce_kernels
             from library.memory.attention import Workload, choose_attention
-            from library.memory.half_products import multiplies_bf16
             from library.memory.host_memory import keep_freed_memory
-            from library.memory.prepare import prepare_blocks, streamed_blocks, warn_where_useless
+            from library.memory.prepare import prepare_blocks, streamed_blocks
             from library.memory.quantised import finish_of, require_quantisation
 
         self._flags, self._quantisation = flags, quantisation
         self.name = name_of_model(flags.pretrained_model_name_or_path)
         self._offload = flags.offload
+        self._memory = MemorySettings(blocks_to_swap=flags.blocks_to_swap)
         self.device = PartialState().device if flags.device is None else _device(flags.device)
         if self.device.type == "cpu":
             keep_freed_memory()
         require_quantisation(quantisation.transformer, self.device)
-        if "bf16" in flags.precisions and not multiplies_bf16(self.device):
-            logger.warning(
-                "The device has no bf16 units: torch computes bf16 in a slow detour. --dtype fp16 --gemma2_dtype fp16"
-                " --ae_dtype fp32 are made for such cards"
-            )
+        self._warn_of_flags()
         files = _inspect(flags)
         encoder_change, dit_change = loras.check(files)
         sizes = files.dit.config
@@ -97,10 +93,6 @@ class DrawingModels:
         work = Workload(self.device, torch.float16 if in_halves else dtype, *heads, training=False)
         chosen = choose_attention(attention, work, "--dtype bf16")
         announce_kernels(self.device, dtype)
-        memory = MemorySettings(blocks_to_swap=flags.blocks_to_swap)
-        warn_where_useless(memory, self.device)
-        if flags.offload and self.device.type == "cpu":
-            logger.warning("--offload: no effect on the device cpu, which has no memory beside the host's")
         home = torch.device("cpu") if flags.offload or flags.blocks_to_swap else self.device
         logger.info("Reading the models")
         with self.enough_memory("the three models"):  # blocks go to the device while they are read
@@ -122,12 +114,26 @@ class DrawingModels:
             self.autoencoder = loading.load_autoencoder(files.ae, _torch_dtype(flags.ae_dtype))
             loras.attach(self.encoder.model, self.dit, self.device)
             self._streamed = streamed_blocks(list(self.dit.layers), flags.blocks_to_swap, self.device)
-            self._stream = prepare_blocks(self.dit.layers, memory, self.device, streamed=self._streamed)
+            self._stream = prepare_blocks(self.dit.layers, self._memory, self.device, streamed=self._streamed)
             self._text_stream = self._streamed_text() if flags.blocks_to_swap else None
             if not self._offload:
                 self._place_encoder(self.device)
                 for model in (self.dit, self.autoencoder.model):
                     self._move(model, self.device)
+
+    def _warn_of_flags(self) -> None:
+        """Says which of the flags do nothing on the device, or are slow there."""
+        from library.memory.half_products import multiplies_bf16
+        from library.memory.prepare import warn_where_useless
+
+        if "bf16" in self._flags.precisions and not multiplies_bf16(self.device):
+            logger.warning(
+                "The device has no bf16 units: torch computes bf16 in a slow detour. --dtype fp16 --gemma2_dtype fp16"
+                " --ae_dtype fp32 are made for such cards"
+            )
+        warn_where_useless(self._memory, self.device)
+        if self._offload and self.device.type == "cpu":
+            logger.warning("--offload: no effect on the device cpu, which has no memory beside the host's")
 
     def _streamed_text(self) -> BlockStream | None:
         from library.memory.prepare import can_stream, stream_weights
