@@ -123,10 +123,13 @@ class DrawingModels:
 
     def _warn_of_flags(self) -> None:
         """Says which of the flags do nothing on the device, or are slow there."""
+        import torch
+
         from library.memory.half_products import multiplies_bf16
         from library.memory.prepare import warn_where_useless
 
-        if "bf16" in self._flags.precisions and not multiplies_bf16(self.device):
+        dtypes = [_torch_dtype(name) for name in (self._flags.dtype, self._flags.gemma2_dtype, self._flags.ae_dtype)]
+        if torch.bfloat16 in dtypes and not multiplies_bf16(self.device):
             logger.warning(
                 "The device has no bf16 units: torch computes bf16 in a slow detour. --dtype fp16 --gemma2_dtype fp16"
                 " --ae_dtype fp32 are made for such cards"

@@ -51,12 +51,6 @@ class ModelFlags:
         " GPU ahead of use, as in training",
     )
 
-    @property
-    def precisions(self) -> set[str]:
-        """Short names of the precisions of all three models: bf16, fp16, fp32."""
-        long = {"bfloat16": "bf16", "float16": "fp16", "float32": "fp32", "float": "fp32"}
-        return {long.get(name, name) for name in (self.dtype, self.gemma2_dtype, self.ae_dtype)}
-
     def __post_init__(self) -> None:
         if self.pretrained_model_name_or_path is None:
             raise SettingsError("--pretrained_model_name_or_path is missing; give the Lumina Image 2.0 file or folder")
